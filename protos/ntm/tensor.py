@@ -1,0 +1,82 @@
+"""Tensors on the wire: the one place where a `Tensor` message becomes a numpy array and back.
+
+Elements travel row-major and little-endian (KServe v2's raw contents), so on the little-endian machines
+this project runs on a message and an array share their bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ntm.v1 import tensor_pb2
+
+Array = npt.NDArray[Any]
+
+_DTYPES: dict[tensor_pb2.DataType, np.dtype[Any]] = {
+    tensor_pb2.DATA_TYPE_BOOL: np.dtype(np.bool_),
+    tensor_pb2.DATA_TYPE_UINT8: np.dtype(np.uint8),
+    tensor_pb2.DATA_TYPE_INT8: np.dtype(np.int8),
+    tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
+    tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
+    tensor_pb2.DATA_TYPE_FP16: np.dtype("<f2"),
+    tensor_pb2.DATA_TYPE_FP32: np.dtype("<f4"),
+    tensor_pb2.DATA_TYPE_FP64: np.dtype("<f8"),
+}
+_DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
+
+
+class TensorError(ValueError):
+    """A `Tensor` message, or a dtype, that does not describe an array."""
+
+
+def numpy_dtype(data_type: tensor_pb2.DataType) -> np.dtype[Any]:
+    """The numpy dtype of a wire type; raises TensorError for an unknown or unspecified one."""
+    try:
+        return _DTYPES[data_type]
+    except KeyError:
+        raise TensorError(f"dtype {data_type} is unknown: use one of {_names()}") from None
+
+
+def data_type(dtype: npt.DTypeLike) -> tensor_pb2.DataType:
+    """The wire type of a numpy dtype; raises TensorError when there is none."""
+    try:
+        return _DATA_TYPES[np.dtype(dtype)]
+    except KeyError:
+        raise TensorError(f"numpy dtype {np.dtype(dtype)} cannot be sent: use one of {_names()}") from None
+
+
+def to_message(array: Array) -> tensor_pb2.Tensor:
+    """An array as a message; raises TensorError for a dtype that has no wire type."""
+    return tensor_pb2.Tensor(dtype=data_type(array.dtype), shape=array.shape, raw=array.tobytes())
+
+
+def to_array(tensor: tensor_pb2.Tensor) -> Array:
+    """A message as a read-only array over its bytes.
+
+    Raises:
+        TensorError: the dtype is unknown, an axis is negative, or the bytes are too few or too many.
+    """
+    dtype = numpy_dtype(tensor.dtype)
+    shape = tuple(tensor.shape)
+    if any(length < 0 for length in shape):
+        raise TensorError(f"shape {list(shape)} has a negative axis")
+    expected_bytes = math.prod(shape) * dtype.itemsize
+    if len(tensor.raw) != expected_bytes:
+        raise TensorError(
+            f"raw has {len(tensor.raw)} bytes, but shape {list(shape)} of {type_name(tensor.dtype)} "
+            f"takes {expected_bytes}"
+        )
+    return np.frombuffer(tensor.raw, dtype=dtype).reshape(shape)
+
+
+def type_name(data_type: tensor_pb2.DataType) -> str:
+    """A wire type as people write it, such as "FP32"."""
+    return tensor_pb2.DataType.Name(data_type).removeprefix("DATA_TYPE_")
+
+
+def _names() -> str:
+    return ", ".join(type_name(data_type) for data_type in _DTYPES)

@@ -16,7 +16,7 @@ from ntm.v1 import tensor_pb2
 
 Array = npt.NDArray[Any]
 
-_DTYPES: dict[tensor_pb2.DataType, np.dtype[Any]] = {
+_DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[Any]] = {
     tensor_pb2.DATA_TYPE_BOOL: np.dtype(np.bool_),
     tensor_pb2.DATA_TYPE_UINT8: np.dtype(np.uint8),
     tensor_pb2.DATA_TYPE_INT8: np.dtype(np.int8),
@@ -33,7 +33,7 @@ class TensorError(ValueError):
     """A `Tensor` message, or a dtype, that does not describe an array."""
 
 
-def numpy_dtype(data_type: tensor_pb2.DataType) -> np.dtype[Any]:
+def numpy_dtype(data_type: tensor_pb2.DataType.ValueType) -> np.dtype[Any]:
     """The numpy dtype of a wire type; raises TensorError for an unknown or unspecified one."""
     try:
         return _DTYPES[data_type]
@@ -41,7 +41,7 @@ def numpy_dtype(data_type: tensor_pb2.DataType) -> np.dtype[Any]:
         raise TensorError(f"dtype {data_type} is unknown: use one of {_names()}") from None
 
 
-def data_type(dtype: npt.DTypeLike) -> tensor_pb2.DataType:
+def data_type(dtype: npt.DTypeLike) -> tensor_pb2.DataType.ValueType:
     """The wire type of a numpy dtype; raises TensorError when there is none."""
     try:
         return _DATA_TYPES[np.dtype(dtype)]
@@ -73,7 +73,7 @@ def to_array(tensor: tensor_pb2.Tensor) -> Array:
     return np.frombuffer(tensor.raw, dtype=dtype).reshape(shape)
 
 
-def type_name(data_type: tensor_pb2.DataType) -> str:
+def type_name(data_type: tensor_pb2.DataType.ValueType) -> str:
     """A wire type as people write it, such as "FP32"."""
     return tensor_pb2.DataType.Name(data_type).removeprefix("DATA_TYPE_")
 

@@ -1,0 +1,125 @@
+"""Device: where models run, decided once and never changed in silence.
+
+ONNX Runtime drops an execution provider that cannot load and carries on with the CPU. So what was asked for
+is compared with what a session really has, and a difference is an error or is said aloud.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import onnxruntime as ort
+import structlog
+from onnx import TensorProto, helper
+
+from server.errors import DeviceError
+
+log = structlog.get_logger()
+
+RequestedDevice = Literal["cpu", "cuda", "auto"]
+
+_CUDA_PROVIDER = "CUDAExecutionProvider"
+_CPU_PROVIDER = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Device:
+    """An execution device; `kind` is ONNX Runtime's name for it, and the only thing code may differ by."""
+
+    requested: RequestedDevice
+    kind: Literal["cpu", "cuda"]
+    device_id: int
+    fell_back: bool
+
+    @property
+    def provider(self) -> str:
+        """The execution provider, by ONNX Runtime's name."""
+        return _CUDA_PROVIDER if self.kind == "cuda" else _CPU_PROVIDER
+
+    def session(self, model: bytes) -> ort.InferenceSession:
+        """A session for one graph on this device.
+
+        Raises:
+            DeviceError: ONNX Runtime put it on another provider.
+        """
+        options = ort.SessionOptions()
+        # A step is a few hundred microseconds of small operations: a second thread costs more than it brings,
+        # and spinning would burn a core between steps.
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        provider_options: dict[str, Any] = {"device_id": self.device_id} if self.kind == "cuda" else {}
+        session = ort.InferenceSession(model, options, providers=[(self.provider, provider_options)])
+        active = session.get_providers()
+        if active[0] != self.provider:
+            raise DeviceError(
+                f"ONNX Runtime {ort.__version__} was asked for {self.provider} and took {active[0]}: "
+                "its CUDA or cuDNN libraries did not load; install the extra `gpu`, or use --device cpu"
+            )
+        return session
+
+
+def choose(requested: RequestedDevice, device_id: int) -> Device:
+    """The device for a setting: `auto` takes CUDA where it works, and says so when it falls back.
+
+    Raises:
+        DeviceError: `cuda` was asked for and cannot be had, or two builds of ONNX Runtime are installed.
+    """
+    _refuse_two_builds()
+    if requested == "cpu":
+        return Device(requested, "cpu", 0, fell_back=False)
+    cuda = Device(requested, "cuda", device_id, fell_back=False)
+    missing = _what_cuda_misses(cuda)
+    if missing is None:
+        return cuda
+    if requested == "cuda":
+        raise DeviceError(f"--device cuda cannot be had: {missing}")
+    log.warning("device auto fell back to the CPU", reason=missing)
+    return Device(requested, "cpu", 0, fell_back=True)
+
+
+def _refuse_two_builds() -> None:
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(installed) > 1:
+        raise DeviceError(
+            "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other: uninstall both, then "
+            "install one of the extras `server` (CPU) and `gpu`"
+        )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _what_cuda_misses(cuda: Device) -> str | None:
+    """Why CUDA cannot be used, or None: a trial session tells, since being listed proves nothing."""
+    available: Sequence[str] = ort.get_available_providers()
+    if _CUDA_PROVIDER not in available:
+        return (
+            f"ONNX Runtime {ort.__version__} is built without {_CUDA_PROVIDER} (it has {', '.join(available)}); "
+            "install the extra `gpu` in place of `server`"
+        )
+    ort.preload_dlls()
+    trial = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Identity", ["x"], ["y"])],
+            "trial",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    try:
+        cuda.session(trial.SerializeToString())
+    except Exception as error:  # ONNX Runtime raises its own types and plain RuntimeError
+        return str(error).strip().split("\n", 1)[0]
+    return None

@@ -1,0 +1,243 @@
+"""Everything that can go wrong, as types; free of gRPC, which `status.py` adds.
+
+ServingError
+├── StartupError                      the server does not start
+│   ├── ModelRepositoryError          no models directory, an empty one, or files that cannot be served
+│   ├── ModelFileError                one file: corrupt, without a spec, or its spec and graph disagree
+│   ├── DeviceError                   the device asked for cannot be had
+│   └── ListenError                   the address cannot be listened on
+├── InvalidInputError                 a field of a request is wrong
+├── ModelNotFoundError
+├── SessionNotFoundError
+│   └── SessionExpiredError
+├── SessionExistsError
+├── SessionIdRetiredError
+├── RequestIdReusedError
+├── StepOrderError                    a step number that does not fit the session's counter
+│   ├── StepGapError
+│   ├── StepTooOldError
+│   ├── InputMismatchError
+│   └── StateNotKeptError
+├── NoFreeSlotError
+├── QueueFullError
+├── StepFailedError                   the model failed on a message's inputs
+│   └── OutputNotFiniteError
+├── ServerStoppingError
+└── NotBuiltError                     an rpc that this version does not have yet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ServingError(Exception):
+    """Something a caller or an operator is told about: what happened and what to do next."""
+
+    @property
+    def details(self) -> dict[str, str]:
+        """Facts for programs, sent beside the message."""
+        return {}
+
+
+class StartupError(ServingError):
+    """The server does not start."""
+
+
+class ModelRepositoryError(StartupError):
+    """The models directory is missing or empty, or holds files that cannot be served."""
+
+
+class ModelFileError(StartupError):
+    """One model file cannot be served; every reason is listed."""
+
+    def __init__(self, path: str, problems: Sequence[str]) -> None:
+        super().__init__(f"{path} cannot be served:" + "".join(f"\n  - {problem}" for problem in problems))
+        self.problems = tuple(problems)
+
+
+class DeviceError(StartupError):
+    """The device asked for cannot be had."""
+
+
+class ListenError(StartupError):
+    """The address cannot be listened on."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(
+            f"cannot listen on {address}: another program has the port, or the address is not this machine's; "
+            "choose another with --listen HOST:PORT (port 0 takes a free one)"
+        )
+
+
+class InvalidInputError(ServingError):
+    """A field of a request is wrong."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+    @property
+    def details(self) -> dict[str, str]:
+        """The field at fault."""
+        return {"field": self.field}
+
+
+class ModelNotFoundError(ServingError):
+    """No model has this name, or this version of it is not served."""
+
+    def __init__(self, name: str, version: int | None, served: Sequence[str]) -> None:
+        wanted = name if version is None else f"{name}/{version}"
+        super().__init__(f"no model {wanted!r} is served here: there is {', '.join(served)}")
+
+
+class SessionNotFoundError(ServingError):
+    """No session has this id: it was never created, or it was deleted (an expired one has its own type)."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"no session {session_id!r}: create one and replay its inputs")
+        self.session_id = session_id
+
+
+class SessionExpiredError(SessionNotFoundError):
+    """The session ended by its idle limit."""
+
+
+class SessionExistsError(ServingError):
+    """The id of a new session is taken."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(
+            f"session {session_id!r} exists already: choose another id, or repeat its creation with the "
+            "request_id that made it"
+        )
+
+
+class SessionIdRetiredError(ServingError):
+    """The id of a new session belonged to one that ended a short while ago."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(
+            f"session id {session_id!r} belonged to a session that has ended, and is kept free for 24 hours so that "
+            "no late message reaches another session: choose a new id"
+        )
+
+
+class RequestIdReusedError(ServingError):
+    """A request id came again with another request."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"request id {request_id!r} came before with another session or model: use a new one for each request"
+        )
+
+
+class StepOrderError(ServingError):
+    """A step number does not fit the session's counter."""
+
+    def __init__(self, message: str, next_step: int) -> None:
+        super().__init__(message)
+        self.next_step = next_step
+
+    @property
+    def details(self) -> dict[str, str]:
+        """The session's counter."""
+        return {"next_step": str(self.next_step)}
+
+
+class StepGapError(StepOrderError):
+    """The message starts beyond the session's counter: steps before it are missing."""
+
+    def __init__(self, step: int, next_step: int) -> None:
+        super().__init__(
+            f"step {step} leaves a gap: the session's next step is {next_step}; send the steps between first",
+            next_step,
+        )
+
+
+class StepTooOldError(StepOrderError):
+    """The message repeats steps whose answers are no longer recorded."""
+
+    def __init__(self, step: int, oldest: int, next_step: int) -> None:
+        super().__init__(
+            f"step {step} is too old to repeat: the answers kept begin at step {oldest}, and the session's next step "
+            f"is {next_step}; go on from there",
+            next_step,
+        )
+
+
+class InputMismatchError(StepOrderError):
+    """The message repeats a step with other inputs than it ran with."""
+
+    def __init__(self, step: int, next_step: int) -> None:
+        super().__init__(
+            f"step {step} has run with other inputs: a repeat must send the same bytes; the session's next step is "
+            f"{next_step}",
+            next_step,
+        )
+
+
+class StateNotKeptError(StepOrderError):
+    """State was asked for as it was after a repeated message, and the session has moved on since."""
+
+    def __init__(self, step: int, next_step: int) -> None:
+        super().__init__(
+            f"the state after step {step} is no longer kept: the session has moved on to step {next_step}; repeat "
+            "without include_state for the outputs, or call GetState for the state as it is now",
+            next_step,
+        )
+
+
+class NoFreeSlotError(ServingError):
+    """Every slot of the model holds a session."""
+
+    def __init__(self, model: str, max_sessions: int) -> None:
+        super().__init__(
+            f"all {max_sessions} slots of model {model!r} hold a session: delete one, try again later, or raise "
+            "--max-sessions"
+        )
+
+
+class QueueFullError(ServingError):
+    """Too many messages wait for the model."""
+
+    def __init__(self, model: str, max_pending: int) -> None:
+        super().__init__(
+            f"{max_pending} messages wait for model {model!r}, as many as may: try again after a pause, or raise "
+            "--max-pending-messages"
+        )
+
+
+class StepFailedError(ServingError):
+    """The model failed on a message's inputs; the session is as it was before the message."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"model {model!r} failed on these inputs; the session is as it was before this message, and the "
+            "server's log has the cause"
+        )
+
+
+class OutputNotFiniteError(StepFailedError):
+    """The model gave outputs that are not finite; the session is as it was before the message."""
+
+    def __init__(self, model: str, step: int) -> None:
+        Exception.__init__(
+            self,
+            f"model {model!r} gave an output that is not finite at step {step}; the session is as it was before "
+            "this message: send other inputs, or reset it",
+        )
+
+
+class ServerStoppingError(ServingError):
+    """The server is stopping and takes no new work."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping: connect again and repeat the call")
+
+
+class NotBuiltError(ServingError):
+    """An rpc that the contract has and this version of the server does not."""
+
+    def __init__(self, rpc: str) -> None:
+        super().__init__(f"{rpc} is not served by this version: see CHANGELOG.md for what is")

@@ -1,0 +1,172 @@
+"""Lifecycle: put the parts together, serve, and stop without losing anything.
+
+Starting: models are loaded and checked first, so a server that listens can serve. Stopping: health says
+NOT_SERVING, streams that wait for their client end, calls in progress finish, then the engines stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ntm.v1 import (
+    model_service_pb2,
+    model_service_pb2_grpc,
+    session_service_pb2,
+    session_service_pb2_grpc,
+)
+from server import device, repository
+from server.errors import ListenError
+from server.interceptors import ErrorInterceptor
+from server.metrics import Metrics
+from server.model_runner import ModelRunner
+from server.requests import RequestLimits
+from server.service import ModelService, ServedLimits, SessionService
+from server.sessions import ServedModel, SessionLimits, SessionManager
+from server.settings import ServerSettings
+from server.slots import SlotPool
+from server.spec import StepModel
+
+log = structlog.get_logger()
+
+SERVICE_NAMES = [
+    session_service_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+]
+
+
+class Server:
+    """A server that runs in the current event loop."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        """Load every model; nothing listens yet.
+
+        Raises:
+            StartupError: a model cannot be served, or the device cannot be had.
+        """
+        self._settings = settings
+        self._metrics = Metrics()
+        self._device = device.choose(settings.device, settings.device_id)
+        self._metrics.report_device(self._device)
+        models = [self._serve(model) for model in repository.load_all(settings.models)]
+        self.sessions = SessionManager(models)
+        self._limits = RequestLimits(
+            settings.max_steps_per_message, settings.max_sessions_per_batch, settings.max_message_bytes
+        )
+        self._session_service = SessionService(self.sessions, self._limits)
+        self._health = health.aio.HealthServicer()
+        self._background: list[asyncio.Task[None]] = []
+        self._grpc = grpc.aio.server(
+            interceptors=[ErrorInterceptor(self._metrics)],
+            options=[
+                # Twice the limit, so that a message somewhat too large is told which field is at fault.
+                ("grpc.max_receive_message_length", 2 * settings.max_message_bytes),
+                ("grpc.max_send_message_length", settings.max_message_bytes),
+                # Without it a second server could share the port and take half of the calls.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(self.sessions, ServedLimits(self._limits, settings.max_batch_size)), self._grpc
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection(
+            [*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc
+        )
+
+    async def start(self) -> int:
+        """Listen; returns the port.
+
+        Raises:
+            ListenError: the address cannot be listened on.
+        """
+        settings = self._settings
+        host = settings.listen.rpartition(":")[0] or "[::]"
+        try:
+            port = self._grpc.add_insecure_port(settings.listen)
+        except RuntimeError as error:
+            raise ListenError(settings.listen) from error
+        if settings.metrics_listen is not None:
+            metrics_host, _, metrics_port = settings.metrics_listen.rpartition(":")
+            try:
+                self._metrics.serve(metrics_host, int(metrics_port))
+            except OSError as error:
+                raise ListenError(settings.metrics_listen) from error
+        await self._grpc.start()
+        if settings.idle_limit_s is not None:
+            self._background.append(asyncio.create_task(self._expire_idle(settings.idle_limit_s)))
+        for name in ["", *SERVICE_NAMES]:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        log.info("listening", address=f"{host}:{port}", device=self._device.provider, store="none")
+        log.warning("sessions are kept in memory only, and end with this process")
+        return port
+
+    async def stop(self) -> None:
+        """Take no new work, finish what is in progress, and close."""
+        log.info("stopping", drain_timeout_s=self._settings.drain_timeout_s)
+        await self._health.enter_graceful_shutdown()
+        self._session_service.stop_streams()
+        await self._grpc.stop(self._settings.drain_timeout_s)
+        for task in self._background:
+            task.cancel()
+        for served in self.sessions.models.values():
+            await asyncio.to_thread(served.engine.close)
+        log.info("stopped")
+
+    def _serve(self, model: StepModel) -> ServedModel:
+        settings = self._settings
+        # Every session may hold one slot and have a message at work in another.
+        num_slots = 2 * settings.max_sessions
+        served = ServedModel(
+            ModelRunner(model, self._device, num_slots, settings.max_batch_size),
+            SlotPool(num_slots),
+            SessionLimits(
+                settings.max_sessions,
+                settings.max_pending_messages,
+                settings.retry_window_steps,
+                settings.idle_limit_s,
+            ),
+            asyncio.get_running_loop(),
+            self._metrics.batch_observer(model.label),
+        )
+        self._metrics.watch(served)
+        log.info(
+            "model loaded",
+            model=model.label,
+            digest=model.digest[:12],
+            provider=self._device.provider,
+            is_batch_invariant=served.runner.is_batch_invariant,
+            max_sessions=settings.max_sessions,
+            pool_bytes=num_slots * model.state_bytes,
+        )
+        return served
+
+    async def _expire_idle(self, idle_limit_s: float) -> None:
+        while True:
+            await asyncio.sleep(min(idle_limit_s / 4, 10.0))
+            self.sessions.expire_idle()
+
+
+async def run(settings: ServerSettings) -> None:
+    """Serve until SIGTERM or SIGINT, then stop in good order.
+
+    Raises:
+        StartupError: the server cannot start.
+    """
+    server = Server(settings)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    await server.start()
+    await stopping.wait()
+    # A second signal stops at once.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    await server.stop()

@@ -1,0 +1,75 @@
+"""Metrics: what Prometheus can scrape. Names and meanings stand in docs/serving.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from server.device import Device
+from server.engine import BatchReport
+from server.sessions import ServedModel
+
+_SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        r = self._registry
+        self.calls = Counter(
+            "ntm_calls", "Calls answered, by rpc and status code.", ["rpc", "code"], registry=r
+        )
+        self.call_seconds = Histogram(
+            "ntm_call_seconds", "From a call's arrival to its answer.", ["rpc"], buckets=_SECONDS, registry=r
+        )
+        self._steps = Counter("ntm_steps", "Steps run.", ["model"], registry=r)
+        self._batch_size = Histogram(
+            "ntm_batch_size", "Sessions run together in one step.", ["model"], buckets=_SIZES, registry=r
+        )
+        self._run_seconds = Histogram(
+            "ntm_run_seconds", "Running one batch on the device.", ["model"], buckets=_SECONDS, registry=r
+        )
+        self._queue_seconds = Histogram(
+            "ntm_queue_seconds",
+            "A message's wait for its first turn.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self._sessions = Gauge("ntm_sessions", "Live sessions.", ["model"], registry=r)
+        self._pending = Gauge("ntm_pending_messages", "Messages waiting or running.", ["model"], registry=r)
+        self._fell_back = Gauge(
+            "ntm_device_fell_back", "1: device auto found no CUDA and fell back to the CPU.", registry=r
+        )
+
+    def batch_observer(self, model: str) -> Callable[[BatchReport], None]:
+        """What to call after each batch of a model."""
+        steps, sizes = self._steps.labels(model), self._batch_size.labels(model)
+        run_seconds, queue_seconds = self._run_seconds.labels(model), self._queue_seconds.labels(model)
+
+        def observe(report: BatchReport) -> None:
+            steps.inc(report.num_steps)
+            sizes.observe(report.num_steps)
+            run_seconds.observe(report.run_time_s)
+            for wait_s in report.queue_times_s:
+                queue_seconds.observe(wait_s)
+
+        return observe
+
+    def watch(self, served: ServedModel) -> None:
+        """Report a model's sessions and queue as they are when scraped."""
+        label = served.model.label
+        self._sessions.labels(label).set_function(lambda: served.num_sessions)
+        self._pending.labels(label).set_function(lambda: served.num_pending)
+
+    def report_device(self, device: Device) -> None:
+        """Report where models run."""
+        self._fell_back.set(device.fell_back)
+
+    def serve(self, host: str, port: int) -> None:
+        """Answer scrapes in a thread of its own; raises OSError when the port is taken."""
+        start_http_server(port, addr=host, registry=self._registry)

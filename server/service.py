@@ -1,0 +1,372 @@
+"""Service: the gRPC side. Check the request, call the core, build the answer; no state of its own.
+
+`requests.py` holds the checks, `sessions.py` the core, `interceptors.py` turns errors into statuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import onnxruntime as ort
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from ntm.tensor import Array, to_message
+from ntm.v1 import (
+    model_pb2,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    session_pb2,
+    session_service_pb2,
+    session_service_pb2_grpc,
+)
+from server import requests, status
+from server.errors import InvalidInputError, NotBuiltError, ServerStoppingError, ServingError
+from server.requests import RequestLimits
+from server.sessions import ServedModel, Session, SessionManager, StepResult
+
+log = structlog.get_logger()
+
+STORE = "none"
+_MAX_PAGE_SIZE = 1000
+_DEFAULT_PAGE_SIZE = 100
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SessionService(session_service_pb2_grpc.SessionServiceServicer):
+    """ntm.v1.SessionService."""
+
+    def __init__(self, sessions: SessionManager, limits: RequestLimits) -> None:
+        self._sessions = sessions
+        self._limits = limits
+        self._is_stopping = False
+        self._idle_streams: set[asyncio.Task[Any]] = set()
+
+    def stop_streams(self) -> None:
+        """End the streams that wait for their client, so that stopping need not wait for them."""
+        self._is_stopping = True
+        for task in self._idle_streams:
+            task.cancel()
+
+    async def CreateSession(
+        self, request: session_service_pb2.CreateSessionRequest, context: _Context
+    ) -> session_service_pb2.CreateSessionResponse:
+        session = self._sessions.create(
+            request.model_name,
+            request.model_version if request.HasField("model_version") else None,
+            requests.check_id("session_id", request.session_id, may_be_empty=True),
+            requests.check_id("request_id", request.request_id, may_be_empty=True),
+        )
+        return session_service_pb2.CreateSessionResponse(session=_session_message(session))
+
+    async def GetSession(
+        self, request: session_service_pb2.GetSessionRequest, context: _Context
+    ) -> session_service_pb2.GetSessionResponse:
+        session = self._sessions.get(requests.check_id("session_id", request.session_id))
+        return session_service_pb2.GetSessionResponse(session=_session_message(session))
+
+    async def ListSessions(
+        self, request: session_service_pb2.ListSessionsRequest, context: _Context
+    ) -> session_service_pb2.ListSessionsResponse:
+        if not 0 <= request.page_size <= _MAX_PAGE_SIZE:
+            raise InvalidInputError(
+                "page_size", f"{request.page_size} must be 1 to {_MAX_PAGE_SIZE}, or 0 for 100"
+            )
+        page, has_more = self._sessions.page(
+            _decode_page_token(request.page_token),
+            request.page_size or _DEFAULT_PAGE_SIZE,
+            request.model_name,
+        )
+        return session_service_pb2.ListSessionsResponse(
+            sessions=[_session_message(session) for session in page],
+            next_page_token=_encode_page_token(page[-1].session_id) if has_more else "",
+        )
+
+    async def DeleteSession(
+        self, request: session_service_pb2.DeleteSessionRequest, context: _Context
+    ) -> session_service_pb2.DeleteSessionResponse:
+        session_id = requests.check_id("session_id", request.session_id)
+        await self._sessions.delete(session_id, request.allow_missing)
+        return session_service_pb2.DeleteSessionResponse()
+
+    async def ResetSession(
+        self, request: session_service_pb2.ResetSessionRequest, context: _Context
+    ) -> session_service_pb2.ResetSessionResponse:
+        session_id = requests.check_id("session_id", request.session_id)
+        session = await self._sessions.reset(
+            session_id, request.at_step if request.HasField("at_step") else None
+        )
+        return session_service_pb2.ResetSessionResponse(session=_session_message(session))
+
+    async def Step(
+        self, request: session_service_pb2.StepRequest, context: _Context
+    ) -> session_service_pb2.StepResponse:
+        return await self._step(request)
+
+    async def StreamSteps(
+        self, request_iterator: AsyncIterator[session_service_pb2.StreamStepsRequest], context: _Context
+    ) -> AsyncIterator[session_service_pb2.StreamStepsResponse]:
+        incoming = aiter(request_iterator)
+        while (request := await self._next(incoming)) is not None:
+            answer = await self._step(request.step)
+            yield session_service_pb2.StreamStepsResponse(session_id=request.step.session_id, step=answer)
+
+    async def BatchStep(
+        self, request: session_service_pb2.BatchStepRequest, context: _Context
+    ) -> session_service_pb2.BatchStepResponse:
+        requests.check_message_bytes(request.ByteSize(), self._limits)
+        ids = request.session_ids
+        if len(set(ids)) != len(ids):
+            raise InvalidInputError(
+                "session_ids", "a session stands twice: send its steps in one item, or one after another"
+            )
+        if len(request.first_steps) not in (0, len(ids)):
+            raise InvalidInputError(
+                "first_steps",
+                f"{len(request.first_steps)} for {len(ids)} sessions: send one for each, or none",
+            )
+        inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
+        futures = self._enter_each(ids, request.first_steps, inputs)
+        # A caller who leaves cancels them all, which takes out those that have not begun.
+        return _batch_message(await asyncio.gather(*futures, return_exceptions=True), inputs.shape[1])
+
+    async def GetState(
+        self, request: session_service_pb2.GetStateRequest, context: _Context
+    ) -> session_service_pb2.GetStateResponse:
+        session = self._sessions.get(requests.check_id("session_id", request.session_id))
+        spec = session.model.model.spec
+        names = requests.check_state_names("names", request.names, spec)
+        names = names or [state.input_name for state in spec.states]
+        requests.check_answer_size(0, names, spec, self._limits)
+        result = await self._sessions.state(session.session_id)
+        return session_service_pb2.GetStateResponse(
+            next_step=result.next_step, state=_state_messages(names, result.state, spec)
+        )
+
+    async def ForkSession(
+        self, request: session_service_pb2.ForkSessionRequest, context: _Context
+    ) -> session_service_pb2.ForkSessionResponse:
+        session = await self._sessions.fork(
+            requests.check_id("source_session_id", request.source_session_id),
+            request.at_step if request.HasField("at_step") else None,
+            requests.check_id("session_id", request.session_id, may_be_empty=True),
+            requests.check_id("request_id", request.request_id, may_be_empty=True),
+        )
+        return session_service_pb2.ForkSessionResponse(session=_session_message(session))
+
+    async def ExportSession(
+        self, request: session_service_pb2.ExportSessionRequest, context: _Context
+    ) -> session_service_pb2.ExportSessionResponse:
+        raise NotBuiltError("ExportSession")
+
+    async def ImportSession(
+        self, request: session_service_pb2.ImportSessionRequest, context: _Context
+    ) -> session_service_pb2.ImportSessionResponse:
+        raise NotBuiltError("ImportSession")
+
+    async def _step(self, request: session_service_pb2.StepRequest) -> session_service_pb2.StepResponse:
+        requests.check_message_bytes(request.ByteSize(), self._limits)
+        session = self._sessions.get(requests.check_id("session_id", request.session_id))
+        spec = session.model.model.spec
+        inputs = requests.step_inputs(request.inputs, spec.input, self._limits)
+        names = requests.check_state_names("include_state", request.include_state, spec)
+        requests.check_answer_size(len(inputs), names, spec, self._limits)
+        first_step = request.first_step if request.HasField("first_step") else None
+        result = await self._sessions.step(session.session_id, inputs, first_step, wants_state=bool(names))
+        return session_service_pb2.StepResponse(
+            outputs=to_message(result.outputs),
+            next_step=result.next_step,
+            state=_state_messages(names, result.state, spec),
+        )
+
+    def _enter_each(
+        self, ids: Sequence[str], first_steps: Sequence[int], inputs: Array
+    ) -> list[asyncio.Future[StepResult]]:
+        """Enter each session's steps; an item that cannot be entered is a future that failed."""
+        sessions = [self._find(session_id) for session_id in ids]
+        specs = [found.model.model.spec for found in sessions if isinstance(found, Session)]
+        if specs:
+            requests.check_batch_fits(inputs, specs[0], self._limits)
+        futures = []
+        for index, found in enumerate(sessions):
+            try:
+                if isinstance(found, ServingError):
+                    raise found
+                requests.check_alike("session_ids", found.model.model.spec, specs[0])
+                first_step = first_steps[index] if first_steps else None
+                future = self._sessions.step(found.session_id, inputs[index], first_step, wants_state=False)
+            except ServingError as error:
+                future = asyncio.get_running_loop().create_future()
+                future.set_exception(error)
+            futures.append(future)
+        return futures
+
+    def _find(self, session_id: str) -> Session | ServingError:
+        try:
+            return self._sessions.get(requests.check_id("session_ids", session_id))
+        except ServingError as error:
+            return error
+
+    async def _next(
+        self, incoming: AsyncIterator[session_service_pb2.StreamStepsRequest]
+    ) -> session_service_pb2.StreamStepsRequest | None:
+        """A stream's next message, or None at its end; ServerStoppingError when the server stops meanwhile."""
+        if self._is_stopping:
+            raise ServerStoppingError
+        task = asyncio.current_task()
+        assert task is not None
+        self._idle_streams.add(task)
+        try:
+            return await anext(incoming, None)
+        except asyncio.CancelledError:
+            if self._is_stopping:
+                task.uncancel()
+                raise ServerStoppingError from None
+            raise
+        finally:
+            self._idle_streams.discard(task)
+
+
+@dataclass(frozen=True)
+class ServedLimits:
+    """The limits that GetModel reports beside the request's own."""
+
+    requests: RequestLimits
+    max_batch_size: int
+
+
+class ModelService(model_service_pb2_grpc.ModelServiceServicer):
+    """ntm.v1.ModelService."""
+
+    def __init__(self, sessions: SessionManager, limits: ServedLimits) -> None:
+        self._sessions = sessions
+        self._limits = limits
+
+    async def ListModels(
+        self, request: model_service_pb2.ListModelsRequest, context: _Context
+    ) -> model_service_pb2.ListModelsResponse:
+        served = sorted(self._sessions.models.values(), key=lambda s: (s.model.name, -s.model.version))
+        return model_service_pb2.ListModelsResponse(models=[_model_message(s) for s in served])
+
+    async def GetModel(
+        self, request: model_service_pb2.GetModelRequest, context: _Context
+    ) -> model_service_pb2.GetModelResponse:
+        version = request.model_version if request.HasField("model_version") else None
+        served = self._sessions.model(request.model_name, version)
+        device = served.runner.device
+        return model_service_pb2.GetModelResponse(
+            model=_model_message(served),
+            spec=served.model.spec,
+            execution=model_service_pb2.Execution(
+                requested_device=device.requested,
+                provider=device.provider,
+                device_id=device.device_id,
+                fell_back_to_cpu=device.fell_back,
+                batch_invariant=served.runner.is_batch_invariant,
+                onnxruntime_version=ort.__version__,
+            ),
+            limits=model_service_pb2.Limits(
+                max_sessions=served.limits.max_sessions,
+                max_batch_size=self._limits.max_batch_size,
+                max_steps_per_message=self._limits.requests.max_steps_per_message,
+                max_sessions_per_batch=self._limits.requests.max_sessions_per_batch,
+                max_message_bytes=self._limits.requests.max_message_bytes,
+                max_pending_messages=served.limits.max_pending_messages,
+                retry_window_steps=served.limits.retry_window_steps,
+                state_bytes_per_session=served.model.state_bytes,
+            ),
+            durability=model_service_pb2.Durability(
+                store=STORE, level=model_service_pb2.DURABILITY_LEVEL_VOLATILE
+            ),
+        )
+
+
+def _model_message(served: ServedModel) -> model_service_pb2.ModelVersion:
+    model = served.model
+    return model_service_pb2.ModelVersion(name=model.name, version=model.version, digest=model.digest)
+
+
+def _session_message(session: Session) -> session_pb2.Session:
+    idle_limit_s = session.model.limits.idle_limit_s
+    return session_pb2.Session(
+        session_id=session.session_id,
+        model_name=session.model.model.name,
+        model_version=session.model.model.version,
+        next_step=session.next_step,
+        create_time=_timestamp(session.create_time_s),
+        last_use_time=_timestamp(session.last_use_time_s),
+        expire_time=_timestamp(session.last_use_time_s + idle_limit_s) if idle_limit_s else None,
+        store=STORE,
+    )
+
+
+def _timestamp(time_s: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(int(time_s * 1e9))
+    return timestamp
+
+
+def _state_messages(
+    names: Iterable[str], state: Mapping[str, Array], spec: model_pb2.ModelSpec
+) -> list[session_pb2.StateTensor]:
+    """State tensors as the API shows them."""
+    specs = {state_spec.input_name: state_spec for state_spec in spec.states}
+    return [
+        session_pb2.StateTensor(
+            name=name,
+            role=specs[name].role,
+            value=to_message(
+                state[name].transpose(specs[name].api_axes) if specs[name].api_axes else state[name]
+            ),
+        )
+        for name in names
+    ]
+
+
+def _batch_message(
+    results: list[StepResult | BaseException], num_steps: int
+) -> session_service_pb2.BatchStepResponse:
+    response = session_service_pb2.BatchStepResponse()
+    good = [result for result in results if isinstance(result, StepResult)]
+    outputs: Array | None = None
+    if good:
+        outputs = np.zeros((len(results), num_steps, *good[0].outputs.shape[1:]), good[0].outputs.dtype)
+    for index, result in enumerate(results):
+        if isinstance(result, StepResult):
+            assert outputs is not None
+            outputs[index] = result.outputs
+            response.next_steps.append(result.next_step)
+            continue
+        if not isinstance(result, ServingError):
+            log.error("an item of a batch failed unexpectedly", index=index, exc_info=result)
+        told = status.of(result)
+        response.next_steps.append(0)
+        response.errors.add(
+            index=index,
+            code=told.code.value[0],
+            reason=told.reason,
+            message=told.message,
+            metadata=told.metadata,
+        )
+    if outputs is not None:
+        response.outputs.CopyFrom(to_message(outputs))
+    return response
+
+
+def _encode_page_token(session_id: str) -> str:
+    return base64.urlsafe_b64encode(session_id.encode()).decode()
+
+
+def _decode_page_token(token: str) -> str:
+    try:
+        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        raise InvalidInputError("page_token", "send next_page_token of the page before, unchanged") from None

@@ -1,0 +1,532 @@
+"""Sessions: whose state is where, how far it has come, and what was answered.
+
+This is the server without gRPC: it makes a call on a session happen exactly once. Calls on one session are
+served in order of arrival, one at a time. A message is applied whole or not at all: the engine works in a
+slot of the message's own, and only a message that ended well becomes the session's state, counter and record.
+Everything here runs in the event loop's thread; the engine's thread only hands back messages that ended.
+
+`service.py` checks what callers send before it comes here; `engine.py` runs what leaves here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import structlog
+
+from ntm.tensor import Array, numpy_dtype
+from server.engine import BatchReport, Engine, Message
+from server.errors import (
+    InputMismatchError,
+    ModelNotFoundError,
+    NoFreeSlotError,
+    QueueFullError,
+    RequestIdReusedError,
+    ServingError,
+    SessionExistsError,
+    SessionExpiredError,
+    SessionIdRetiredError,
+    SessionNotFoundError,
+    StateNotKeptError,
+    StepGapError,
+    StepTooOldError,
+)
+from server.model_runner import INITIAL_SLOT, ModelRunner
+from server.slots import SlotPool
+from server.spec import StepModel
+
+log = structlog.get_logger()
+
+RETIREMENT_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class SessionLimits:
+    """What sessions of one model may take."""
+
+    max_sessions: int
+    max_pending_messages: int
+    retry_window_steps: int
+    idle_limit_s: float | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The answer to a message."""
+
+    outputs: Array
+    """[T, ...output shape]."""
+    next_step: int
+    state: dict[str, Array]
+    """By name, without the batch axis and in the graph's axes; empty unless it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A message that was applied."""
+
+    first_step: int
+    inputs: Array
+    outputs: Array
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + len(self.inputs)
+
+
+@dataclass(eq=False)
+class Session:
+    """A scratch memory and its history."""
+
+    session_id: str
+    request_id: str
+    model: ServedModel
+    create_time_s: float
+    last_use_time_s: float
+    next_step: int = 0
+    slot: int = INITIAL_SLOT
+    records: deque[_Record] = field(default_factory=deque)
+    reset_steps: deque[int] = field(default_factory=deque)
+    """Steps at which it was reset, ascending, as far back as the records."""
+    calls: deque[_Call] = field(default_factory=deque)
+    """Calls in order of arrival; the first is being served."""
+    has_ended: bool = False
+
+    @property
+    def oldest_step(self) -> int:
+        """The first step whose answer is still recorded."""
+        return self.records[0].first_step if self.records else self.next_step
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """One call on one session, waiting or being served."""
+
+    session: Session
+    begin: Callable[[_Call], None]
+    """Called when its turn has come; ends the call, or gives it a message to wait for."""
+    future: asyncio.Future[Any]
+    message: Message | None = None
+    on_message: Callable[[Message], Any] | None = None
+
+
+class ServedModel:
+    """One version of a model in service: its engine and its slots."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        slots: SlotPool,
+        limits: SessionLimits,
+        loop: asyncio.AbstractEventLoop,
+        on_batch: Callable[[BatchReport], None] = lambda _: None,
+    ) -> None:
+        """Start the engine; it reports to `loop`."""
+        self.model: StepModel = runner.model
+        self.runner = runner
+        self.limits = limits
+        self.slots = slots
+        self.num_sessions = 0
+        self.num_pending = 0
+        self._calls: dict[Message, Callable[[Message], None]] = {}
+        self._loop = loop
+        self.engine = Engine(runner, self._hand_back, on_batch)
+
+    def submit(self, message: Message, on_ended: Callable[[Message], None]) -> None:
+        """Run a message; `on_ended` is called in the event loop when it has ended."""
+        self._calls[message] = on_ended
+        self.engine.submit(message)
+
+    def withdraw(self, message: Message) -> bool:
+        """Take a message back that has not begun; says whether it is out."""
+        if not self.engine.withdraw(message):
+            return False
+        del self._calls[message]
+        return True
+
+    def _hand_back(self, messages: list[Message]) -> None:
+        self._loop.call_soon_threadsafe(self._end, messages)
+
+    def _end(self, messages: list[Message]) -> None:
+        for message in messages:
+            self._calls.pop(message)(message)
+
+
+@dataclass(frozen=True, slots=True)
+class _Retired:
+    """A session that has ended, remembered so that its id is not used again too soon."""
+
+    request_id: str
+    error: type[SessionNotFoundError]
+    end_time_s: float
+
+
+class SessionManager:
+    """All sessions of all models."""
+
+    def __init__(self, models: Iterable[ServedModel], now_s: Callable[[], float] = time.time) -> None:
+        """Serve `models`; `now_s` gives the time in seconds since the epoch."""
+        self.models = {(served.model.name, served.model.version): served for served in models}
+        self._now_s = now_s
+        self._sessions: dict[str, Session] = {}
+        self._retired: dict[str, _Retired] = {}
+        self._session_ids_by_request: dict[str, str] = {}
+
+    def model(self, name: str, version: int | None) -> ServedModel:
+        """A model by name; without a version the newest.
+
+        Raises:
+            ModelNotFoundError: there is none.
+        """
+        if version is None:
+            version = max((v for n, v in self.models if n == name), default=None)
+        served = self.models.get((name, version)) if version is not None else None
+        if served is None:
+            labels = sorted(f"{n}/{v}" for n, v in self.models)
+            raise ModelNotFoundError(name, version, labels)
+        return served
+
+    def get(self, session_id: str) -> Session:
+        """A session by id.
+
+        Raises:
+            SessionNotFoundError: it was never created, or it was deleted.
+            SessionExpiredError: it ended by its idle limit.
+        """
+        session = self._sessions.get(session_id)
+        if session is None:
+            retired = self._retired.get(session_id)
+            raise (retired.error if retired else SessionNotFoundError)(session_id)
+        return session
+
+    def page(self, after: str, size: int, model_name: str) -> tuple[list[Session], bool]:
+        """Up to `size` sessions with ids after `after`, ascending, and whether there are more."""
+        ids = sorted(
+            i for i, s in self._sessions.items() if not model_name or s.model.model.name == model_name
+        )
+        start = bisect_right(ids, after)
+        return [self._sessions[i] for i in ids[start : start + size]], len(ids) > start + size
+
+    def create(self, model_name: str, version: int | None, session_id: str, request_id: str) -> Session:
+        """Create a session in the initial state, or return the one that this request made before.
+
+        Args:
+            model_name: name of the model.
+            version: version of the model, or None for the newest.
+            session_id: id of the session, or "" to have one made.
+            request_id: names the request, or "".
+
+        Raises:
+            ModelNotFoundError, SessionExistsError, SessionIdRetiredError, RequestIdReusedError, NoFreeSlotError.
+        """
+        repeated = self._repeated(request_id, session_id)
+        if repeated is not None:
+            model = repeated.model.model
+            if model.name != model_name or version not in (None, model.version):
+                raise RequestIdReusedError(request_id)
+            return repeated
+        return self._add(self.model(model_name, version), session_id, request_id)
+
+    def fork(
+        self, source_session_id: str, at_step: int | None, session_id: str, request_id: str
+    ) -> asyncio.Future[Session]:
+        """Copy a session as it is when its turn comes; both hold the same slot until one of them steps.
+
+        Raises (through the future): as `create`; SessionNotFoundError, StepTooOldError, StepGapError.
+        """
+
+        def begin(call: _Call) -> None:
+            source = call.session
+            if at_step is not None and at_step > source.next_step:
+                raise StepGapError(at_step, source.next_step)
+            if at_step is not None and at_step < source.next_step:
+                raise StepTooOldError(at_step, source.next_step, source.next_step)
+            copy = self._add(source.model, session_id, request_id)
+            copy.next_step = source.next_step
+            copy.slot = source.model.slots.hold(source.slot)
+            return self._end(call, copy)
+
+        repeated = self._repeated(request_id, session_id)
+        return _done(repeated) if repeated else self._enter(self.get(source_session_id), begin)
+
+    def delete(self, session_id: str, allow_missing: bool) -> asyncio.Future[None]:
+        """End a session after the calls that wait on it, and retire its id.
+
+        Raises (at once or through the future): SessionNotFoundError, unless `allow_missing`.
+        """
+
+        def begin(call: _Call) -> None:
+            self._retire(call.session, SessionNotFoundError)
+            self._end(call, None)
+
+        if allow_missing and session_id not in self._sessions:
+            return _done(None)
+        return self._enter(self.get(session_id), begin)
+
+    def reset(self, session_id: str, at_step: int | None) -> asyncio.Future[Session]:
+        """Put a session back to the initial state; a repeat of a reset made before changes nothing.
+
+        Raises (at once or through the future): SessionNotFoundError, StepTooOldError, StepGapError.
+        """
+
+        def begin(call: _Call) -> None:
+            session = call.session
+            step = session.next_step if at_step is None else at_step
+            if step > session.next_step:
+                raise StepGapError(step, session.next_step)
+            if step not in session.reset_steps:
+                if step < session.next_step:
+                    raise StepTooOldError(step, session.next_step, session.next_step)
+                self._move(session, INITIAL_SLOT)
+                session.reset_steps.append(step)
+            self._end(call, session)
+
+        return self._enter(self.get(session_id), begin)
+
+    def step(
+        self, session_id: str, inputs: Array, first_step: int | None, wants_state: bool
+    ) -> asyncio.Future[StepResult]:
+        """Run a message, or answer it from the records where it repeats one.
+
+        Cancelling the future withdraws a message that has not begun; one that has begun runs to its end.
+
+        Args:
+            session_id: id of the session.
+            inputs: [T, ...input shape], T at least 1, checked.
+            first_step: index of the first input, or None to run it as the next.
+            wants_state: whether to return the state after the last step.
+
+        Raises (at once or through the future): SessionNotFoundError, QueueFullError, StepGapError, StepTooOldError,
+            InputMismatchError, StateNotKeptError, StepFailedError, OutputNotFiniteError.
+        """
+
+        def begin(call: _Call) -> None:
+            session = call.session
+            known = _recorded_outputs(session, inputs, first_step)
+            new_inputs = inputs[len(known) :]
+            if len(new_inputs) == 0:
+                end_step = (first_step or 0) + len(inputs)
+                if not wants_state:
+                    return self._end(call, StepResult(known, end_step, {}))
+                if end_step != session.next_step or end_step in session.reset_steps:
+                    raise StateNotKeptError(end_step - 1, session.next_step)
+            return self._run(call, new_inputs, known, wants_state)
+
+        return self._enter(self.get(session_id), begin)
+
+    def state(self, session_id: str) -> asyncio.Future[StepResult]:
+        """A session's state after the calls that wait before this one: a message of no steps.
+
+        Raises (at once or through the future): SessionNotFoundError, QueueFullError.
+        """
+
+        def begin(call: _Call) -> None:
+            no_inputs, no_outputs = _empty(call.session.model.model)
+            self._run(call, no_inputs, no_outputs, wants_state=True)
+
+        return self._enter(self.get(session_id), begin)
+
+    def expire_idle(self) -> None:
+        """End the sessions that no call has used for their model's idle limit."""
+        now_s = self._now_s()
+        for session in [*self._sessions.values()]:
+            limit_s = session.model.limits.idle_limit_s
+            if limit_s is not None and not session.calls and now_s - session.last_use_time_s >= limit_s:
+                log.info("session expired", session_id=session.session_id, idle_limit_s=limit_s)
+                self._retire(session, SessionExpiredError)
+
+    # One session's calls, in order.
+
+    def _enter(self, session: Session, begin: Callable[[_Call], None]) -> asyncio.Future[Any]:
+        """Put a call in its session's line; cancelling its future takes it out again if it has not begun."""
+        served = session.model
+        if served.num_pending >= served.limits.max_pending_messages:
+            raise QueueFullError(served.model.label, served.limits.max_pending_messages)
+        served.num_pending += 1
+        call = _Call(session, begin, asyncio.get_running_loop().create_future())
+        call.future.add_done_callback(lambda future: self._withdraw(call) if future.cancelled() else None)
+        session.calls.append(call)
+        if len(session.calls) == 1:
+            self._serve(session)
+        return call.future
+
+    def _serve(self, session: Session) -> None:
+        """Begin calls until one has a message to wait for."""
+        while session.calls and session.calls[0].message is None:
+            call = session.calls[0]
+            if session.has_ended:
+                self._leave(call, SessionNotFoundError(session.session_id))
+                continue
+            session.last_use_time_s = self._now_s()
+            try:
+                call.begin(call)
+            except ServingError as error:
+                self._leave(call, error)
+
+    def _end(self, call: _Call, result: object) -> None:
+        """Answer the call being served."""
+        self._leave(call, None)
+        if not call.future.done():
+            call.future.set_result(result)
+
+    def _leave(self, call: _Call, error: ServingError | None) -> None:
+        call.session.calls.popleft()
+        call.session.model.num_pending -= 1
+        if error is not None and not call.future.done():
+            call.future.set_exception(error)
+
+    def _withdraw(self, call: _Call) -> None:
+        """The caller has left: take the call out unless it has begun."""
+        session = call.session
+        if call not in session.calls:
+            return
+        if call.message is None:
+            session.calls.remove(call)
+            session.model.num_pending -= 1
+        elif session.model.withdraw(call.message):
+            if call.message.write_slot != INITIAL_SLOT:
+                session.model.slots.release(call.message.write_slot)
+            self._leave(call, None)
+            self._serve(session)
+
+    # Messages.
+
+    def _run(self, call: _Call, inputs: Array, known_outputs: Array, wants_state: bool) -> None:
+        """Send a message for the call; its answer is the outputs known and the new ones."""
+        session = call.session
+        served = session.model
+        spec = served.model.spec
+        outputs = np.empty((len(inputs), *spec.output.shape), numpy_dtype(spec.output.dtype))
+        write_slot = served.slots.take() if len(inputs) else INITIAL_SLOT
+        message = Message(
+            session.session_id, session.next_step, inputs, outputs, session.slot, write_slot, wants_state
+        )
+        call.message = message
+
+        def on_ended(message: Message) -> None:
+            if message.error is not None:
+                served.slots.release(write_slot)
+                self._leave(call, message.error)
+            else:
+                if len(inputs):
+                    self._apply(session, message)
+                joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
+                self._end(call, StepResult(joined, session.next_step, message.state or {}))
+            self._serve(session)
+
+        served.submit(message, on_ended)
+
+    def _apply(self, session: Session, message: Message) -> None:
+        """Make a message that ended well part of its session: state, counter and record."""
+        self._move(session, message.write_slot)
+        session.records.append(_Record(session.next_step, message.inputs, message.outputs))
+        session.next_step += len(message.inputs)
+        window_start = session.next_step - session.model.limits.retry_window_steps
+        while session.records[0].end_step <= window_start:
+            session.records.popleft()
+        while session.reset_steps and session.reset_steps[0] < session.oldest_step:
+            session.reset_steps.popleft()
+
+    def _move(self, session: Session, slot: int) -> None:
+        session.model.slots.release(session.slot)
+        session.slot = slot
+
+    # Beginnings and ends.
+
+    def _repeated(self, request_id: str, session_id: str) -> Session | None:
+        """The session that this request made before, if it did."""
+        made_id = self._session_ids_by_request.get(request_id) if request_id else None
+        if made_id is None:
+            return None
+        if session_id not in ("", made_id):
+            raise RequestIdReusedError(request_id)
+        session = self._sessions.get(made_id)
+        if session is None:
+            raise SessionIdRetiredError(made_id)
+        return session
+
+    def _add(self, served: ServedModel, session_id: str, request_id: str) -> Session:
+        self._forget_retired()
+        session_id = session_id or secrets.token_hex(16)
+        if session_id in self._sessions:
+            raise SessionExistsError(session_id)
+        if session_id in self._retired:
+            raise SessionIdRetiredError(session_id)
+        if served.num_sessions >= served.limits.max_sessions:
+            raise NoFreeSlotError(served.model.label, served.limits.max_sessions)
+        now_s = self._now_s()
+        session = Session(session_id, request_id, served, now_s, now_s)
+        self._sessions[session_id] = session
+        served.num_sessions += 1
+        if request_id:
+            self._session_ids_by_request[request_id] = session_id
+        return session
+
+    def _retire(self, session: Session, error: type[SessionNotFoundError]) -> None:
+        session.has_ended = True
+        self._move(session, INITIAL_SLOT)
+        session.model.num_sessions -= 1
+        del self._sessions[session.session_id]
+        self._retired[session.session_id] = _Retired(session.request_id, error, self._now_s())
+
+    def _forget_retired(self) -> None:
+        """Forget the sessions that ended long enough ago; the oldest come first."""
+        while self._retired:
+            session_id, retired = next(iter(self._retired.items()))
+            if self._now_s() - retired.end_time_s < RETIREMENT_S:
+                return
+            del self._retired[session_id]
+            self._session_ids_by_request.pop(retired.request_id, None)
+
+
+def _recorded_outputs(session: Session, inputs: Array, first_step: int | None) -> Array:
+    """The outputs [K, ...output shape] of the first K inputs, those that have run already; K may be 0.
+
+    Raises:
+        StepGapError, StepTooOldError, InputMismatchError.
+    """
+    known: list[Array] = [_empty(session.model.model)[1]]
+    if first_step is None or first_step == session.next_step:
+        return known[0]
+    if first_step > session.next_step:
+        raise StepGapError(first_step, session.next_step)
+    if first_step < session.oldest_step:
+        raise StepTooOldError(first_step, session.oldest_step, session.next_step)
+    end_step = min(first_step + len(inputs), session.next_step)
+    for record in session.records:
+        start, end = max(first_step, record.first_step), min(end_step, record.end_step)
+        if start >= end:
+            continue
+        sent = inputs[start - first_step : end - first_step]
+        ran = record.inputs[start - record.first_step : end - record.first_step]
+        if sent.tobytes() != ran.tobytes():
+            different = _first_difference(sent, ran)
+            raise InputMismatchError(start + different, session.next_step)
+        known.append(record.outputs[start - record.first_step : end - record.first_step])
+    return np.concatenate(known)
+
+
+def _first_difference(a: Sequence[Array] | Array, b: Sequence[Array] | Array) -> int:
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x.tobytes() != y.tobytes())
+
+
+def _done(result: Any) -> asyncio.Future[Any]:
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    future.set_result(result)
+    return future
+
+
+def _empty(model: StepModel) -> tuple[Array, Array]:
+    """No inputs and no outputs, of a model's shapes and dtypes."""
+    return (
+        np.empty((0, *model.spec.input.shape), numpy_dtype(model.spec.input.dtype)),
+        np.empty((0, *model.spec.output.shape), numpy_dtype(model.spec.output.dtype)),
+    )

@@ -1,0 +1,131 @@
+"""Settings: everything an operator can choose, from flags, the environment and a file, in that order.
+
+Read once, in `__main__`; values are passed down from there.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+ENV_PREFIX = "NTM_SERVER_"
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ServerSettings(BaseSettings):
+    """Serve step-wise models: each session's memory held between calls, many sessions run together."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        cli_prog_name="python -m server",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    models: Path = Path("models")
+    """Directory of models, laid out NAME/VERSION/model.onnx."""
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT to listen on; port 0 takes a free one, which the log names."""
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    """Where models run: auto takes CUDA where it works and says so when it falls back to the CPU."""
+    device_id: Annotated[int, Field(ge=0)] = 0
+    """Index of the CUDA device."""
+    max_sessions: Count = 1024
+    """Live sessions of one model at most; memory for twice as many states is set aside on the device."""
+    max_batch_size: Count = 64
+    """Sessions run together in one step at most."""
+    max_steps_per_message: Count = 1024
+    """Steps in one message for one session at most."""
+    max_sessions_per_batch: Count = 1024
+    """Sessions in one BatchStep at most."""
+    max_message_bytes: Annotated[int, Field(ge=128 * 1024)] = 4 * 1024 * 1024
+    """Bytes of one request or answer at most. Most gRPC clients accept no more than 4 MiB unless told to."""
+    max_pending_messages: Count = 4096
+    """Messages that may wait for one model; one more is refused with RESOURCE_EXHAUSTED."""
+    retry_window_steps: Count = 1024
+    """Steps, at least, for which each session keeps its answers, for calls that are repeated."""
+    idle_limit_s: Seconds | None = None
+    """Seconds without a call after which a session ends. Not set: sessions end only when deleted."""
+    drain_timeout_s: Seconds = 30.0
+    """Seconds that calls in progress have to finish after SIGTERM."""
+    metrics_listen: str | None = None
+    """HOST:PORT for Prometheus to scrape. Not set: no metrics endpoint."""
+    log_format: Literal["console", "json"] = "console"
+    """How the log is written, to standard error."""
+    config: Path | None = None
+    """TOML file with any of these settings; flags and the environment go before it."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> ServerSettings:
+        if self.max_steps_per_message > self.retry_window_steps:
+            raise ValueError(
+                f"max_steps_per_message ({self.max_steps_per_message}) must be at most retry_window_steps "
+                f"({self.retry_window_steps}), or a message could not be repeated"
+            )
+        for name in ("listen", "metrics_listen"):
+            address = getattr(self, name)
+            if address is not None and not address.rpartition(":")[2].isdecimal():
+                raise ValueError(f"{name} ({address}) must be HOST:PORT, such as 127.0.0.1:50051")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags (which pydantic-settings puts first), then the environment, then the file."""
+        return init_settings, env_settings, _ConfigFile(settings_cls)
+
+
+class _ConfigFile(TomlConfigSettingsSource):
+    """The file that the flag or the environment variable `config` names, if any does."""
+
+    def __call__(self) -> dict[str, object]:
+        named = self.current_state.get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
+        if not named:
+            return {}
+        path = Path(str(named))
+        try:
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"cannot read the settings file {path}: {error}") from error
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used."""
+
+
+def check_environment() -> None:
+    """Refuse an environment variable that looks like a setting and is none, as a misspelt flag is refused.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in ServerSettings.model_fields}
+    unknown = sorted(
+        name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
+    )
+    if unknown:
+        raise SettingsError(
+            f"unknown settings in the environment: {', '.join(unknown)}; see --help for all there are"
+        )

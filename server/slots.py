@@ -1,0 +1,44 @@
+"""Slots: which rows of a model's pools are in use.
+
+A slot's content never changes while somebody holds it: a message writes a fresh one, and the session changes
+over to it when the whole message has succeeded. That makes messages atomic without copying state, and a
+slot that two sessions hold is a copy that costs nothing until one of them steps.
+"""
+
+from __future__ import annotations
+
+from server.model_runner import INITIAL_SLOT, NUM_RESERVED_SLOTS
+
+
+class SlotPool:
+    """Counts who holds each slot; a slot that nobody holds is free."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._free = list(range(num_slots + NUM_RESERVED_SLOTS - 1, NUM_RESERVED_SLOTS - 1, -1))
+        self._holders: dict[int, int] = {}
+
+    @property
+    def num_used(self) -> int:
+        """Slots that somebody holds."""
+        return len(self._holders)
+
+    def take(self) -> int:
+        """A free slot, held once. There is always one: the pool is made as large as its users can need."""
+        slot = self._free.pop()
+        self._holders[slot] = 1
+        return slot
+
+    def hold(self, slot: int) -> int:
+        """Hold a slot once more; the initial slot is everybody's and is not counted."""
+        if slot != INITIAL_SLOT:
+            self._holders[slot] += 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Hold a slot once less."""
+        if slot == INITIAL_SLOT:
+            return
+        self._holders[slot] -= 1
+        if not self._holders[slot]:
+            del self._holders[slot]
+            self._free.append(slot)

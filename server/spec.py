@@ -1,0 +1,231 @@
+"""Spec: read what a model file declares of itself, and hold it against the graph.
+
+A `StepModel` that leaves here can be served: its spec and its graph agree in every name, dtype and shape.
+`repository.py` finds the files; `graphs.py` derives from the graph what the device runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf import json_format
+from onnx import helper
+
+from ntm.tensor import Array, TensorError, data_type, numpy_dtype, to_array, type_name
+from ntm.v1 import model_pb2, tensor_pb2
+from server.errors import ModelFileError
+
+METADATA_KEY = "ntm.v1.ModelSpec"
+SIDECAR_NAME = "model_spec.json"
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """One version of a model, read and checked."""
+
+    name: str
+    version: int
+    digest: str
+    """SHA-256 of the model file, in hexadecimal."""
+    spec: model_pb2.ModelSpec
+    step: onnx.ModelProto
+
+    @property
+    def label(self) -> str:
+        """Name and version, as people write them."""
+        return f"{self.name}/{self.version}"
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state of one session."""
+        return sum(math.prod(s.shape) * numpy_dtype(s.dtype).itemsize for s in self.spec.states)
+
+
+def load(path: Path, name: str, version: int) -> StepModel:
+    """Read and check one model file.
+
+    Raises:
+        ModelFileError: it is not an ONNX file, has no spec, or spec and graph disagree; all reasons are listed.
+    """
+    try:
+        content = path.read_bytes()
+        step = onnx.load(path)
+        onnx.checker.check_model(step)
+    except Exception as error:  # onnx, protobuf and the file system each have their own
+        raise ModelFileError(str(path), [f"it is not a valid ONNX file: {_first_line(error)}"]) from error
+    spec = _read_spec(path, step)
+    problems = list(differences(spec, step.graph))
+    if problems:
+        raise ModelFileError(str(path), problems)
+    return StepModel(name, version, hashlib.sha256(content).hexdigest(), spec, step)
+
+
+def initial_value(state: model_pb2.StateSpec) -> Array:
+    """The value a new session starts from, [shape] of a checked spec."""
+    if state.WhichOneof("initial") == "values":
+        return to_array(state.values)
+    return np.full(tuple(state.shape), state.fill, dtype=numpy_dtype(state.dtype))
+
+
+def _read_spec(path: Path, step: onnx.ModelProto) -> model_pb2.ModelSpec:
+    sidecar = path.with_name(SIDECAR_NAME)
+    texts = [entry.value for entry in step.metadata_props if entry.key == METADATA_KEY]
+    if texts:
+        source, text = f"the metadata {METADATA_KEY}", texts[0]
+    elif sidecar.exists():
+        source, text = SIDECAR_NAME, sidecar.read_text(encoding="utf-8")
+    else:
+        raise ModelFileError(
+            str(path),
+            [
+                f"it has no spec: neither the metadata {METADATA_KEY}, which `python -m export` writes, "
+                f"nor a {SIDECAR_NAME} beside it (protos/ntm/v1/model.proto says what goes in)"
+            ],
+        )
+    try:
+        return json_format.Parse(text, model_pb2.ModelSpec())
+    except json_format.ParseError as error:
+        raise ModelFileError(str(path), [f"{source} is not a ModelSpec: {_first_line(error)}"]) from error
+
+
+def differences(spec: model_pb2.ModelSpec, graph: onnx.GraphProto) -> Iterator[str]:
+    """Everything in which a spec is incomplete or disagrees with its graph, a sentence each."""
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name: value for value in graph.input if value.name not in initializers}
+    outputs = {value.name: value for value in graph.output}
+
+    yield from _tensor_differences("input", spec.input.name, spec.input, inputs)
+    yield from _tensor_differences("output", spec.output.name, spec.output, outputs)
+    if not spec.states:
+        yield "the spec has no states: without any, each step stands alone and needs no session"
+    for state in spec.states:
+        yield from _tensor_differences("input", state.input_name, state, inputs)
+        yield from _tensor_differences("output", state.output_name, state, outputs)
+        yield from _state_problems(state)
+    for constant in spec.constants:
+        yield from _constant_differences(constant, inputs)
+
+    declared_inputs = [
+        spec.input.name,
+        *(state.input_name for state in spec.states),
+        *(constant.name for constant in spec.constants),
+    ]
+    declared_outputs = [spec.output.name, *(state.output_name for state in spec.states)]
+    for names, kind in ((declared_inputs, "input"), (declared_outputs, "output")):
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"the spec declares {kind} {name!r} more than once"
+    # An output that nobody declared is computed by the graph and dropped; an input has to come from somewhere.
+    for name in sorted(set(inputs) - set(declared_inputs)):
+        yield f"graph input {name!r} is not in the spec"
+    for name in sorted([*inputs, *outputs]):
+        if name.startswith("ntm."):
+            yield f"the name {name!r} begins with 'ntm.', which the server keeps for itself"
+
+
+def _tensor_differences(
+    kind: str,
+    name: str,
+    tensor: model_pb2.TensorSpec | model_pb2.StateSpec,
+    values: dict[str, onnx.ValueInfoProto],
+) -> Iterator[str]:
+    """Differences of one declared input or output, with its batch axis, from the graph's."""
+    where = f"{kind} {name!r}"
+    try:
+        dtype = numpy_dtype(tensor.dtype)
+    except TensorError as error:
+        yield f"{where}: {error}"
+        return
+    rank = len(tensor.shape) + 1
+    if not 0 <= tensor.batch_axis < rank:
+        yield f"{where}: batch_axis {tensor.batch_axis} is outside its {rank} axes"
+        return
+    if any(length < 1 for length in tensor.shape):
+        yield f"{where}: shape {list(tensor.shape)} has an axis below 1"
+    if name not in values:
+        yield f"{where} is in the spec but not in the graph, which has {', '.join(sorted(values)) or 'none'}"
+        return
+    tensor_type = values[name].type.tensor_type
+    if tensor_type.elem_type != helper.np_dtype_to_tensor_dtype(dtype):
+        yield (
+            f"{where} is {type_name(tensor.dtype)} in the spec and "
+            f"{_graph_type_name(tensor_type.elem_type)} in the graph"
+        )
+    axes = list(tensor_type.shape.dim)
+    if len(axes) != rank:
+        yield f"{where} has {rank} axes in the spec, batch included, and {len(axes)} in the graph"
+        return
+    batch = axes.pop(tensor.batch_axis)
+    if batch.HasField("dim_value"):
+        yield (
+            f"{where}: the graph fixes its batch axis to {batch.dim_value}; export the step with a dynamic batch axis"
+        )
+    shape: list[int | str] = [
+        axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in axes
+    ]
+    if shape != list(tensor.shape):
+        yield f"{where} has shape {list(tensor.shape)} in the spec and {shape} in the graph, batch left out"
+
+
+def _state_problems(state: model_pb2.StateSpec) -> Iterator[str]:
+    where = f"state {state.input_name!r}"
+    if state.role == model_pb2.STATE_ROLE_UNSPECIFIED:
+        yield f"{where} has no role: use STATE_ROLE_OTHER where none fits"
+    if state.api_axes and sorted(state.api_axes) != list(range(len(state.shape))):
+        yield f"{where}: api_axes {list(state.api_axes)} is not an order of its {len(state.shape)} axes"
+    initial = state.WhichOneof("initial")
+    if initial is None:
+        yield f"{where} has no initial value: give fill or values"
+    if initial == "values":
+        try:
+            to_array(state.values)
+        except TensorError as error:
+            yield f"{where}: its initial values are damaged: {error}"
+        if (state.values.dtype, list(state.values.shape)) != (state.dtype, list(state.shape)):
+            yield (
+                f"{where}: its initial values are {_describe(state.values.dtype, state.values.shape)}, "
+                f"the state is {_describe(state.dtype, state.shape)}"
+            )
+
+
+def _constant_differences(
+    constant: model_pb2.ConstantSpec, inputs: dict[str, onnx.ValueInfoProto]
+) -> Iterator[str]:
+    where = f"constant {constant.name!r}"
+    try:
+        value = to_array(constant.value)
+    except TensorError as error:
+        yield f"{where}: its value is damaged: {error}"
+        return
+    if constant.name not in inputs:
+        yield f"{where} is not an input of the graph"
+        return
+    tensor_type = inputs[constant.name].type.tensor_type
+    if tensor_type.elem_type != helper.np_dtype_to_tensor_dtype(value.dtype):
+        yield (
+            f"{where} is {type_name(constant.value.dtype)} in the spec and "
+            f"{_graph_type_name(tensor_type.elem_type)} in the graph"
+        )
+    shape = [axis.dim_value if axis.HasField("dim_value") else -1 for axis in tensor_type.shape.dim]
+    if len(shape) != value.ndim or any(a not in (-1, b) for a, b in zip(shape, value.shape, strict=True)):
+        yield f"{where} has shape {list(value.shape)} in the spec and {shape} in the graph (-1: any)"
+
+
+def _graph_type_name(element_type: int) -> str:
+    try:
+        return type_name(data_type(helper.tensor_dtype_to_np_dtype(element_type)))
+    except (TensorError, KeyError):
+        return str(onnx.TensorProto.DataType.Name(element_type))
+
+
+def _describe(dtype: tensor_pb2.DataType.ValueType, shape: Iterable[int]) -> str:
+    return f"{type_name(dtype)} {list(shape)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,62 @@
+"""Status: the one table from this server's errors to gRPC status codes and ErrorInfo reasons.
+
+`errors.py` is free of gRPC; a test fails when a type there that a caller can meet has no row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from server import errors
+
+DOMAIN = "ntm.v1"
+
+_TABLE: dict[type[errors.ServingError], tuple[grpc.StatusCode, str]] = {
+    errors.InvalidInputError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT"),
+    errors.ModelNotFoundError: (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    errors.SessionNotFoundError: (grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"),
+    errors.SessionExpiredError: (grpc.StatusCode.NOT_FOUND, "SESSION_EXPIRED"),
+    errors.SessionExistsError: (grpc.StatusCode.ALREADY_EXISTS, "SESSION_EXISTS"),
+    errors.SessionIdRetiredError: (grpc.StatusCode.ALREADY_EXISTS, "SESSION_ID_RETIRED"),
+    errors.RequestIdReusedError: (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED"),
+    errors.StepGapError: (grpc.StatusCode.FAILED_PRECONDITION, "STEP_GAP"),
+    errors.StepTooOldError: (grpc.StatusCode.FAILED_PRECONDITION, "STEP_TOO_OLD"),
+    errors.InputMismatchError: (grpc.StatusCode.FAILED_PRECONDITION, "INPUT_MISMATCH"),
+    errors.StateNotKeptError: (grpc.StatusCode.FAILED_PRECONDITION, "STATE_NOT_KEPT"),
+    errors.NoFreeSlotError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_FREE_SLOT"),
+    errors.QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    errors.StepFailedError: (grpc.StatusCode.INTERNAL, "STEP_FAILED"),
+    errors.OutputNotFiniteError: (grpc.StatusCode.INTERNAL, "OUTPUT_NOT_FINITE"),
+    errors.ServerStoppingError: (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING"),
+    errors.NotBuiltError: (grpc.StatusCode.UNIMPLEMENTED, "NOT_BUILT"),
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """An error as gRPC tells it."""
+
+    code: grpc.StatusCode
+    reason: str
+    message: str
+    metadata: dict[str, str]
+
+    def to_message(self) -> status_pb2.Status:
+        """As the rich error that travels in the trailing metadata `grpc-status-details-bin`."""
+        info = error_details_pb2.ErrorInfo(domain=DOMAIN, reason=self.reason, metadata=self.metadata)
+        detail = any_pb2.Any()
+        detail.Pack(info)
+        return status_pb2.Status(code=self.code.value[0], message=self.message, details=[detail])
+
+
+def of(error: BaseException) -> Status:
+    """The status of an error; one that is not ours is INTERNAL and says nothing of what is inside."""
+    if not isinstance(error, errors.ServingError) or type(error) not in _TABLE:
+        message = "something went wrong in the server, and its log says what; the session is as it was"
+        return Status(grpc.StatusCode.INTERNAL, "BUG", message, {})
+    code, reason = _TABLE[type(error)]
+    return Status(code, reason, str(error), error.details)

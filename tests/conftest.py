@@ -1,0 +1,115 @@
+"""What tests of more than one package share: servers, real ones, on free ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from server.lifecycle import Server
+from server.settings import ServerSettings
+from tests import step_models
+
+ROOT = Path(__file__).parent.parent
+
+
+class ServerProcess:
+    """`python -m server` in a process of its own, listening."""
+
+    def __init__(self, models: Path, *flags: str, listen: str = "127.0.0.1:0") -> None:
+        command = [sys.executable, "-m", "server", "--models", str(models), "--listen", listen]
+        self._process = subprocess.Popen(
+            [*command, "--log-format", "json", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        self.log: list[dict[str, object]] = []
+        self.address = str(self.wait_for("listening")["address"])
+
+    def wait_for(self, event: str) -> dict[str, object]:
+        """Read the log up to an event."""
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.log.append(json.loads(line))
+            if self.log[-1]["event"] == event:
+                return self.log[-1]
+        raise AssertionError(f"the server ended before it said {event!r}: {self.log}")
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Read the log to its end; returns the exit status."""
+        assert self._process.stderr is not None
+        self.log += [json.loads(line) for line in self._process.stderr]
+        return self._process.wait(timeout=30)
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            self.wait()
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., ServerProcess]]:
+    """Start server processes, and stop them after the test."""
+    started: list[ServerProcess] = []
+
+    def start(models: Path, *flags: str, listen: str = "127.0.0.1:0") -> ServerProcess:
+        started.append(ServerProcess(models, *flags, listen=listen))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A models directory with every small step model, each under its function's name."""
+    root = tmp_path / "models"
+    for make in (
+        step_models.accumulator,
+        step_models.delay_line,
+        step_models.fragile,
+        step_models.logarithm,
+        step_models.many_layouts,
+    ):
+        step_models.write(root, make(), make.__name__)
+    return root
+
+
+@pytest_asyncio.fixture
+async def serve() -> AsyncIterator[Callable[..., object]]:
+    """Start servers in this process, listening on real ports; returns (server, address)."""
+    started: list[Server] = []
+
+    async def start(models: Path, **settings: object) -> tuple[Server, str]:
+        server = Server(ServerSettings(models=models, listen="127.0.0.1:0", device="cpu", **settings))  # type: ignore[arg-type]
+        port = await server.start()
+        started.append(server)
+        return server, f"127.0.0.1:{port}"
+
+    yield start
+    for server in started:
+        await server.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` need CUDA; elsewhere they are skipped with the reason shown."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and Path("/dev/nvidia0").exists():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device, or ONNX Runtime without CUDA")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

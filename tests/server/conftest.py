@@ -1,0 +1,26 @@
+"""Fixtures of the server's tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest_asyncio
+
+from tests.server.helpers import Caller, Start
+
+
+@pytest_asyncio.fixture
+async def caller(serve: Start, models: Path) -> AsyncIterator[Caller]:
+    server, address = await serve(
+        models,
+        max_sessions=8,
+        max_batch_size=4,
+        max_steps_per_message=16,
+        retry_window_steps=16,
+        max_pending_messages=6,
+        max_message_bytes=128 * 1024,
+    )
+    caller = Caller(server, address)
+    yield caller
+    await caller.channel.close()

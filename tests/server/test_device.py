@@ -1,0 +1,52 @@
+"""The device: what was asked for is what is used, or it is said."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import onnxruntime
+import pytest
+import structlog.testing
+
+from server import device
+from server.errors import DeviceError
+
+HAS_CUDA_BUILD = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+@pytest.mark.skipif(HAS_CUDA_BUILD, reason="this build of ONNX Runtime has CUDA")
+def test_cuda_without_cuda_is_refused_and_names_what_is_missing() -> None:
+    with pytest.raises(DeviceError, match=r"--device cuda cannot be had.*CUDAExecutionProvider.*extra `gpu`"):
+        device.choose("cuda", 0)
+
+
+@pytest.mark.skipif(HAS_CUDA_BUILD, reason="this build of ONNX Runtime has CUDA")
+def test_auto_falls_back_to_the_cpu_and_says_so() -> None:
+    with structlog.testing.capture_logs() as log:
+        chosen = device.choose("auto", 0)
+
+    assert (chosen.provider, chosen.fell_back) == ("CPUExecutionProvider", True)
+    assert [entry["event"] for entry in log] == ["device auto fell back to the CPU"]
+    assert "CUDAExecutionProvider" in log[0]["reason"]
+
+
+def test_a_provider_that_does_not_load_is_no_silent_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As onnxruntime-gpu does without CUDA libraries: it lists CUDA, takes the CPU, and raises nothing."""
+    real_session = onnxruntime.InferenceSession
+
+    def on_the_cpu(model: bytes, options: object, providers: object) -> onnxruntime.InferenceSession:
+        return real_session(model, options, providers=["CPUExecutionProvider"])
+
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+
+    with pytest.raises(DeviceError, match="asked for CUDAExecutionProvider and took CPUExecutionProvider"):
+        device.choose("cuda", 0)
+
+
+def test_two_builds_of_onnx_runtime_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0")
+
+    with pytest.raises(DeviceError, match="both installed"):
+        device.choose("cpu", 0)

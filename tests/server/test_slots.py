@@ -1,0 +1,57 @@
+"""The slot pool alone."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from server.model_runner import INITIAL_SLOT, NUM_RESERVED_SLOTS
+from server.slots import SlotPool
+
+NUM_SLOTS = 5
+
+
+class Slots(RuleBasedStateMachine):
+    """Random takes, holds and releases, against a list with one entry for each time a slot is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = SlotPool(NUM_SLOTS)
+        self.held: list[int] = []
+
+    @rule()
+    def take(self) -> None:
+        if len(set(self.held)) < NUM_SLOTS:
+            slot = self.pool.take()
+            assert slot not in self.held
+            assert NUM_RESERVED_SLOTS <= slot < NUM_SLOTS + NUM_RESERVED_SLOTS
+            self.held.append(slot)
+
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        if self.held:
+            self.held.append(self.pool.hold(data.draw(st.sampled_from(self.held))))
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if self.held:
+            slot = data.draw(st.sampled_from(self.held))
+            self.held.remove(slot)
+            self.pool.release(slot)
+
+    @invariant()
+    def a_slot_is_used_as_long_as_somebody_holds_it(self) -> None:
+        assert self.pool.num_used == len(set(self.held))
+
+
+TestSlots = Slots.TestCase
+
+
+def test_the_initial_slot_is_everybodys_and_never_runs_out() -> None:
+    pool = SlotPool(1)
+
+    for _ in range(3):
+        assert pool.hold(INITIAL_SLOT) == INITIAL_SLOT
+        pool.release(INITIAL_SLOT)
+
+    assert pool.num_used == 0

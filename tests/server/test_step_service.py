@@ -1,0 +1,480 @@
+"""Step, BatchStep and StreamSteps through a real server: what is run, what is refused, what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from ntm.tensor import to_array, to_message
+from ntm.v1 import session_service_pb2 as pb
+from ntm.v1 import tensor_pb2
+from tests.server.helpers import (
+    EXHAUSTED,
+    GONE,
+    INVALID,
+    ORDER,
+    Caller,
+    Start,
+    accumulated,
+    pending,
+    random_inputs,
+    refused,
+)
+
+# What is run.
+
+
+async def test_a_session_carries_its_state_from_message_to_message(caller: Caller) -> None:
+    inputs = random_inputs(10)
+    await caller.create("accumulator")
+
+    outputs = [await caller.step(inputs[:1]), await caller.step(inputs[1:8]), await caller.step(inputs[8:])]
+
+    np.testing.assert_array_equal(np.concatenate(outputs), accumulated(inputs))
+
+
+async def test_a_delay_line_is_served_right(caller: Caller) -> None:
+    """Its next states do not depend on the states they replace, so nothing in the graph orders the updates."""
+    inputs = random_inputs(12)
+    await caller.create("delay_line")
+
+    outputs = np.concatenate([await caller.step(inputs[:5]), await caller.step(inputs[5:])])
+
+    np.testing.assert_array_equal(outputs, np.concatenate([np.zeros((2, 3), np.float32), inputs[:-2]]))
+
+
+async def test_batch_axes_transposed_memory_integers_and_constants_are_served_as_the_spec_says(
+    caller: Caller,
+) -> None:
+    inputs = random_inputs(2)
+    await caller.create("many_layouts")
+
+    outputs = await caller.step(inputs)
+    state = await caller.state()
+
+    layers = np.ones((2, 3), np.float32)
+    memory, count = np.arange(8, dtype=np.float32).reshape(2, 4), 5
+    for row, output in zip(inputs, outputs, strict=True):
+        layers, count = layers + row, count + 1
+        memory = memory + np.float32(count * 0.25)
+        np.testing.assert_array_equal(output, layers[0] + layers[1] + count)
+    np.testing.assert_array_equal(state["memory"], memory.T)
+    np.testing.assert_array_equal(state["layers"], layers)
+    assert state["count"] == count
+
+
+async def test_state_is_returned_along_with_a_step_as_it_is_after_the_last(caller: Caller) -> None:
+    inputs = random_inputs(3)
+    await caller.create("accumulator")
+
+    request = pb.StepRequest(session_id="s", inputs=to_message(inputs), include_state=["sum"])
+    answer = await caller.stub.Step(request)
+
+    np.testing.assert_array_equal(to_array(answer.state[0].value), accumulated(inputs)[-1])
+
+
+async def test_a_stream_answers_each_message_in_order(caller: Caller) -> None:
+    inputs = random_inputs(9)
+    await caller.create("accumulator")
+
+    async def messages() -> AsyncIterator[pb.StreamStepsRequest]:
+        for first in (0, 2, 4):
+            size = 5 if first == 4 else 2
+            step = pb.StepRequest(
+                session_id="s", first_step=first, inputs=to_message(inputs[first : first + size])
+            )
+            yield pb.StreamStepsRequest(step=step)
+
+    answers = [answer async for answer in caller.stub.StreamSteps(messages())]
+
+    assert [answer.step.next_step for answer in answers] == [2, 4, 9]
+    outputs = np.concatenate([to_array(answer.step.outputs) for answer in answers])
+    np.testing.assert_array_equal(outputs, accumulated(inputs))
+
+
+async def test_the_first_message_that_fails_ends_a_stream_and_those_after_it_are_not_run(
+    caller: Caller,
+) -> None:
+    await caller.create("accumulator")
+
+    async def messages() -> AsyncIterator[pb.StreamStepsRequest]:
+        for inputs in (random_inputs(2), np.full((1, 3), np.nan, np.float32), random_inputs(3)):
+            yield pb.StreamStepsRequest(step=pb.StepRequest(session_id="s", inputs=to_message(inputs)))
+
+    answers = []
+
+    async def read() -> None:
+        async for answer in caller.stub.StreamSteps(messages()):
+            answers.append(answer)
+
+    await refused(read(), INVALID, "INVALID_INPUT")
+    assert [answer.step.next_step for answer in answers] == [2]
+    assert await caller.next_step() == 2
+
+
+async def test_a_batch_runs_many_sessions_and_one_that_fails_leaves_the_others_alone(caller: Caller) -> None:
+    inputs = np.stack([random_inputs(3, seed) for seed in range(4)])
+    for index in (0, 1, 3):
+        await caller.create("accumulator", f"s{index}")
+    await caller.step(random_inputs(1), "s3")
+
+    answer = await caller.stub.BatchStep(
+        pb.BatchStepRequest(
+            session_ids=["s0", "s1", "nobody", "s3"], first_steps=[0, 0, 0, 7], inputs=to_message(inputs)
+        )
+    )
+
+    outputs = to_array(answer.outputs)
+    np.testing.assert_array_equal(outputs[0], accumulated(inputs[0]))
+    np.testing.assert_array_equal(outputs[1], accumulated(inputs[1]))
+    np.testing.assert_array_equal(outputs[2:], np.zeros((2, 3, 3)))
+    assert list(answer.next_steps) == [3, 3, 0, 0]
+    assert [(e.index, e.code, e.reason) for e in answer.errors] == [
+        (2, GONE.value[0], "SESSION_NOT_FOUND"),
+        (3, ORDER.value[0], "STEP_GAP"),
+    ]
+    assert answer.errors[1].metadata["next_step"] == "1"
+
+
+async def test_a_batch_whose_inputs_no_session_takes_is_refused_as_a_whole(caller: Caller) -> None:
+    await caller.create("accumulator", "a")
+    await caller.create("delay_line", "b")
+    inputs = to_message(np.zeros((2, 1, 4), np.float32))
+
+    told = await refused(
+        caller.stub.BatchStep(pb.BatchStepRequest(session_ids=["a", "b"], inputs=inputs)),
+        INVALID,
+        "INVALID_INPUT",
+    )
+
+    assert told["field"] == "inputs.shape"
+    assert await caller.next_step("a") == 0
+
+
+async def test_one_batch_may_hold_sessions_of_models_that_take_and_give_the_same(caller: Caller) -> None:
+    inputs = np.stack([random_inputs(3, seed) for seed in range(2)])
+    await caller.create("accumulator", "a")
+    await caller.create("delay_line", "b")
+
+    answer = await caller.stub.BatchStep(
+        pb.BatchStepRequest(session_ids=["a", "b"], inputs=to_message(inputs))
+    )
+
+    np.testing.assert_array_equal(to_array(answer.outputs)[0], accumulated(inputs[0]))
+    np.testing.assert_array_equal(to_array(answer.outputs)[1, 2], inputs[1, 0])
+
+
+# Isolation and batching, with the device held so that the test decides what is in a batch.
+
+
+async def test_sessions_that_share_batches_give_what_each_gives_alone(caller: Caller) -> None:
+    all_inputs = [random_inputs(1 + seed, seed) for seed in range(6)]
+    for index in range(6):
+        await caller.create("accumulator", f"s{index}")
+
+    with caller.hold("accumulator"):
+        steps = [
+            asyncio.ensure_future(caller.step(inputs, f"s{index}")) for index, inputs in enumerate(all_inputs)
+        ]
+        await pending(caller, "accumulator", 6)
+
+    for inputs, outputs in zip(all_inputs, await asyncio.gather(*steps), strict=True):
+        np.testing.assert_array_equal(outputs, accumulated(inputs))
+
+
+async def test_a_node_that_fails_mid_graph_fails_its_own_session_and_leaves_no_half_state(
+    caller: Caller,
+) -> None:
+    good, bad = random_inputs(3), random_inputs(3)
+    good[:, 0], bad[:, 0] = 1.0, [1.0, 2.0, 99.0]
+    await caller.create("fragile", "good")
+    await caller.create("fragile", "bad")
+    await caller.step(good[:1], "bad")
+    before = await caller.state("bad")
+
+    with caller.hold("fragile"):
+        failing = asyncio.ensure_future(caller.step(bad, "bad"))
+        passing = asyncio.ensure_future(caller.step(good, "good"))
+        await pending(caller, "fragile", 2)
+
+    await refused(failing, grpc.StatusCode.INTERNAL, "STEP_FAILED")
+    np.testing.assert_array_equal(await passing, 2 * np.cumsum(good, axis=0))
+    after = await caller.state("bad")
+    np.testing.assert_array_equal(after["first"], before["first"])
+    np.testing.assert_array_equal(after["second"], before["second"])
+    assert await caller.next_step("bad") == 1
+
+
+async def test_outputs_that_are_not_finite_fail_the_whole_message_of_their_session_alone(
+    caller: Caller,
+) -> None:
+    inputs = np.ones((3, 3), np.float32)
+    sinking = np.array([[1, 1, 1], [1, 1, 1], [1, 1, -9]], np.float32)
+    await caller.create("logarithm", "well")
+    await caller.create("logarithm", "sinking")
+
+    with caller.hold("logarithm"):
+        failing = asyncio.ensure_future(caller.step(sinking, "sinking"))
+        passing = asyncio.ensure_future(caller.step(inputs, "well"))
+        await pending(caller, "logarithm", 2)
+
+    await refused(failing, grpc.StatusCode.INTERNAL, "OUTPUT_NOT_FINITE")
+    np.testing.assert_allclose((await passing)[:, 0], np.log([2, 3, 4]), rtol=1e-6)
+    np.testing.assert_array_equal((await caller.state("sinking"))["sum"], np.ones(3))
+    assert await caller.next_step("sinking") == 0
+
+
+async def test_a_message_cancelled_before_its_first_turn_leaves_no_trace(caller: Caller) -> None:
+    await caller.create("accumulator")
+    with caller.hold("accumulator"):
+        call = caller.stub.Step(pb.StepRequest(session_id="s", inputs=to_message(random_inputs(2))))
+        await pending(caller, "accumulator", 1)
+        call.cancel()
+        await pending(caller, "accumulator", 0)
+
+    assert await caller.next_step() == 0
+    np.testing.assert_array_equal(await caller.step(random_inputs(2)), accumulated(random_inputs(2)))
+
+
+async def test_a_message_whose_deadline_passes_in_the_queue_leaves_no_trace(caller: Caller) -> None:
+    await caller.create("accumulator")
+    with caller.hold("accumulator"):
+        request = pb.StepRequest(session_id="s", inputs=to_message(random_inputs(2)))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await caller.stub.Step(request, timeout=0.2)
+        await pending(caller, "accumulator", 0)
+
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert await caller.next_step() == 0
+
+
+async def test_a_call_cancelled_behind_another_of_its_session_leaves_the_order_of_the_rest(
+    caller: Caller,
+) -> None:
+    inputs = random_inputs(4)
+    await caller.create("accumulator")
+    with caller.hold("accumulator"):
+        first = asyncio.ensure_future(caller.step(inputs[:2], first_step=0))
+        await pending(caller, "accumulator", 1)
+        second = caller.stub.Step(pb.StepRequest(session_id="s", inputs=to_message(random_inputs(1, 9))))
+        await pending(caller, "accumulator", 2)
+        third = asyncio.ensure_future(caller.step(inputs[2:], first_step=2))
+        await pending(caller, "accumulator", 3)
+        second.cancel()
+        await pending(caller, "accumulator", 2)
+
+    np.testing.assert_array_equal(np.concatenate([await first, await third]), accumulated(inputs))
+
+
+# Exactly once.
+
+
+async def test_a_repeated_message_gets_the_recorded_answer_and_runs_once(caller: Caller) -> None:
+    inputs = random_inputs(6)
+    await caller.create("accumulator")
+
+    first = await caller.step(inputs, first_step=0)
+    again = await caller.step(inputs, first_step=0)
+
+    np.testing.assert_array_equal(first, again)
+    assert await caller.next_step() == 6
+    np.testing.assert_array_equal((await caller.state())["sum"], accumulated(inputs)[-1])
+
+
+async def test_a_retry_may_cut_the_steps_otherwise(caller: Caller) -> None:
+    inputs = random_inputs(12)
+    await caller.create("accumulator")
+    await caller.step(inputs[:3], first_step=0)
+    await caller.step(inputs[3:8], first_step=3)
+
+    inside = await caller.step(inputs[2:5], first_step=2)
+    beyond = await caller.step(inputs[1:12], first_step=1)
+
+    np.testing.assert_array_equal(inside, accumulated(inputs)[2:5])
+    np.testing.assert_array_equal(beyond, accumulated(inputs)[1:12])
+    assert await caller.next_step() == 12
+
+
+async def test_a_gap_is_refused_with_the_next_step(caller: Caller) -> None:
+    await caller.create("accumulator")
+    await caller.step(random_inputs(2))
+
+    told = await refused(caller.step(random_inputs(1), first_step=5), ORDER, "STEP_GAP")
+
+    assert told["next_step"] == "2"
+    assert await caller.next_step() == 2
+
+
+async def test_steps_beyond_the_retry_window_are_too_old(caller: Caller) -> None:
+    inputs = random_inputs(40)
+    await caller.create("accumulator")
+    for first in range(0, 40, 8):
+        await caller.step(inputs[first : first + 8], first_step=first)
+
+    in_window = await caller.step(inputs[24:40], first_step=24)
+    told = await refused(caller.step(inputs[0:4], first_step=0), ORDER, "STEP_TOO_OLD")
+
+    np.testing.assert_array_equal(in_window, accumulated(inputs)[24:40])
+    assert told["next_step"] == "40"
+
+
+async def test_a_retry_with_other_inputs_is_refused(caller: Caller) -> None:
+    inputs = random_inputs(4)
+    await caller.create("accumulator")
+    await caller.step(inputs, first_step=0)
+    changed = inputs.copy()
+    changed[2, 1] += 1
+
+    told = await refused(caller.step(changed, first_step=0), ORDER, "INPUT_MISMATCH")
+
+    assert told["next_step"] == "4"
+    assert await caller.next_step() == 4
+
+
+async def test_state_asked_for_with_a_repeat_is_the_state_of_then_or_an_error(caller: Caller) -> None:
+    inputs = random_inputs(4)
+    await caller.create("accumulator")
+    await caller.step(inputs[:2], first_step=0)
+    repeat = pb.StepRequest(
+        session_id="s", first_step=0, inputs=to_message(inputs[:2]), include_state=["sum"]
+    )
+
+    answer = await caller.stub.Step(repeat)
+    await caller.step(inputs[2:], first_step=2)
+
+    np.testing.assert_array_equal(to_array(answer.state[0].value), accumulated(inputs)[1])
+    await refused(caller.stub.Step(repeat), ORDER, "STATE_NOT_KEPT")
+
+
+# What is refused, and that nothing is left of it.
+
+
+def tensor(shape: list[int], raw: bytes, dtype: Any = tensor_pb2.DATA_TYPE_FP32) -> tensor_pb2.Tensor:
+    return tensor_pb2.Tensor(dtype=dtype, shape=shape, raw=raw)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "field"),
+    [
+        (tensor([1, 4], bytes(16)), "inputs.shape"),
+        (tensor([3], bytes(12)), "inputs.shape"),
+        (tensor([], bytes(4)), "inputs.shape"),
+        (tensor([0, 3], b""), "inputs.shape"),
+        (tensor([17, 3], bytes(17 * 12)), "inputs.shape"),
+        (tensor([1, 3], bytes(11)), "inputs.raw"),
+        (tensor([-1, -3], bytes(12)), "inputs.raw"),
+        (tensor([1, 3], bytes(24), tensor_pb2.DATA_TYPE_FP64), "inputs.dtype"),
+        (tensor([1, 3], bytes(12), tensor_pb2.DATA_TYPE_UNSPECIFIED), "inputs.dtype"),
+        (tensor([1, 3], bytes(12), 99), "inputs.dtype"),
+        (to_message(np.array([[0, np.nan, 0]], np.float32)), "inputs.raw"),
+        (to_message(np.array([[0, 0, np.inf]], np.float32)), "inputs.raw"),
+        (tensor([1, 40_000], bytes(160_000)), "inputs"),
+    ],
+)
+async def test_inputs_that_do_not_fit_are_refused_by_field(
+    caller: Caller, inputs: tensor_pb2.Tensor, field: str
+) -> None:
+    await caller.create("accumulator")
+    await caller.step(random_inputs(1))
+
+    told = await refused(
+        caller.stub.Step(pb.StepRequest(session_id="s", inputs=inputs)), INVALID, "INVALID_INPUT"
+    )
+
+    assert told["field"] == field
+    assert await caller.next_step() == 1
+
+
+@pytest.mark.parametrize("session_id", ["", "a b", "ä", "x" * 129, "a/b"])
+async def test_a_malformed_id_is_refused(caller: Caller, session_id: str) -> None:
+    told = await refused(caller.step(random_inputs(1), session_id), INVALID, "INVALID_INPUT")
+
+    assert told["field"] == "session_id"
+
+
+async def test_an_unknown_session_is_not_found(caller: Caller) -> None:
+    await refused(caller.step(random_inputs(1), "nobody"), GONE, "SESSION_NOT_FOUND")
+
+
+async def test_an_unknown_state_name_is_refused_and_the_step_not_run(caller: Caller) -> None:
+    await caller.create("accumulator")
+
+    told = await refused(caller.step(random_inputs(1), include_state=["memory"]), INVALID, "INVALID_INPUT")
+
+    assert told["field"] == "include_state"
+    assert await caller.next_step() == 0
+
+
+async def test_a_session_twice_in_one_batch_is_refused(caller: Caller) -> None:
+    await caller.create("accumulator")
+    inputs = to_message(np.zeros((2, 1, 3), np.float32))
+
+    told = await refused(
+        caller.stub.BatchStep(pb.BatchStepRequest(session_ids=["s", "s"], inputs=inputs)),
+        INVALID,
+        "INVALID_INPUT",
+    )
+
+    assert told["field"] == "session_ids"
+    assert await caller.next_step() == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "first_steps", "shape", "field"),
+    [
+        (["a", "b"], [0], [2, 1, 3], "first_steps"),
+        (["a", "b"], [], [1, 1, 3], "inputs.shape"),
+        (["a"], [], [1, 3], "inputs.shape"),
+        (["a"], [], [1, 0, 3], "inputs.shape"),
+        ([], [], [0, 1, 3], "session_ids"),
+    ],
+)
+async def test_a_batch_that_does_not_fit_together_is_refused(
+    caller: Caller, ids: list[str], first_steps: list[int], shape: list[int], field: str
+) -> None:
+    await caller.create("accumulator", "a")
+    await caller.create("accumulator", "b")
+    inputs = to_message(np.zeros(shape, np.float32))
+    request = pb.BatchStepRequest(session_ids=ids, first_steps=first_steps, inputs=inputs)
+
+    told = await refused(caller.stub.BatchStep(request), INVALID, "INVALID_INPUT")
+
+    assert told["field"] == field
+
+
+async def test_a_full_queue_is_refused_at_once_and_what_waits_is_served(caller: Caller) -> None:
+    inputs = random_inputs(7)
+    await caller.create("accumulator")
+    with caller.hold("accumulator"):
+        waiting = [asyncio.ensure_future(caller.step(inputs[i : i + 1], first_step=i)) for i in range(6)]
+        await pending(caller, "accumulator", 6)
+        await refused(caller.step(inputs[6:], first_step=6), EXHAUSTED, "QUEUE_FULL")
+
+    await asyncio.gather(*waiting)
+    assert await caller.next_step() == 6
+
+
+async def test_an_answer_that_would_not_fit_in_a_message_is_refused_before_anything_runs(
+    serve: Start, models: Path
+) -> None:
+    server, address = await serve(
+        models,
+        max_message_bytes=128 * 1024,
+        max_steps_per_message=10_000,
+        retry_window_steps=10_000,
+        max_sessions=2,
+    )
+    caller = Caller(server, address)
+    await caller.create("accumulator")
+
+    told = await refused(caller.step(random_inputs(9_000)), INVALID, "INVALID_INPUT")
+
+    assert told["field"] == "inputs.shape"
+    assert await caller.next_step() == 0
+    await caller.channel.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +78,6 @@ def test_nobody_waits_longer_than_a_round_of_the_line(lengths: list[int], size: 
 
     for name in set(turns):
         positions = [index for index, turn in enumerate(turns) if turn == name]
-        for first, second in zip(positions, positions[1:], strict=False):
+        for first, second in pairwise(positions):
             between = turns[first + 1 : second]
             assert len(set(between)) == len(between)

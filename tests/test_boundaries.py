@@ -1,0 +1,43 @@
+"""What each part may import: the server and the client run without torch, and without each other's stages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import importlib, json, pkgutil, sys
+for name in sys.argv[1:]:
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def modules_loaded_by(*packages: str) -> set[str]:
+    """Every module in a fresh process that imports all of some packages, by its first name."""
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *packages], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in json.loads(ended.stdout)}
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("server", {"torch", "training", "export", "client", "matplotlib"}),
+        ("client", {"torch", "training", "export", "server", "onnx", "onnxruntime", "matplotlib"}),
+        ("training", {"server", "client", "export", "grpc", "onnxruntime"}),
+        ("export", {"server", "client", "grpc"}),
+    ],
+)
+def test_a_part_loads_nothing_of_the_parts_it_is_to_run_without(package: str, forbidden: set[str]) -> None:
+    assert not modules_loaded_by(package) & forbidden

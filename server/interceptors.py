@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -10,7 +12,7 @@ import grpc
 import structlog
 
 from server import status
-from server.errors import ServingError
+from server.errors import ServerStoppingError, ServingError
 from server.metrics import Metrics
 
 log = structlog.get_logger()
@@ -20,11 +22,27 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Answers a ServingError with its status, and anything else with INTERNAL after logging it whole."""
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Answers a ServingError with its status, and anything else with INTERNAL after logging it whole.
+
+    It knows how many calls are in progress, and while the server stops it lets no new one in.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._num_calls = 0
+        self._is_stopping = False
+        self._all_done = asyncio.Event()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Let no new call in, and wait for those in progress; says whether all ended in time."""
+        self._is_stopping = True
+        if self._num_calls:
+            try:
+                await asyncio.wait_for(self._all_done.wait(), timeout_s)
+            except TimeoutError:
+                return False
+        return True
 
     async def intercept_service(
         self,
@@ -51,41 +69,40 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def _around_unary(self, rpc: str, handle: Any) -> Any:
         async def around(request: Any, context: _Context) -> Any:
-            start_s = perf_counter()
-            code = grpc.StatusCode.CANCELLED
-            try:
-                response = await handle(request, context)
-                code = grpc.StatusCode.OK
-                return response
-            except Exception as error:
-                told = _tell(rpc, error)
-                code = told.code
-                await _abort(told, context)
-            finally:
-                self._count(rpc, code, start_s)
+            async with self._call(rpc, context):
+                return await handle(request, context)
 
         return around
 
     def _around_stream(self, rpc: str, handle: Any) -> Any:
         async def around(requests: Any, context: _Context) -> AsyncIterator[Any]:
-            start_s = perf_counter()
-            code = grpc.StatusCode.CANCELLED
-            try:
+            async with self._call(rpc, context):
                 async for response in handle(requests, context):
                     yield response
-                code = grpc.StatusCode.OK
-            except Exception as error:
-                told = _tell(rpc, error)
-                code = told.code
-                await _abort(told, context)
-            finally:
-                self._count(rpc, code, start_s)
 
         return around
 
-    def _count(self, rpc: str, code: grpc.StatusCode, start_s: float) -> None:
-        self._metrics.calls.labels(rpc, code.name).inc()
-        self._metrics.call_seconds.labels(rpc).observe(perf_counter() - start_s)
+    @asynccontextmanager
+    async def _call(self, rpc: str, context: _Context) -> AsyncIterator[None]:
+        """Around one call, whatever becomes of it."""
+        start_s = perf_counter()
+        code = grpc.StatusCode.CANCELLED
+        self._num_calls += 1
+        try:
+            if self._is_stopping:
+                raise ServerStoppingError
+            yield
+            code = grpc.StatusCode.OK
+        except Exception as error:
+            told = _tell(rpc, error)
+            code = told.code
+            await _abort(told, context)
+        finally:
+            self._num_calls -= 1
+            if self._is_stopping and not self._num_calls:
+                self._all_done.set()
+            self._metrics.calls.labels(rpc, code.name).inc()
+            self._metrics.call_seconds.labels(rpc).observe(perf_counter() - start_s)
 
 
 def _tell(rpc: str, error: Exception) -> status.Status:

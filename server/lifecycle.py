@@ -1,7 +1,8 @@
 """Lifecycle: put the parts together, serve, and stop without losing anything.
 
 Starting: models are loaded and checked first, so a server that listens can serve. Stopping: health says
-NOT_SERVING, streams that wait for their client end, calls in progress finish, then the engines stop.
+NOT_SERVING, new calls are refused, streams that wait for their client end, calls in progress finish, then the
+engines stop.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ntm.v1 import (
 )
 from server import device, repository
 from server.errors import ListenError
-from server.interceptors import ErrorInterceptor
+from server.interceptors import CallInterceptor
 from server.metrics import Metrics
 from server.model_runner import ModelRunner
 from server.requests import RequestLimits
@@ -61,8 +62,9 @@ class Server:
         self._session_service = SessionService(self.sessions, self._limits)
         self._health = health.aio.HealthServicer()
         self._background: list[asyncio.Task[None]] = []
+        self._calls = CallInterceptor(self._metrics)
         self._grpc = grpc.aio.server(
-            interceptors=[ErrorInterceptor(self._metrics)],
+            interceptors=[self._calls],
             options=[
                 # Twice the limit, so that a message somewhat too large is told which field is at fault.
                 ("grpc.max_receive_message_length", 2 * settings.max_message_bytes),
@@ -112,7 +114,10 @@ class Server:
         log.info("stopping", drain_timeout_s=self._settings.drain_timeout_s)
         await self._health.enter_graceful_shutdown()
         self._session_service.stop_streams()
-        await self._grpc.stop(self._settings.drain_timeout_s)
+        # Not gRPC's own grace period: it would wait for a health check that watches for as long as it watches.
+        if not await self._calls.drain(self._settings.drain_timeout_s):
+            log.warning("calls still in progress are cut off", drain_timeout_s=self._settings.drain_timeout_s)
+        await self._grpc.stop(None)
         for task in self._background:
             task.cancel()
         for served in self.sessions.models.values():

@@ -30,7 +30,6 @@ from server.errors import (
     NoFreeSlotError,
     QueueFullError,
     RequestIdReusedError,
-    ServingError,
     SessionExistsError,
     SessionExpiredError,
     SessionIdRetiredError,
@@ -368,7 +367,7 @@ class SessionManager:
             session.last_use_time_s = self._now_s()
             try:
                 call.begin(call)
-            except ServingError as error:
+            except Exception as error:  # a bug in one call must not keep the others of its session waiting
                 self._leave(call, error)
 
     def _end(self, call: _Call, result: object) -> None:
@@ -377,7 +376,7 @@ class SessionManager:
         if not call.future.done():
             call.future.set_result(result)
 
-    def _leave(self, call: _Call, error: ServingError | None) -> None:
+    def _leave(self, call: _Call, error: Exception | None) -> None:
         call.session.calls.popleft()
         call.session.model.num_pending -= 1
         if error is not None and not call.future.done():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -22,9 +24,10 @@ from client import Client
 from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import session_service_pb2_grpc
-from server.lifecycle import SERVICE_NAMES
+from server.lifecycle import SERVICE_NAMES, Server
 from tests import step_models
 from tests.conftest import ROOT, ServerProcess
+from tests.server.helpers import Caller, accumulated, pending, random_inputs, refused
 
 Start = Callable[..., ServerProcess]
 
@@ -54,6 +57,18 @@ def test_a_server_that_listens_is_healthy(start_server: Start, models: Path) -> 
 
     for service in ["", *SERVICE_NAMES]:
         assert health(address, service) == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_the_health_command_says_how_the_server_is(start_server: Start, models: Path) -> None:
+    server = start_server(models)
+    ask = [sys.executable, "-m", "server.health", server.address]
+
+    serving = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    server.stop()
+    gone = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+    assert (serving.returncode, serving.stdout) == (0, f"{server.address}: SERVING\n")
+    assert (gone.returncode, "UNAVAILABLE" in gone.stdout) == (1, True)
 
 
 def test_clients_without_the_proto_files_can_ask_for_them(start_server: Start, models: Path) -> None:
@@ -87,8 +102,6 @@ def test_sigterm_ends_streams_that_wait_and_finishes_what_is_in_progress(
             asked.append("more")
             answered.wait()
 
-        import threading
-
         answered = threading.Event()
         stream = stub.StreamSteps(messages())
         next(stream)
@@ -100,6 +113,28 @@ def test_sigterm_ends_streams_that_wait_and_finishes_what_is_in_progress(
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert server.wait() == 0
     assert [entry["event"] for entry in server.log][-2:] == ["stopping", "stopped"]
+
+
+async def test_while_it_stops_it_says_so_lets_nobody_in_and_finishes_what_is_in_progress(
+    serve: Callable[..., Awaitable[tuple[Server, str]]], models: Path
+) -> None:
+    server, address = await serve(models, max_sessions=2)
+    caller = Caller(server, address)
+    await caller.create("accumulator")
+    watch = health_pb2_grpc.HealthStub(caller.channel).Watch(health_pb2.HealthCheckRequest())
+    statuses = aiter(watch)
+    assert (await anext(statuses)).status == health_pb2.HealthCheckResponse.SERVING
+
+    with caller.hold("accumulator"):
+        step = asyncio.ensure_future(caller.step(random_inputs(3)))
+        await pending(caller, "accumulator", 1)
+        stopping = asyncio.ensure_future(server.stop())
+        assert (await anext(statuses)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await refused(caller.step(random_inputs(1)), grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING")
+
+    np.testing.assert_array_equal(await step, accumulated(random_inputs(3)))
+    await stopping
+    await caller.channel.close()
 
 
 def test_a_port_in_use_is_refused(models: Path) -> None:

@@ -1,0 +1,82 @@
+# Each target sets up what it needs in .venv and is quick when nothing changed. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+BUF_VERSION := 1.75.0
+BUF := $(VENV)/buf/node_modules/.bin/buf
+PROTOS := $(wildcard protos/ntm/v1/*.proto)
+PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
+generate_into = --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
+CODE := client export server training protos/ntm demo.py tests
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Say what there is.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+.PHONY: demo
+demo: $(VENV)/.demo ## See a trained NTM recall sequences through the server.
+	@$(BIN)/python demo.py
+
+.PHONY: test
+test: $(VENV)/.dev ## Run the tests.
+	@$(BIN)/python -m pytest --numprocesses 2
+
+.PHONY: check
+check: $(VENV)/.dev $(BUF) ## Check format, lint, types and protos.
+	@$(BIN)/ruff format --check --quiet $(CODE)
+	@$(BIN)/ruff check --quiet $(CODE)
+	@$(BIN)/mypy client export server training protos/ntm demo.py
+	@$(BUF) lint
+	@rm -rf $(VENV)/generated && cp -r protos $(VENV)/generated
+	@$(PROTOC) $(call generate_into,$(VENV)/generated) $(PROTOS)
+	@diff -rq -x __pycache__ protos $(VENV)/generated || { echo "generated code differs: run make proto"; exit 1; }
+
+.PHONY: fix
+fix: $(VENV)/.dev ## Format, and mend what the linter can mend.
+	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/ruff check --fix $(CODE)
+
+.PHONY: proto
+proto: $(VENV)/.dev ## Generate the code from the protos.
+	@$(PROTOC) $(call generate_into,protos) $(PROTOS)
+
+.PHONY: train
+train: $(VENV)/.train ## Train the copy task and say how to export it.
+	@$(BIN)/python -m training copy
+
+.PHONY: audit
+audit: ## Look for known vulnerabilities in the pinned versions; needs the package index's advisories.
+	@$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet 'pip-audit>=2.9,<3'
+	@$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
+.PHONY: lock
+lock: ## Choose the newest versions that pyproject.toml allows, and pin them in constraints.txt.
+	@$(PYTHON) -m venv --clear $(VENV)/lock && $(VENV)/lock/bin/pip install --quiet '.[dev]'
+	@$(VENV)/lock/bin/pip freeze | sed -e '/^ntm @/d' -e 's/+cpu$$//' > constraints.txt
+
+# A stamp for each set of extras. The larger sets hold the smaller ones.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing the server, the client and the demo into $(VENV)"
+	@$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing training and export into $(VENV)"
+	@$(PIP) install --constraint constraints.txt --editable '.[export]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing everything into $(VENV)"
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.demo $(VENV)/.train
+
+$(VENV)/bin/python:
+	@$(PYTHON) -m venv $(VENV)
+
+$(BUF): Makefile
+	@npm install --silent --no-fund --no-audit --prefix $(VENV)/buf @bufbuild/buf@$(BUF_VERSION)
+	@touch $@

@@ -53,6 +53,10 @@ audit: ## Look for known vulnerabilities in the pinned versions; needs the packa
 	@$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet 'pip-audit>=2.9,<3'
 	@$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
+.PHONY: serve
+serve: $(VENV)/.demo ## Serve the models in models/ on 127.0.0.1:50051.
+	@$(BIN)/python -m server
+
 .PHONY: lock
 lock: ## Choose the newest versions that pyproject.toml allows, and pin them in constraints.txt.
 	@$(PYTHON) -m venv --clear $(VENV)/lock && $(VENV)/lock/bin/pip install --quiet '.[dev]'

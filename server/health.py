@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,9 +22,9 @@ def main() -> int:
     address = sys.argv[1] if len(sys.argv) > 1 else f"127.0.0.1:{listen.rpartition(':')[2]}"
     with grpc.insecure_channel(address) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S
-            )
+            # The types that come with grpc_health leave out the stub's methods.
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
         except grpc.RpcError as error:
             print(f"{address}: {error.code().name}: {error.details()}")
             return 1

@@ -58,7 +58,7 @@ class Recall:
 
 def main() -> int:
     """Run the demonstration; returns 0 when every bit was recalled."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     with server() as address, Client(address) as client:
         console.print(f"[bold]Server[/] on {address}, model {MODEL!r}: {where_it_runs(client)}\n")
         recalls = [recall(client, length) for length in LENGTHS]

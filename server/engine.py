@@ -43,12 +43,14 @@ class Message:
     error: ServingError | None = None
     steps_done: int = 0
     is_started: bool = False
+    has_ended: bool = False
+    """All its turns are done, or one failed."""
     submit_time_s: float = field(default_factory=perf_counter)
 
-    @property
-    def has_ended(self) -> bool:
-        """All its turns are done, or one failed."""
-        return self.error is not None or self.steps_done == len(self.inputs)
+    def fail(self, error: ServingError) -> None:
+        """End without a result."""
+        self.error = error
+        self.has_ended = True
 
 
 @dataclass(frozen=True)
@@ -137,15 +139,17 @@ class Engine:
         """Run one step of each message; returns those that have ended."""
         start_s = perf_counter()
         queue_times_s = [start_s - message.submit_time_s for message in batch if message.steps_done == 0]
-        stepping = [message for message in batch if not message.has_ended]
+        stepping = [message for message in batch if message.steps_done < len(message.inputs)]
         try:
             if stepping:
                 self._step(stepping)
+            for message in batch:
+                message.has_ended = message.has_ended or message.steps_done == len(message.inputs)
             self._look([message for message in batch if message.has_ended and message.wants_state])
         except Exception as error:  # whatever it is, nobody is left waiting
             log.error("a batch failed", model=self._runner.model.label, size=len(batch), exc_info=error)
             for message in batch:
-                message.error = StepFailedError(self._runner.model.label)
+                message.fail(StepFailedError(self._runner.model.label))
         self._on_batch(BatchReport(len(stepping), perf_counter() - start_s, queue_times_s))
         return [message for message in batch if message.has_ended]
 
@@ -154,7 +158,7 @@ class Engine:
         try:
             outputs = self._runner.run(
                 np.array([message.read_slot for message in batch]),
-                np.stack([message.inputs[message.steps_done] for message in batch]),
+                np.concatenate([m.inputs[m.steps_done : m.steps_done + 1] for m in batch]),
             )
         except Exception as error:  # ONNX Runtime raises types of its own for what a model does
             if len(batch) > 1:
@@ -170,18 +174,20 @@ class Engine:
                 step=message.first_step + message.steps_done,
                 exc_info=error,
             )
-            message.error = StepFailedError(self._runner.model.label)
+            message.fail(StepFailedError(self._runner.model.label))
             return
         self._runner.commit(np.array([message.write_slot for message in batch]))
-        is_finite = np.all(np.isfinite(outputs), axis=tuple(range(1, outputs.ndim)))
-        for message, output, row_is_finite in zip(batch, outputs, is_finite, strict=True):
-            if not row_is_finite:
-                step = message.first_step + message.steps_done
-                message.error = OutputNotFiniteError(self._runner.model.label, step)
-                continue
-            message.outputs[message.steps_done] = output
-            message.steps_done += 1
-            message.read_slot = message.write_slot
+        is_finite = np.isfinite(outputs)
+        if not is_finite.all():
+            for message, row_is_finite in zip(batch, is_finite, strict=True):
+                if not row_is_finite.all():
+                    step = message.first_step + message.steps_done
+                    message.fail(OutputNotFiniteError(self._runner.model.label, step))
+        for message, output in zip(batch, outputs, strict=True):
+            if message.error is None:
+                message.outputs[message.steps_done] = output
+                message.steps_done += 1
+                message.read_slot = message.write_slot
 
     def _look(self, wanting: list[Message]) -> None:
         """Give messages that ended well the state they asked for."""

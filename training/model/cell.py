@@ -1,0 +1,133 @@
+"""The cell: one step of the whole machine, and the state a sequence starts from.
+
+Nothing is kept on `self` between steps: the same cell is unrolled in training, exported as a graph and served
+to many sessions at once.
+
+The order within a step: all heads address the memory as the last step left it, then the write heads write,
+then the read heads read what is now there (eq. 2 with M_t, eq. 3 with M_{t-1}).
+
+Shapes: B batch, I input size, O output size, N memory rows, M row width, R read heads, W write heads, H = R + W.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from training.model import memory as memory_access
+from training.model.addressing import address
+from training.model.controller import ControllerKind, make_controller
+from training.model.heads import Heads
+from training.model.state import NTMState
+
+InitialMemory = Literal["constant", "learned", "random"]
+InitialAttention = Literal["constant", "learned"]
+
+
+class NTMCell(nn.Module):
+    """A Neural Turing Machine as a function from an input and a state to an output and the next state.
+
+    Args:
+        input_size: numbers in an input.
+        output_size: numbers in an output.
+        memory_rows: N.
+        row_width: M.
+        controller: which network decides.
+        controller_size: its units.
+        num_read_heads: R, at least 1.
+        num_write_heads: W, at least 1.
+        shift_reach: how far a head can move its attention in one step, in rows; 0 leaves it to content.
+        initial_memory: "constant" (every element 1e-6), "learned", or "random": drawn when the cell is made
+            and the same for every sequence from then on, so that two sessions start alike.
+        initial_attention: whether the first weightings and read vectors are learned, or constant: every
+            head on row 0, and read vectors of zeros.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int,
+        output_size: int,
+        memory_rows: int = 128,
+        row_width: int = 20,
+        controller: ControllerKind = "lstm",
+        controller_size: int = 100,
+        num_read_heads: int = 1,
+        num_write_heads: int = 1,
+        shift_reach: int = 1,
+        initial_memory: InitialMemory = "random",
+        initial_attention: InitialAttention = "learned",
+    ) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.output_size = output_size
+        self.num_read_heads = num_read_heads
+        self.num_write_heads = num_write_heads
+        read_size = num_read_heads * row_width
+        self.controller = make_controller(controller, input_size + read_size, controller_size)
+        self.heads = Heads(controller_size, num_read_heads, num_write_heads, row_width, shift_reach)
+        self.output = nn.Linear(controller_size + read_size, output_size)
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.normal_(self.output.bias, std=0.01)
+
+        # A tensor of the start is a parameter if it is learned, else a buffer: saved with the weights,
+        # left alone by the optimiser.
+        scale = 1 / math.sqrt(memory_rows + row_width)
+        drawn = torch.empty(memory_rows, row_width).uniform_(-scale, scale)
+        if initial_memory == "constant":
+            drawn = torch.full_like(drawn, 1e-6)
+        self.initial_memory = _start(drawn, is_learned=initial_memory == "learned")
+        is_learned = initial_attention == "learned"
+        num_heads = num_read_heads + num_write_heads
+        self.initial_attention_logits = _start(_on_row_0(num_heads, memory_rows, is_learned), is_learned)
+        vectors = torch.randn(num_read_heads, row_width) * 0.01 if is_learned else torch.zeros(num_read_heads, row_width)
+        self.initial_read_vectors = _start(vectors, is_learned)
+
+    def initial_state(self, batch_size: int) -> NTMState:
+        """The state every sequence starts from, the same in every row of the batch."""
+        weightings = torch.softmax(self.initial_attention_logits, dim=-1)
+        read_weightings, write_weightings = weightings.split([self.num_read_heads, self.num_write_heads])
+        return NTMState(
+            memory=self.initial_memory.expand(batch_size, -1, -1),
+            read_weightings=read_weightings.expand(batch_size, -1, -1),
+            write_weightings=write_weightings.expand(batch_size, -1, -1),
+            read_vectors=self.initial_read_vectors.expand(batch_size, -1, -1),
+            controller=self.controller.initial_state(batch_size),
+        )
+
+    def step(self, inputs: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
+        """One time step.
+
+        Args:
+            inputs: [B, I].
+            state: what the last step returned, or `initial_state`.
+
+        Returns:
+            [B, O] the output as logits, and the next state.
+        """
+        controlled, controller_state = self.controller.step(
+            torch.cat([inputs, state.read_vectors.flatten(1)], dim=-1), state.controller
+        )
+        requested, to_write = self.heads(controlled)
+        previous = torch.cat([state.read_weightings, state.write_weightings], dim=1)
+        weightings = address(requested, state.memory, previous)
+        read_weightings, write_weightings = weightings.split([self.num_read_heads, self.num_write_heads], dim=1)
+        memory = memory_access.write(state.memory, write_weightings, to_write.erase, to_write.add)
+        read_vectors = memory_access.read(memory, read_weightings)
+        outputs = self.output(torch.cat([controlled, read_vectors.flatten(1)], dim=-1))
+        return outputs, NTMState(memory, read_weightings, write_weightings, read_vectors, controller_state)
+
+
+def _start(value, is_learned):
+    return nn.Parameter(value) if is_learned else nn.Buffer(value)
+
+
+def _on_row_0(num_heads, num_rows, is_learned):
+    if is_learned:
+        return torch.zeros(num_heads, num_rows)
+    logits = torch.full((num_heads, num_rows), -1e4)
+    logits[:, 0] = 0
+    return logits

@@ -1,0 +1,69 @@
+"""Copy: hear a sequence of random bit vectors, then say it again (section 4.1).
+
+The layout of a sequence, which client and server share: T steps with the vectors on the first channels, one
+step with only the last channel set, the delimiter, then T steps of zeros during which the vectors are due.
+
+Shapes: T length of the sequence to copy, B batch, K bits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from training.tasks.sequences import Sequences
+
+
+class CopyTask(BaseModel):
+    """Settings of the copy task, and its sequences."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Literal["copy"] = "copy"
+    """The task."""
+    num_bits: int = Field(8, ge=1)
+    """Bits in a vector."""
+    min_length: int = Field(1, ge=1)
+    """Vectors in the shortest training sequence."""
+    max_length: int = Field(20, ge=1)
+    """Vectors in the longest training sequence."""
+
+    @model_validator(mode="after")
+    def _lengths_are_in_order(self) -> CopyTask:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length {self.min_length} is greater than max_length {self.max_length}")
+        return self
+
+    @property
+    def input_size(self) -> int:
+        """The bits and the delimiter."""
+        return self.num_bits + 1
+
+    @property
+    def output_size(self) -> int:
+        """The bits."""
+        return self.num_bits
+
+    @property
+    def input_description(self) -> str:
+        """For people who call the served model."""
+        return f"{self.num_bits} bits, then the delimiter; zeros while the copy is read"
+
+    @property
+    def output_description(self) -> str:
+        """For people who call the served model."""
+        return f"{self.num_bits} bits in (0, 1), to be read at 0.5 once the delimiter was sent"
+
+    def draw_length(self, generator: torch.Generator) -> int:
+        """A training length, each equally likely."""
+        return int(torch.randint(self.min_length, self.max_length + 1, (), generator=generator))
+
+    def draw(self, batch_size: int, length: int, generator: torch.Generator) -> Sequences:
+        """Random sequences of `length` vectors: inputs [2T + 1, B, K + 1], targets [T, B, K]."""
+        vectors = torch.randint(0, 2, (length, batch_size, self.num_bits), generator=generator).float()
+        inputs = torch.zeros(2 * length + 1, batch_size, self.input_size)
+        inputs[:length, :, : self.num_bits] = vectors
+        inputs[length, :, self.num_bits] = 1
+        return Sequences(inputs, vectors)

@@ -46,6 +46,8 @@ class Checkpoint(NamedTuple):
     """The scores of the last evaluation up to here, by name."""
     best_score: float
     """The least score of any evaluation up to here; see `evaluate.py`."""
+    solved: dict[str, float]
+    """The first evaluation at which the task was solved: `update` and `seconds`. Empty before."""
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:

@@ -65,7 +65,9 @@ class OptimizerSettings(_Section):
     """RMSprop with momentum, and clipping."""
 
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    """Step size at the start."""
+    """Step size until the task is solved: until an evaluation finds fewer than 0.1 wrong bits in a sequence."""
+    settled_learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    """Step size from then on, small, for the model to settle on a solution that holds at greater lengths."""
     square_decay: float = Field(0.95, ge=0, lt=1)
     """How much of the running mean of squared gradients an update keeps."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -80,7 +82,9 @@ class EvaluationSettings(_Section):
     every_updates: int = Field(200, ge=1)
     """Updates between evaluations."""
     num_sequences: int = Field(16, ge=1)
-    """Sequences of each length."""
+    """Sequences of each length of training."""
+    num_long_sequences: int = Field(64, ge=1)
+    """Sequences of each greater length: errors are rare there, and few sequences miss them."""
     long_lengths: tuple[int, ...] = (40, 80, 120)
     """Lengths beyond training at which to measure whether the model generalises; it is kept where it does best."""
 
@@ -110,7 +114,7 @@ class Settings(BaseSettings):
     """Where all randomness of the run starts: weights and sequences."""
     batch_size: int = Field(16, ge=1)
     """Sequences in an update."""
-    num_updates: int = Field(3000, ge=1)
+    num_updates: int = Field(2000, ge=1)
     """Updates in the run."""
     checkpoint_every_updates: int = Field(100, ge=1)
     """Updates between checkpoints; a killed run loses at most this many."""

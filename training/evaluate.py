@@ -32,8 +32,13 @@ def evaluate(cell: NTMCell, settings: Settings) -> dict[str, float]:
     trained = [wrong_bits(cell, task, length, evaluation.num_sequences) for length in lengths]
     scores = {"wrong_bits": sum(trained) / len(trained)}
     for length in evaluation.long_lengths:
-        scores[f"wrong_bits_at_{length}"] = wrong_bits(cell, task, length, evaluation.num_sequences)
+        scores[f"wrong_bits_at_{length}"] = wrong_bits(cell, task, length, evaluation.num_long_sequences)
     return scores
+
+
+def is_solved(scores: dict[str, float]) -> bool:
+    """Whether the model hardly errs at the lengths of training: fewer than 0.1 wrong bits in a sequence."""
+    return scores["wrong_bits"] < 0.1
 
 
 def total(scores: dict[str, float]) -> float:

@@ -25,7 +25,7 @@ from training import checkpoint as checkpoints
 from training.checkpoint import BEST, LAST, Checkpoint
 from training.config import Settings, make_cell, write_settings
 from training.errors import NonFiniteError, RunDirectoryError
-from training.evaluate import evaluate, total
+from training.evaluate import evaluate, is_solved, total
 from training.model import unroll
 from training.records import Records
 
@@ -61,6 +61,7 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
         )
         draws = torch.Generator().manual_seed(settings.seed + 1)
         update, seconds_before, metrics, best_score = 0, 0.0, dict[str, float](), math.inf
+        solved: dict[str, float] = {}
 
         # A run that was killed before its first checkpoint starts over.
         if resume and (run_dir / LAST).exists():
@@ -70,7 +71,7 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
             torch.set_rng_state(last.random_state)
             draws.set_state(last.sequences_state)
             update, seconds_before, metrics, best_score = last.update, last.seconds, last.metrics, last.best_score
-            command = last.command
+            solved, command = last.solved, last.command
             console.print(f"resuming after update {update}")
         write_settings(settings, run_dir / SETTINGS)
 
@@ -89,6 +90,7 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
                     sequences_state=draws.get_state(),
                     metrics=metrics,
                     best_score=best_score,
+                    solved=solved,
                 ),
                 run_dir / name,
             )
@@ -123,6 +125,10 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
                     metrics = evaluate(cell, settings)
                     record |= metrics
                     console.print(_line(update, settings, seconds, metrics))
+                    if not solved and is_solved(metrics):
+                        solved = {"update": update, "seconds": seconds}
+                        for group in optimizer.param_groups:
+                            group["lr"] = settings.optimizer.settled_learning_rate
                     # Of two that do equally well the later one is surer of itself.
                     if total(metrics) <= best_score:
                         best_score = total(metrics)

@@ -1,0 +1,55 @@
+"""The command line: `python -m export runs/copy models/copy/1`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from export.errors import ExportError
+from export.publish import MODEL_FILE, publish
+from export.verification import NUM_STEPS, Report
+from training.errors import TrainingError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Write a trained model's step as an ONNX file that carries its own description, verify it, "
+        "and put it where the server looks for models.",
+    )
+    parser.add_argument("run", type=Path, help="run directory of a training, such as runs/copy")
+    parser.add_argument("target", type=Path, help="new version directory, such as models/copy/1")
+    options = parser.parse_args(arguments)
+    try:
+        report = publish(options.run, options.target)
+    except (ExportError, TrainingError) as error:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    _show(report, options.target / MODEL_FILE)
+    return 0
+
+
+def _show(report: Report, path: Path) -> None:
+    table = Table(title=f"{path}: {report.num_nodes} nodes, {report.num_bytes / 1e3:.0f} kB", title_justify="left")
+    table.add_column("verified")
+    table.add_column("result")
+    table.add_row("onnx.checker, full check", "valid")
+    for size, difference in report.differences.items():
+        table.add_row(
+            f"against torch, {NUM_STEPS} steps in closed loop, batch {size}",
+            f"outputs within {difference.output:.0e}, states {difference.state:.0e}",
+        )
+    sizes = report.invariant_batch_sizes
+    table.add_row(f"each row in {len(sizes)} batch sizes, 1 to {max(sizes)}", "the same bits")
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

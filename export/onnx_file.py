@@ -1,0 +1,80 @@
+"""The ONNX file: trace the step, clean the graph, put the ModelSpec into its metadata.
+
+`spec.py` says what the metadata holds; `verification.py` decides whether the file is good.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import onnx
+import torch
+from google.protobuf import json_format
+from ntm.v1 import model_pb2
+
+from export.spec import METADATA_KEY
+from export.step import Step
+
+BATCH_AXIS = "batch"
+
+
+def write_onnx(step: Step, spec: model_pb2.ModelSpec, path: Path) -> None:
+    """Write the step as one self-contained ONNX file."""
+    model = _trace(step)
+    _strip_source(model)
+    model.producer_name, model.producer_version = "ntm.export", ""
+    onnx.helper.set_model_props(model, {METADATA_KEY: json_format.MessageToJson(spec, indent=None)})
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def read_spec(model: onnx.ModelProto) -> model_pb2.ModelSpec:
+    """The ModelSpec in a model's metadata."""
+    [text] = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
+    return json_format.Parse(text, model_pb2.ModelSpec())
+
+
+def _trace(step: Step) -> onnx.ModelProto:
+    # A batch of 1 would be taken for a constant.
+    example = [torch.zeros(2, step.cell.input_size), *step.initial_state(2).values()]
+    batch = torch.export.Dim(BATCH_AXIS)
+    with _quiet():
+        program = torch.onnx.export(
+            step,
+            tuple(example),
+            dynamo=True,
+            input_names=step.input_names,
+            output_names=step.output_names,
+            dynamic_shapes=({0: batch}, tuple({0: batch} for _ in step.state_names)),
+            verbose=False,
+        )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _strip_source(model: onnx.ModelProto) -> None:
+    """Remove what the tracer noted about the source: paths of this machine, and half of the file's size."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del model.functions[:]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks to whoever develops it."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,75 @@
+"""Publishing: write, verify, and only then let the version appear, by one rename.
+
+Everything happens in a hidden folder beside the target; whatever goes wrong, nothing else is left.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from export.errors import TargetError
+from export.onnx_file import write_onnx
+from export.spec import model_spec
+from export.step import Step
+from export.verification import Report, verify
+from training.checkpoint import BEST, LAST, load, restore_cell
+
+MODEL_FILE = "model.onnx"
+
+
+def publish(run_dir: Path, target: Path) -> Report:
+    """Export a run's best checkpoint as a model version.
+
+    Args:
+        run_dir: a training run.
+        target: `<models>/<name>/<version>`, which must not exist.
+
+    Raises:
+        TargetError: the target is not a version directory, or exists.
+        training.errors.CheckpointError: the run has no whole checkpoint.
+        VerificationError: the file does not do what the cell does.
+    """
+    name = _check_target(target)
+    checkpoint = load(run_dir / (BEST if (run_dir / BEST).exists() else LAST))
+    cell, settings = restore_cell(checkpoint)
+    step = Step(cell.eval())
+    spec = model_spec(name, step, checkpoint, settings)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write_onnx(step, spec, draft / MODEL_FILE)
+        report = verify(draft / MODEL_FILE, step, settings.task)
+        draft.chmod(0o755)
+        _move(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return report
+
+
+def _check_target(target: Path) -> str:
+    """The model's name, from the path."""
+    name, version = target.absolute().parent.name, target.name
+    if not re.fullmatch(r"[1-9][0-9]*", version):
+        raise TargetError(f"{target} does not end in a version number: give <models>/<name>/<version>")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise TargetError(f"{name!r} cannot be a model's name: use letters, digits, '_', '-' and '.'")
+    if target.exists():
+        raise TargetError(f"{target} exists and versions are never overwritten: choose the next number")
+    return name
+
+
+def _move(draft: Path, target: Path) -> None:
+    for path in (draft / MODEL_FILE, draft):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    try:
+        draft.rename(target)
+    except OSError:
+        raise TargetError(f"{target} appeared while it was exported: choose the next number") from None

@@ -1,0 +1,158 @@
+"""Verification: does the written file do what the cell does, and for every batch the same?
+
+Only the file is trusted: the initial state is read from its metadata, and ONNX Runtime runs its graph. The cell
+runs beside it in torch, in double precision, so that what is measured is the file's own error. Both are fed
+sequences of the task the cell was trained on: on noise a trained cell can be chaotic, and two correct
+implementations that differ in the last bit end up far apart.
+
+Shapes: T steps, B batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from ntm.tensor import Array
+
+from export.errors import VerificationError
+from export.onnx_file import read_spec
+from export.spec import initial_value
+from export.step import INPUT, OUTPUT, Step
+from training.tasks import CopyTask
+
+NUM_STEPS = 121
+BATCH_SIZES = (1, 2, 7, 64)
+LARGEST_OUTPUT_DIFFERENCE = 1e-5
+# In units of the tensor's largest element where that is above 1. It is looser than the outputs' because a trained
+# LSTM sums terms of up to 90 to a gate near 0: torch's own float32 is up to 2e-5 away from its float64.
+LARGEST_STATE_DIFFERENCE = 1e-4
+# Powers of two and their neighbours, where kernels change from vector to scalar code.
+INVARIANCE_BATCH_SIZES = (*range(1, 40), 48, 63, 64, 65, 95, 96, 97, 127, 128)
+_INVARIANCE_STEPS = 21
+
+Tensors = dict[str, Array]
+
+
+class Difference(NamedTuple):
+    """How far torch and ONNX Runtime were apart at most, in any row and step."""
+
+    output: float
+    state: float
+
+
+class Report(NamedTuple):
+    """What was verified, and how well it holds."""
+
+    num_nodes: int
+    num_bytes: int
+    differences: dict[int, Difference]
+    """By batch size."""
+    invariant_batch_sizes: tuple[int, ...]
+    """Batch sizes at which each row has the bits it has in a batch of 128."""
+
+
+def verify(path: Path, step: Step, task: CopyTask) -> Report:
+    """Verify a written file against the cell it came from, on sequences of its task.
+
+    Raises:
+        VerificationError: the file is not valid ONNX, differs from the cell, or treats batches differently.
+    """
+    model = onnx.load(path)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationError(f"the file is not valid ONNX: {error}") from None
+    spec = read_spec(model)
+    initial = {state.input_name: initial_value(state) for state in spec.states}
+    session = _session(path)
+    exact = Step(copy.deepcopy(step.cell).double())
+    differences = {size: _difference(session, exact, initial, _inputs(task, NUM_STEPS, size)) for size in BATCH_SIZES}
+    for size, difference in differences.items():
+        _check(difference.output, LARGEST_OUTPUT_DIFFERENCE, f"the outputs at batch {size}")
+        _check(difference.state, LARGEST_STATE_DIFFERENCE, f"the states at batch {size}")
+    _check_invariance(session, step, initial, task)
+    return Report(len(model.graph.node), path.stat().st_size, differences, INVARIANCE_BATCH_SIZES)
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: ort.InferenceSession, step: Step, inputs: Array, state: Tensors) -> tuple[Array, Tensors]:
+    output, *next_state = session.run(step.output_names, {INPUT: inputs, **state})
+    return output, dict(zip(step.state_names, next_state, strict=True))
+
+
+def _inputs(task: CopyTask, num_steps: int, batch_size: int) -> Array:
+    """[T, B, I], another sequence of the task in each row."""
+    generator = torch.Generator().manual_seed(0)
+    inputs: Array = task.draw(batch_size, num_steps // 2, generator).inputs.numpy()
+    assert len(inputs) == num_steps
+    return inputs
+
+
+def _start(initial: Tensors, batch_size: int) -> Tensors:
+    return {name: np.repeat(value[None], batch_size, axis=0) for name, value in initial.items()}
+
+
+def _check(difference: float, allowed: float, what: str) -> None:
+    if not difference <= allowed:  # Also when it is not a number.
+        raise VerificationError(
+            f"{what} differ between ONNX Runtime and torch by {difference:.2g} within {NUM_STEPS} steps; "
+            f"{allowed:g} is allowed"
+        )
+
+
+@torch.no_grad()
+def _difference(session: ort.InferenceSession, exact: Step, initial: Tensors, sequence: Array) -> Difference:
+    """Run both in closed loop: each feeds its own state back, so that errors may grow."""
+    batch_size = sequence.shape[1]
+    theirs = _start(initial, batch_size)
+    ours = exact.initial_state(batch_size)
+    of_outputs, of_states = [], [_apart(theirs[name], ours[name]) for name in ours]
+    for inputs in sequence:
+        their_output, theirs = _run(session, exact, inputs, theirs)
+        our_output, *our_state = exact(torch.from_numpy(inputs).double(), *ours.values())
+        ours = dict(zip(exact.state_names, our_state, strict=True))
+        of_outputs.append(_apart(their_output, our_output))
+        of_states += [_apart(theirs[name], ours[name]) for name in ours]
+    # np.max keeps NaN, max does not.
+    return Difference(float(np.max(of_outputs)), float(np.max(of_states)))
+
+
+def _apart(their: Array, our: torch.Tensor) -> float:
+    """The greatest difference between two tensors, in units of the largest element or of 1; NaN if one has NaN."""
+    our_array = our.numpy()
+    return float(np.max(np.abs(their - our_array)) / np.maximum(1, np.max(np.abs(our_array))))
+
+
+def _check_invariance(session: ort.InferenceSession, step: Step, initial: Tensors, task: CopyTask) -> None:
+    """A row has the same bits whatever the size of the batch and wherever in it the row stands."""
+    whole_size = max(INVARIANCE_BATCH_SIZES)
+    state = _start(initial, whole_size)
+    for at, inputs in enumerate(_inputs(task, _INVARIANCE_STEPS, whole_size)):
+        output, next_state = _run(session, step, inputs, state)
+        for size in INVARIANCE_BATCH_SIZES:
+            for first in {0, (whole_size - size) // 2, whole_size - size, at % (whole_size - size + 1)}:
+                rows = slice(first, first + size)
+                part_output, part = _run(
+                    session, step, inputs[rows], {name: value[rows] for name, value in state.items()}
+                )
+                differing = [name for name in part if part[name].tobytes() != next_state[name][rows].tobytes()]
+                if part_output.tobytes() != output[rows].tobytes():
+                    differing.insert(0, OUTPUT)
+                if differing:
+                    raise VerificationError(
+                        f"at batch {size}, rows {first} to {first + size - 1} of {', '.join(differing)} have other "
+                        f"bits than in a batch of {whole_size}; memory_rows that are a multiple of 4 avoid it"
+                    )
+        state = next_state

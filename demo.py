@@ -144,9 +144,9 @@ def draw(console: Console, each: Recall) -> None:
     if each.trace.outputs.shape[0] > console.width - 10:
         return
     for name in ("write", "read"):
-        # Rows in the order of their first use, so that the heads' paths show on few lines.
+        # Rows that had most of the attention at some step, in the order they had it.
         weighting = each.weighting(f"{name}_weightings")
-        used = weighting.max(axis=1).argsort()[::-1][: each.length + 2]
+        used = np.flatnonzero(weighting.max(axis=1) > 0.5)
         for number, row in enumerate(used[weighting[used].argmax(axis=1).argsort()]):
             shades = "".join(" ░▒▓█"[min(4, int(value * 5))] for value in weighting[row])
             console.print(f"{f'{name}s' if number == 0 else '':8}{shades}  row {row}", style="cyan")

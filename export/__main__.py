@@ -37,7 +37,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _show(report: Report, path: Path) -> None:
-    table = Table(title=f"{path}: {report.num_nodes} nodes, {report.num_bytes / 1e3:.0f} kB", title_justify="left")
+    table = Table(
+        title=f"{path}: {report.num_nodes} nodes, {report.num_bytes / 1e3:.0f} kB", title_justify="left"
+    )
     table.add_column("verified")
     table.add_column("result")
     table.add_row("onnx.checker, full check", "valid")

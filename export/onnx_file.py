@@ -15,10 +15,10 @@ from pathlib import Path
 import onnx
 import torch
 from google.protobuf import json_format
-from ntm.v1 import model_pb2
 
 from export.spec import METADATA_KEY
 from export.step import Step
+from ntm.v1 import model_pb2
 
 BATCH_AXIS = "batch"
 
@@ -58,12 +58,24 @@ def _trace(step: Step) -> onnx.ModelProto:
 
 
 def _strip_source(model: onnx.ModelProto) -> None:
-    """Remove what the tracer noted about the source: paths of this machine, and half of the file's size."""
+    """Remove what the tracer noted about the source: paths of this machine, and a good part of the file."""
     graph = model.graph
-    for part in (model, graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
-        del part.metadata_props[:]
-        part.doc_string = ""
+    for part in (
+        model,
+        graph,
+        *graph.node,
+        *graph.initializer,
+        *graph.value_info,
+        *graph.input,
+        *graph.output,
+    ):
+        _strip(part)
     del model.functions[:]
+
+
+def _strip(part: Any) -> None:
+    del part.metadata_props[:]
+    part.doc_string = ""
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 import numpy as np
-from ntm.tensor import Array, data_type, numpy_dtype, to_array, to_message
-from ntm.v1 import model_pb2
 from torch import Tensor
 
 from export.step import INPUT, OUTPUT, Step
+from ntm.tensor import Array, data_type, numpy_dtype, to_array, to_message
+from ntm.v1 import model_pb2
 from training.checkpoint import Checkpoint
 from training.config import Settings
 
@@ -83,7 +83,8 @@ def _provenance(checkpoint: Checkpoint, settings: Settings) -> model_pb2.Provena
             "training_seconds": checkpoint.seconds,
             **{f"solved_at_{unit}": value for unit, value in checkpoint.solved.items()},
         },
-        library_versions={library: version(library) for library in _LIBRARIES} | {"python": platform.python_version()},
+        library_versions={library: version(library) for library in _LIBRARIES}
+        | {"python": platform.python_version()},
     )
     provenance.export_time.FromDatetime(datetime.now(UTC))
     provenance.training_config.update(checkpoint.settings)

@@ -18,12 +18,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from ntm.tensor import Array
 
 from export.errors import VerificationError
 from export.onnx_file import read_spec
 from export.spec import initial_value
 from export.step import INPUT, OUTPUT, Step
+from ntm.tensor import Array
 from training.tasks import CopyTask
 
 NUM_STEPS = 121
@@ -72,7 +72,9 @@ def verify(path: Path, step: Step, task: CopyTask) -> Report:
     initial = {state.input_name: initial_value(state) for state in spec.states}
     session = _session(path)
     exact = Step(copy.deepcopy(step.cell).double())
-    differences = {size: _difference(session, exact, initial, _inputs(task, NUM_STEPS, size)) for size in BATCH_SIZES}
+    differences = {
+        size: _difference(session, exact, initial, _inputs(task, NUM_STEPS, size)) for size in BATCH_SIZES
+    }
     for size, difference in differences.items():
         _check(difference.output, LARGEST_OUTPUT_DIFFERENCE, f"the outputs at batch {size}")
         _check(difference.state, LARGEST_STATE_DIFFERENCE, f"the states at batch {size}")
@@ -147,7 +149,9 @@ def _check_invariance(session: ort.InferenceSession, step: Step, initial: Tensor
                 part_output, part = _run(
                     session, step, inputs[rows], {name: value[rows] for name, value in state.items()}
                 )
-                differing = [name for name in part if part[name].tobytes() != next_state[name][rows].tobytes()]
+                differing = [
+                    name for name in part if part[name].tobytes() != next_state[name][rows].tobytes()
+                ]
                 if part_output.tobytes() != output[rows].tobytes():
                     differing.insert(0, OUTPUT)
                 if differing:

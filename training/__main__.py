@@ -55,7 +55,9 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     if signal_number is not None:
-        resuming = shlex.join(["python", "-m", "training", experiment, "--run-dir", str(settings.run_dir), "--resume"])
+        resuming = shlex.join(
+            ["python", "-m", "training", experiment, "--run-dir", str(settings.run_dir), "--resume"]
+        )
         console.print(f"saved; go on with: {resuming}", markup=False, soft_wrap=True)
         return 128 + signal_number
     console.print(f"done; the model is in {settings.run_dir}", markup=False, soft_wrap=True)

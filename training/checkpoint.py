@@ -75,8 +75,18 @@ def load(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no checkpoint {path.name}: train there first") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
-        raise CheckpointError(f"{path} is truncated or not a checkpoint: use another, or train again") from None
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ):
+        raise CheckpointError(
+            f"{path} is truncated or not a checkpoint: use another, or train again"
+        ) from None
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version: train again")
     return Checkpoint(**content)

@@ -32,19 +32,19 @@ class _Section(BaseModel):
 class ModelSettings(_Section):
     """The machine."""
 
-    memory_rows: int = Field(128, ge=1)
+    memory_rows: int = Field(default=128, ge=1)
     """Rows of the memory, N. A multiple of 4 keeps the exported model's batches exact."""
-    row_width: int = Field(20, ge=1)
+    row_width: int = Field(default=20, ge=1)
     """Numbers in a row, M."""
     controller: ControllerKind = "lstm"
     """Which network decides: "lstm" or "feedforward"."""
-    controller_size: int = Field(100, ge=1)
+    controller_size: int = Field(default=100, ge=1)
     """Units of the controller."""
-    num_read_heads: int = Field(1, ge=1)
+    num_read_heads: int = Field(default=1, ge=1)
     """Read heads."""
-    num_write_heads: int = Field(1, ge=1)
+    num_write_heads: int = Field(default=1, ge=1)
     """Write heads."""
-    shift_reach: int = Field(1, ge=0)
+    shift_reach: int = Field(default=1, ge=0)
     """How far a head can move its attention in one step, in rows."""
     initial_memory: InitialMemory = "random"
     """What a sequence finds in the memory: "constant", "learned", or "random" (drawn once for the model)."""
@@ -64,26 +64,26 @@ class ModelSettings(_Section):
 class OptimizerSettings(_Section):
     """RMSprop with momentum, and clipping."""
 
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Step size until the task is solved: until an evaluation finds fewer than 0.1 wrong bits in a sequence."""
-    settled_learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    settled_learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
     """Step size from then on, small, for the model to settle on a solution that holds at greater lengths."""
-    square_decay: float = Field(0.95, ge=0, lt=1)
+    square_decay: float = Field(default=0.95, ge=0, lt=1)
     """How much of the running mean of squared gradients an update keeps."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """How much of the last step an update keeps."""
-    clip_norm: float = Field(10.0, gt=0, allow_inf_nan=False)
+    clip_norm: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     """Gradients of a greater norm, over all weights, are scaled down to it."""
 
 
 class EvaluationSettings(_Section):
     """How the model is judged on the way."""
 
-    every_updates: int = Field(200, ge=1)
+    every_updates: int = Field(default=200, ge=1)
     """Updates between evaluations."""
-    num_sequences: int = Field(16, ge=1)
+    num_sequences: int = Field(default=16, ge=1)
     """Sequences of each length of training."""
-    num_long_sequences: int = Field(64, ge=1)
+    num_long_sequences: int = Field(default=64, ge=1)
     """Sequences of each greater length: errors are rare there, and few sequences miss them."""
     long_lengths: tuple[int, ...] = (40, 80, 120)
     """Lengths beyond training at which to measure whether the model generalises; it is kept where it does best."""
@@ -110,15 +110,15 @@ class Settings(BaseSettings):
 
     run_dir: Path = Path("runs/run")
     """Folder that receives checkpoints and records."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Where all randomness of the run starts: weights and sequences."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Sequences in an update."""
-    num_updates: int = Field(2000, ge=1)
+    num_updates: int = Field(default=2000, ge=1)
     """Updates in the run."""
-    checkpoint_every_updates: int = Field(100, ge=1)
+    checkpoint_every_updates: int = Field(default=100, ge=1)
     """Updates between checkpoints; a killed run loses at most this many."""
-    num_threads: int = Field(1, ge=1)
+    num_threads: int = Field(default=1, ge=1)
     """Processor cores to use; the tensors are so small that a second one does not help."""
     task: CopyTask = CopyTask()
     model: ModelSettings = ModelSettings()
@@ -127,7 +127,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_others: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """No environment variables: a run is told by its TOML and its command line alone."""
         return (init_settings,)
@@ -150,7 +155,8 @@ def read_settings(toml: Path, arguments: Sequence[str], prog: str) -> Settings:
         Settings, root_parser=parser, cli_parse_args=list(arguments)
     )
     try:
-        return Settings(_cli_settings_source=command_line, **from_file)
+        # The type checker sees the fields, and not what BaseSettings itself takes.
+        return Settings(_cli_settings_source=command_line, **from_file)  # type: ignore[call-arg]
     except ValidationError as error:
         raise SettingsError(_sentence(error, toml)) from None
 
@@ -163,7 +169,9 @@ def write_settings(settings: Settings, path: Path) -> None:
 def make_cell(settings: Settings) -> NTMCell:
     """The cell that the settings describe, with fresh weights."""
     return NTMCell(
-        input_size=settings.task.input_size, output_size=settings.task.output_size, **settings.model.model_dump()
+        input_size=settings.task.input_size,
+        output_size=settings.task.output_size,
+        **settings.model.model_dump(),
     )
 
 

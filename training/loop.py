@@ -70,7 +70,12 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
             optimizer.load_state_dict(last.optimizer)
             torch.set_rng_state(last.random_state)
             draws.set_state(last.sequences_state)
-            update, seconds_before, metrics, best_score = last.update, last.seconds, last.metrics, last.best_score
+            update, seconds_before, metrics, best_score = (
+                last.update,
+                last.seconds,
+                last.metrics,
+                last.best_score,
+            )
             solved, command = last.solved, last.command
             console.print(f"resuming after update {update}")
         write_settings(settings, run_dir / SETTINGS)
@@ -105,7 +110,7 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
                 loss = F.binary_cross_entropy_with_logits(answers, sequences.targets)
 
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 norm = torch.nn.utils.clip_grad_norm_(cell.parameters(), settings.optimizer.clip_norm)
                 _check_finite(loss, norm, update + 1, run_dir)
                 optimizer.step()

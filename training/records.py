@@ -7,7 +7,6 @@ the run itself needs.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 
@@ -61,4 +60,4 @@ def _drop_after(path: Path, update: int) -> None:
         kept.append(line + "\n")
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(kept))
-    os.replace(beside, path)
+    beside.replace(path)

@@ -42,8 +42,8 @@ class NTMCell(nn.Module):
         shift_reach: how far a head can move its attention in one step, in rows; 0 leaves it to content.
         initial_memory: "constant" (every element 1e-6), "learned", or "random": drawn when the cell is made
             and the same for every sequence from then on, so that two sessions start alike.
-        initial_attention: whether the first weightings and read vectors are learned, or constant: every
-            head on row 0, and read vectors of zeros.
+        initial_attention: "learned": the first weightings and read vectors are, starting from even attention;
+            "constant": every head is on row 0 and has read zeros.
     """
 
     def __init__(
@@ -82,14 +82,21 @@ class NTMCell(nn.Module):
         self.initial_memory = _start(drawn, is_learned=initial_memory == "learned")
         is_learned = initial_attention == "learned"
         num_heads = num_read_heads + num_write_heads
-        self.initial_attention_logits = _start(_on_row_0(num_heads, memory_rows, is_learned), is_learned)
-        vectors = torch.randn(num_read_heads, row_width) * 0.01 if is_learned else torch.zeros(num_read_heads, row_width)
+        logits = torch.zeros(num_heads, memory_rows) if is_learned else _on_row_0(num_heads, memory_rows)
+        self.initial_attention_logits = _start(logits, is_learned)
+        vectors = (
+            torch.randn(num_read_heads, row_width) * 0.01
+            if is_learned
+            else torch.zeros(num_read_heads, row_width)
+        )
         self.initial_read_vectors = _start(vectors, is_learned)
 
     def initial_state(self, batch_size: int) -> NTMState:
         """The state every sequence starts from, the same in every row of the batch."""
         weightings = torch.softmax(self.initial_attention_logits, dim=-1)
-        read_weightings, write_weightings = weightings.split([self.num_read_heads, self.num_write_heads])
+        read_weightings, write_weightings = torch.split(
+            weightings, [self.num_read_heads, self.num_write_heads]
+        )
         return NTMState(
             memory=self.initial_memory.expand(batch_size, -1, -1),
             read_weightings=read_weightings.expand(batch_size, -1, -1),
@@ -114,20 +121,21 @@ class NTMCell(nn.Module):
         requested, to_write = self.heads(controlled)
         previous = torch.cat([state.read_weightings, state.write_weightings], dim=1)
         weightings = address(requested, state.memory, previous)
-        read_weightings, write_weightings = weightings.split([self.num_read_heads, self.num_write_heads], dim=1)
+        read_weightings, write_weightings = torch.split(
+            weightings, [self.num_read_heads, self.num_write_heads], dim=1
+        )
         memory = memory_access.write(state.memory, write_weightings, to_write.erase, to_write.add)
         read_vectors = memory_access.read(memory, read_weightings)
         outputs = self.output(torch.cat([controlled, read_vectors.flatten(1)], dim=-1))
         return outputs, NTMState(memory, read_weightings, write_weightings, read_vectors, controller_state)
 
 
-def _start(value, is_learned):
+def _start(value: Tensor, is_learned: bool) -> nn.Parameter | nn.Buffer:
     return nn.Parameter(value) if is_learned else nn.Buffer(value)
 
 
-def _on_row_0(num_heads, num_rows, is_learned):
-    if is_learned:
-        return torch.zeros(num_heads, num_rows)
+def _on_row_0(num_heads: int, num_rows: int) -> Tensor:
+    """Logits [H, N] whose softmax is 1 at row 0, and 0 elsewhere."""
     logits = torch.full((num_heads, num_rows), -1e4)
     logits[:, 0] = 0
     return logits

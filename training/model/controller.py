@@ -19,9 +19,13 @@ from training.model.state import ControllerState, LSTMState, Stateless
 ControllerKind = Literal["lstm", "feedforward"]
 
 
-def make_controller(kind: ControllerKind, input_size: int, size: int) -> LSTMController | FeedforwardController:
+def make_controller(
+    kind: ControllerKind, input_size: int, size: int
+) -> LSTMController | FeedforwardController:
     """The controller of this kind."""
-    return {"lstm": LSTMController, "feedforward": FeedforwardController}[kind](input_size, size)
+    if kind == "lstm":
+        return LSTMController(input_size, size)
+    return FeedforwardController(input_size, size)
 
 
 class LSTMController(nn.Module):
@@ -51,7 +55,7 @@ class LSTMController(nn.Module):
         """
         assert isinstance(state, LSTMState)
         gates = self.gates(torch.cat([inputs, state.hidden], dim=-1))
-        opened, candidate = gates.split([3 * self.size, self.size], dim=-1)
+        opened, candidate = torch.split(gates, [3 * self.size, self.size], dim=-1)
         enter, keep, leave = torch.sigmoid(opened).chunk(3, dim=-1)
         cell = keep * state.cell + enter * torch.tanh(candidate)
         hidden = leave * torch.tanh(cell)

@@ -30,7 +30,12 @@ class Heads(nn.Module):
     """The learned map from the controller's output to requests."""
 
     def __init__(
-        self, controller_size: int, num_read_heads: int, num_write_heads: int, row_width: int, shift_reach: int
+        self,
+        controller_size: int,
+        num_read_heads: int,
+        num_write_heads: int,
+        row_width: int,
+        shift_reach: int,
     ) -> None:
         super().__init__()
         self.num_heads = num_read_heads + num_write_heads
@@ -50,12 +55,12 @@ class Heads(nn.Module):
         Args:
             controlled: [B, C], the controller's output.
         """
-        address, erase, add = self.linear(controlled).split(
-            [self._num_address, self._num_write, self._num_write], dim=-1
+        address, erase, add = torch.split(
+            self.linear(controlled), [self._num_address, self._num_write, self._num_write], dim=-1
         )
-        key, strength, gate, kernel, sharpness = address.unflatten(-1, (self.num_heads, -1)).split(
-            self._address_sizes, dim=-1
-        )
+        by_head = address.reshape(-1, self.num_heads, sum(self._address_sizes))
+        key, strength, gate, kernel, sharpness = torch.split(by_head, self._address_sizes, dim=-1)
+        to_write = (-1, self.num_write_heads, self.row_width)
         return (
             AddressRequest(
                 key=key,
@@ -65,8 +70,8 @@ class Heads(nn.Module):
                 sharpness=1 + softplus(sharpness),
             ),
             WriteRequest(
-                erase=torch.sigmoid(erase).unflatten(-1, (self.num_write_heads, self.row_width)),
-                add=add.unflatten(-1, (self.num_write_heads, self.row_width)),
+                erase=torch.sigmoid(erase).reshape(to_write),
+                add=add.reshape(to_write),
             ),
         )
 

@@ -45,13 +45,22 @@ class NTMState(NamedTuple):
 
 def named_tensors(state: NTMState) -> dict[str, Tensor]:
     """Every tensor of the state under a flat name; the controller's begin with `controller_`."""
-    *own, controller = state
-    named = dict(zip(NTMState._fields[:-1], own, strict=True))
-    return named | {f"controller_{name}": getattr(controller, name) for name in controller._fields}
+    return {
+        "memory": state.memory,
+        "read_weightings": state.read_weightings,
+        "write_weightings": state.write_weightings,
+        "read_vectors": state.read_vectors,
+        **{f"controller_{name}": tensor for name, tensor in state.controller._asdict().items()},
+    }
 
 
 def with_tensors(like: NTMState, named: dict[str, Tensor]) -> NTMState:
     """The inverse of `named_tensors`: a state with the structure of `like` and the tensors of `named`."""
     kind = type(like.controller)
-    controller = kind(*(named[f"controller_{name}"] for name in kind._fields))
-    return NTMState(*(named[name] for name in NTMState._fields[:-1]), controller)
+    return NTMState(
+        memory=named["memory"],
+        read_weightings=named["read_weightings"],
+        write_weightings=named["write_weightings"],
+        read_vectors=named["read_vectors"],
+        controller=kind(*(named[f"controller_{name}"] for name in kind._fields)),
+    )

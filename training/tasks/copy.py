@@ -23,11 +23,11 @@ class CopyTask(BaseModel):
 
     name: Literal["copy"] = "copy"
     """The task."""
-    num_bits: int = Field(8, ge=1)
+    num_bits: int = Field(default=8, ge=1)
     """Bits in a vector."""
-    min_length: int = Field(1, ge=1)
+    min_length: int = Field(default=1, ge=1)
     """Vectors in the shortest training sequence."""
-    max_length: int = Field(20, ge=1)
+    max_length: int = Field(default=20, ge=1)
     """Vectors in the longest training sequence."""
 
     @model_validator(mode="after")

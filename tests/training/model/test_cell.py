@@ -1,0 +1,135 @@
+"""The whole cell: shapes, invariants over many steps, independence of the batch, the kinds of start."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.testing import assert_close
+
+from training.model import NTMCell, named_tensors, unroll, with_tensors
+
+KINDS = [
+    {},
+    {"controller": "feedforward"},
+    {"num_read_heads": 3, "num_write_heads": 2, "shift_reach": 2},
+    {"initial_memory": "constant", "initial_attention": "constant"},
+    {"initial_memory": "learned"},
+]
+
+
+def make_cell(**kind) -> NTMCell:
+    torch.manual_seed(0)
+    sizes = {"input_size": 3, "output_size": 2, "memory_rows": 8, "row_width": 4, "controller_size": 6}
+    return NTMCell(**(sizes | kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_keeps_the_shape_of_every_state_tensor(kind):
+    cell = make_cell(**kind)
+    state = cell.initial_state(5)
+
+    outputs, next_state = cell.step(torch.randn(5, 3), state)
+
+    assert outputs.shape == (5, 2)
+    heads = {"num_read_heads": 1, "num_write_heads": 1} | kind
+    assert state.memory.shape == (5, 8, 4)
+    assert state.read_weightings.shape == (5, heads["num_read_heads"], 8)
+    assert state.write_weightings.shape == (5, heads["num_write_heads"], 8)
+    assert state.read_vectors.shape == (5, heads["num_read_heads"], 4)
+    before, after = named_tensors(state), named_tensors(next_state)
+    assert {name: tensor.shape for name, tensor in before.items()} == {
+        name: tensor.shape for name, tensor in after.items()
+    }
+
+
+@settings(max_examples=15, deadline=None)
+@given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**31), scale=st.sampled_from([0.0, 1.0, 100.0]))
+def test_weightings_are_distributions_and_all_is_finite_over_many_steps(kind, seed, scale):
+    cell = make_cell(**kind)
+    inputs = scale * torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(seed))
+
+    outputs, state = unroll(cell, inputs)
+    outputs.square().mean().backward()
+
+    for weightings in (state.read_weightings, state.write_weightings):
+        assert (weightings >= 0).all()
+        assert_close(weightings.sum(-1), torch.ones(weightings.shape[:2]), atol=1e-5, rtol=0)
+    assert all(tensor.isfinite().all() for tensor in named_tensors(state).values())
+    assert all(weight.grad.isfinite().all() for weight in cell.parameters() if weight.grad is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_gives_the_same_alone_and_in_a_batch(kind):
+    cell = make_cell(**kind)
+    inputs = torch.randn(10, 4, 3)
+
+    together, _ = unroll(cell, inputs)
+
+    for row in range(4):
+        alone, _ = unroll(cell, inputs[:, [row]])
+        assert_close(alone, together[:, [row]], atol=1e-5, rtol=1e-4)
+
+
+def test_a_sequence_cut_in_two_gives_the_same_because_all_memory_is_in_the_state():
+    cell = make_cell()
+    inputs = torch.randn(9, 2, 3)
+
+    whole, end = unroll(cell, inputs)
+    first, middle = unroll(cell, inputs[:4])
+    unroll(cell, torch.randn(5, 2, 3))  # What the cell does in between leaves no trace.
+    second, end_of_second = unroll(cell, inputs[4:], middle)
+
+    assert torch.equal(torch.cat([first, second]), whole)
+    assert torch.equal(end_of_second.memory, end.memory)
+
+
+def test_reads_see_what_the_same_step_wrote():
+    cell = make_cell()
+
+    _, state = cell.step(torch.randn(2, 3), cell.initial_state(2))
+
+    assert_close(state.read_vectors, state.read_weightings @ state.memory)
+
+
+def test_a_constant_start_has_every_head_on_row_0_of_an_even_memory():
+    state = make_cell(initial_memory="constant", initial_attention="constant").initial_state(2)
+
+    assert (state.memory == 1e-6).all()
+    assert (state.read_weightings[..., 0] == 1).all()
+    assert (state.write_weightings[..., 0] == 1).all()
+    assert (state.read_vectors == 0).all()
+
+
+def test_a_random_memory_is_drawn_once_and_saved_with_the_weights():
+    cell, other = make_cell(initial_memory="random"), make_cell(initial_memory="random")
+    torch.nn.init.zeros_(other.initial_memory)
+
+    other.load_state_dict(cell.state_dict())
+
+    assert torch.equal(cell.initial_state(1).memory, cell.initial_state(1).memory)
+    assert torch.equal(other.initial_state(1).memory, cell.initial_state(1).memory)
+    assert len(cell.initial_state(1).memory.unique()) > 1
+
+
+def test_a_learned_start_receives_gradients_and_a_constant_one_does_not():
+    learned = make_cell(initial_memory="learned", initial_attention="learned")
+    constant = make_cell(initial_memory="constant", initial_attention="constant")
+
+    names = {"initial_memory", "initial_attention_logits", "initial_read_vectors"}
+    unroll(learned, torch.randn(4, 2, 3))[0].sum().backward()
+
+    assert names <= dict(learned.named_parameters()).keys()
+    assert all(dict(learned.named_parameters())[name].grad.abs().sum() > 0 for name in names)
+    assert not names & dict(constant.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_naming_the_tensors_of_a_state_can_be_undone(kind):
+    state = make_cell(**kind).initial_state(2)
+
+    rebuilt = with_tensors(state, named_tensors(state))
+
+    assert all(torch.equal(a, b) for a, b in zip(rebuilt[:-1], state[:-1], strict=True))
+    assert type(rebuilt.controller) is type(state.controller)

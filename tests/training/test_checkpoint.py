@@ -1,0 +1,84 @@
+"""Checkpoints are whole or refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+import torch
+from rich.console import Console
+
+from training import checkpoint
+from training.checkpoint import LAST
+from training.errors import CheckpointError
+from training.loop import train
+
+
+@pytest.fixture
+def run_dir(tiny_settings):
+    settings = tiny_settings("--num-updates=1")
+    train(settings, "command", resume=False, console=Console(quiet=True))
+    return settings.run_dir
+
+
+def test_a_saved_cell_comes_back_with_the_same_bits(run_dir, tmp_path):
+    loaded = checkpoint.load(run_dir / LAST)
+
+    checkpoint.save(loaded, tmp_path / "again.pt")
+    again = checkpoint.load(tmp_path / "again.pt")
+
+    assert again.settings == loaded.settings
+    assert all(torch.equal(again.cell[name], tensor) for name, tensor in loaded.cell.items())
+    cell, _settings = checkpoint.restore_cell(again)
+    assert all(torch.equal(cell.state_dict()[name], tensor) for name, tensor in loaded.cell.items())
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="has no checkpoint last.pt: train there first"):
+        checkpoint.load(tmp_path / LAST)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 0.3, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_refused(run_dir, kept):
+    path = run_dir / LAST
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
+
+    with pytest.raises(CheckpointError, match="is truncated or not a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    (tmp_path / LAST).write_bytes(pickle.dumps(Attack()))
+
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path / LAST)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_failure_while_saving_leaves_the_last_checkpoint_whole(run_dir, monkeypatch):
+    before = (run_dir / LAST).read_bytes()
+    loaded = checkpoint.load(run_dir / LAST)
+
+    def fail(_content, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(loaded, run_dir / LAST)
+
+    assert (run_dir / LAST).read_bytes() == before
+
+
+def test_weights_that_do_not_fit_the_settings_are_refused(run_dir):
+    loaded = checkpoint.load(run_dir / LAST)
+    settings = loaded.settings | {"model": loaded.settings["model"] | {"memory_rows": 16}}
+
+    with pytest.raises(CheckpointError, match="weights are of another model"):
+        checkpoint.restore_cell(loaded._replace(settings=settings))

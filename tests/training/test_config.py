@@ -1,0 +1,109 @@
+"""Settings: where they come from, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from training.config import CONFIGS, Settings, read_settings, write_settings
+from training.errors import SettingsError
+
+COPY = CONFIGS / "copy.toml"
+
+
+def test_the_command_line_wins_over_the_toml_and_the_toml_over_the_defaults():
+    settings = read_settings(COPY, ["--seed", "3", "--optimizer.learning-rate", "1e-5"], "test")
+
+    assert settings.seed == 3
+    assert settings.optimizer.learning_rate == 1e-5
+    assert settings.optimizer.momentum == 0.9
+    assert settings.model.initial_memory == "constant"
+    assert Settings().model.initial_memory == "random"
+
+
+@pytest.mark.parametrize("flag", ["--run-dir", "--run_dir"])
+def test_a_flag_may_be_typed_with_hyphens_or_underscores(flag):
+    assert read_settings(COPY, [flag, "runs/x_y"], "test").run_dir == Path("runs/x_y")
+
+
+def test_written_settings_read_back_the_same(tmp_path):
+    settings = read_settings(COPY, ["--seed", "5", "--evaluation.long-lengths", "30,50"], "test")
+
+    write_settings(settings, tmp_path / "settings.toml")
+
+    assert settings.evaluation.long_lengths == (30, 50)
+    assert read_settings(tmp_path / "settings.toml", [], "test") == settings
+
+
+def test_an_unknown_setting_in_a_toml_is_refused_with_the_name_it_may_have_meant(tmp_path):
+    toml = tmp_path / "my.toml"
+    toml.write_text("[optimizer]\nlearning_rat = 1\n")
+
+    with pytest.raises(SettingsError) as refusal:
+        read_settings(toml, [], "test")
+
+    assert str(refusal.value) == (
+        f"unknown setting optimizer.learning_rat in {toml}, did you mean optimizer.learning_rate?"
+    )
+
+
+def test_an_unknown_flag_is_refused_by_the_name_that_was_typed():
+    with pytest.raises(SettingsError, match="unrecognized arguments: --optimizer.speed=3"):
+        read_settings(COPY, ["--optimizer.speed=3"], "test")
+
+
+@pytest.mark.parametrize("content", ["batch_size = ", "\xff\xfe"])
+def test_a_toml_that_cannot_be_read_is_refused(tmp_path, content):
+    (tmp_path / "my.toml").write_text(content, encoding="latin-1")
+
+    with pytest.raises(SettingsError, match="cannot read the settings in .*my.toml"):
+        read_settings(tmp_path / "my.toml", [], "test")
+
+
+def test_a_missing_toml_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="cannot read the settings"):
+        read_settings(tmp_path / "none.toml", [], "test")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "batch_size: input should be greater than or equal to 1, not '0'"),
+        (["--batch-size", "many"], "batch_size: input should be a valid integer"),
+        (["--model.memory-rows", "0"], "model.memory_rows: "),
+        (["--model.shift-reach", "64"], "model: shift_reach 64 needs memory_rows of at least 129, not 128"),
+        (
+            ["--model.controller", "gru"],
+            "model.controller: input should be 'lstm' or 'feedforward', not 'gru'",
+        ),
+        (["--task.min-length", "30"], "task: min_length 30 is greater than max_length 20"),
+        (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate: "),
+        (["--optimizer.clip-norm", "-1"], "optimizer.clip_norm: "),
+        (["--evaluation.long-lengths", "0"], "evaluation: long_lengths must all be at least 1"),
+        (["--seed", "-1"], "seed: "),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_by_its_name(arguments, message):
+    with pytest.raises(SettingsError) as refusal:
+        read_settings(COPY, arguments, "test")
+
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_setting_has_a_sentence():
+    def check(model):
+        for name, field in model.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                check(field.annotation)
+            else:
+                assert field.description, f"{name} has no sentence"
+                assert field.description.rstrip().endswith("."), name
+
+    check(Settings)
+
+
+def test_every_experiment_can_be_read():
+    for toml in CONFIGS.glob("*.toml"):
+        assert read_settings(toml, [], "test").run_dir == Path("runs") / toml.stem

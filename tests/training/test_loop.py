@@ -1,0 +1,218 @@
+"""The training loop: what it records, when it stops, and that a run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from training import checkpoint
+from training.checkpoint import BEST, LAST
+from training.config import read_settings
+from training.errors import CheckpointError, NonFiniteError, RunDirectoryError
+from training.loop import SETTINGS, train
+from training.records import METRICS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(settings, *, resume: bool = False):
+    return train(settings, "the command", resume=resume, console=Console(quiet=True))
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = checkpoint.load(a / LAST), checkpoint.load(b / LAST)
+    assert ours.update == theirs.update
+    assert ours.cell.keys() == theirs.cell.keys()
+    assert all(torch.equal(ours.cell[name], theirs.cell[name]) for name in ours.cell)
+    for index, moments in ours.optimizer["state"].items():
+        assert all(torch.equal(moments[name], theirs.optimizer["state"][index][name]) for name in moments)
+
+
+def start(arguments: list[str], run_dir: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "training", "copy", *arguments, "--run-dir", str(run_dir)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_update(process: subprocess.Popen, run_dir: Path, update: int) -> None:
+    """Follow the metrics file until the update stands there; the file appears with the run."""
+    while process.poll() is None:
+        if (run_dir / METRICS).exists() and any(
+            f'"update": {update},' in line for line in (run_dir / METRICS).read_text().splitlines()
+        ):
+            return
+    pytest.fail(f"training ended early: {process.stderr.read()}")
+
+
+def test_a_run_leaves_settings_checkpoints_and_a_record_of_every_update(tiny_settings):
+    settings = tiny_settings()
+
+    run(settings)
+
+    assert read_settings(settings.run_dir / SETTINGS, [], "test") == settings
+    kept = records(settings.run_dir)
+    assert [record["update"] for record in kept] == list(range(1, 13))
+    assert kept[-1]["sequences"] == 24
+    assert {"loss", "wrong_bits_in_batch", "gradient_norm", "seconds", "length"} <= kept[0].keys()
+    assert [record["update"] for record in kept if "wrong_bits" in record] == [5, 10, 12]
+    assert any((settings.run_dir / "tensorboard").iterdir())
+    last = checkpoint.load(settings.run_dir / LAST)
+    assert (last.update, last.command) == (12, "the command")
+    assert last.metrics.keys() == {"wrong_bits", "wrong_bits_at_5"}
+
+
+def test_the_best_checkpoint_is_the_one_of_the_best_evaluation(tiny_settings):
+    settings = tiny_settings()
+
+    run(settings)
+
+    scores = {
+        record["update"]: record["wrong_bits"] + record["wrong_bits_at_5"]
+        for record in records(settings.run_dir)
+        if "wrong_bits" in record
+    }
+    best = checkpoint.load(settings.run_dir / BEST)
+    assert best.best_score == scores[best.update] == min(scores.values())
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny_settings, tmp_path):
+    first, second, third = (
+        tiny_settings(f"--run-dir={tmp_path / name}", f"--seed={seed}")
+        for name, seed in [("a", 1), ("b", 1), ("c", 2)]
+    )
+
+    for settings in (first, second, third):
+        run(settings)
+
+    assert_same_weights(first.run_dir, second.run_dir)
+    with pytest.raises(AssertionError):
+        assert_same_weights(first.run_dir, third.run_dir)
+
+
+def test_once_the_task_is_solved_the_learning_rate_drops_and_stays_down_after_a_resume(
+    tiny_settings, monkeypatch
+):
+    monkeypatch.setattr("training.loop.is_solved", lambda _scores: True)
+    run(tiny_settings("--num-updates=6"))
+    run(tiny_settings("--num-updates=8"), resume=True)
+
+    last = checkpoint.load(tiny_settings().run_dir / LAST)
+    assert last.solved["update"] == 5
+    assert [group["lr"] for group in last.optimizer["param_groups"]] == [1e-4]
+
+
+def test_a_run_killed_between_checkpoints_resumes_to_the_same_weights_bit_for_bit(tiny_arguments, tmp_path):
+    # So many updates that the killed process cannot end before it is seen at update 37.
+    arguments = [*tiny_arguments, "--num-updates=100000", "--checkpoint-every-updates=25"]
+    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+
+    with start(arguments, killed) as process:
+        wait_for_update(process, killed, 37)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    reached = checkpoint.load(killed / LAST).update
+    end = reached + 30
+    # The dead process recorded updates after its last checkpoint, the last of them perhaps by half.
+    with (killed / METRICS).open("a") as file:
+        file.write('{"update": 99')
+    with start([f"--num-updates={end}", "--resume"], killed) as process:
+        assert process.wait() == 0, process.stderr.read()
+    with start([*arguments, f"--num-updates={end}"], unbroken) as process:
+        assert process.wait() == 0, process.stderr.read()
+
+    assert reached >= 25
+    assert_same_weights(killed, unbroken)
+    assert [record["update"] for record in records(killed)] == list(range(1, end + 1))
+    assert [record["loss"] for record in records(killed)] == [record["loss"] for record in records(unbroken)]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_batch_saves_and_says_how_to_resume(tiny_arguments, tmp_path, stop):
+    run_dir = tmp_path / "run"
+
+    with start([*tiny_arguments, "--num-updates=100000"], run_dir) as process:
+        wait_for_update(process, run_dir, 6)
+        process.send_signal(stop)
+        said = process.stderr.read()
+        assert process.wait() == 128 + stop
+
+    assert f"saved; go on with: python -m training copy --run-dir {run_dir} --resume" in said
+    assert "Traceback" not in said
+    assert checkpoint.load(run_dir / LAST).update == records(run_dir)[-1]["update"]
+
+
+def test_a_run_directory_in_use_is_refused_and_left_alone(tiny_settings):
+    settings = tiny_settings("--num-updates=2")
+    run(settings)
+    before = (settings.run_dir / LAST).read_bytes()
+
+    with pytest.raises(RunDirectoryError, match=r"is in use: give another --run-dir, or go on .* --resume"):
+        run(settings)
+
+    assert (settings.run_dir / LAST).read_bytes() == before
+
+
+def test_two_processes_cannot_train_in_one_run_directory(tiny_arguments, tiny_settings, tmp_path):
+    with start([*tiny_arguments, "--num-updates=100000"], tmp_path / "run") as process:
+        wait_for_update(process, tmp_path / "run", 1)
+
+        with pytest.raises(RunDirectoryError, match="another process is training in"):
+            run(tiny_settings(), resume=True)
+
+        process.kill()
+
+
+def test_resuming_where_there_is_no_run_is_refused(tiny_settings):
+    with pytest.raises(RunDirectoryError, match="there is no run in"):
+        run(tiny_settings(), resume=True)
+
+
+def test_resuming_from_a_truncated_checkpoint_is_refused(tiny_settings):
+    settings = tiny_settings("--num-updates=2")
+    run(settings)
+    path = settings.run_dir / LAST
+    path.write_bytes(path.read_bytes()[:100])
+
+    with pytest.raises(CheckpointError, match="is truncated"):
+        run(settings, resume=True)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient's norm"])
+def test_a_loss_or_gradient_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
+    tiny_settings, monkeypatch, what
+):
+    settings = tiny_settings("--checkpoint-every-updates=3")
+    loss_of = torch.nn.functional.binary_cross_entropy_with_logits
+    calls = []
+
+    def spoiled(answers, targets):
+        calls.append(1)
+        if len(calls) < 6:
+            return loss_of(answers, targets)
+        if what == "loss":
+            return loss_of(answers, targets) * float("nan")
+        # Its value is 0 and its gradient infinite.
+        return (answers.sum() * 0).sqrt()
+
+    monkeypatch.setattr("training.loop.F.binary_cross_entropy_with_logits", spoiled)
+
+    with pytest.raises(NonFiniteError, match=rf"at update 6 the {what} is nan.*last good checkpoint is kept"):
+        run(settings)
+
+    last = checkpoint.load(settings.run_dir / LAST)
+    assert last.update == 3
+    assert all(tensor.isfinite().all() for tensor in last.cell.values())

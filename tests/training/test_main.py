@@ -1,0 +1,50 @@
+"""The command line: exit codes, and one sentence for what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from training.__main__ import main
+from training.checkpoint import LAST, load
+
+
+def refusal(capsys, arguments: list[str]) -> str:
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_help_names_the_experiments_and_shows_how_to_resume(capsys):
+    assert main(["--help"]) == 0
+
+    said = capsys.readouterr().out
+    assert "experiments are: copy" in said
+    assert "--resume" in said
+
+
+def test_an_unknown_experiment_is_refused_with_those_there_are(capsys):
+    assert "unknown experiment 'cpoy': there are copy" in refusal(capsys, ["cpoy"])
+
+
+def test_an_unknown_flag_is_refused(capsys):
+    assert "--lr=3" in refusal(capsys, ["copy", "--lr=3"])
+
+
+def test_a_run_can_be_resumed_to_go_further_but_not_with_other_settings(capsys, tiny_arguments, tmp_path):
+    where = ["--run-dir", str(tmp_path / "run")]
+    assert main(["copy", *tiny_arguments, *where]) == 0
+
+    assert "leave out all but" in refusal(capsys, ["copy", *where, "--resume", "--batch-size=3"])
+    assert main(["copy", *where, "--resume", "--num-updates=14"]) == 0
+
+    last = load(tmp_path / "run" / LAST)
+    assert last.update == 14
+    assert last.command.startswith("python -m training copy --model.memory-rows=8")
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_directory_that_is_a_file_is_refused(capsys, tmp_path, resume):
+    (tmp_path / "file").write_text("")
+
+    refusal(capsys, ["copy", "--run-dir", str(tmp_path / "file"), *resume])

@@ -138,7 +138,8 @@ class AsyncSession:
     async def run(self, inputs: npt.ArrayLike) -> Array:
         """As `Session.run`."""
         chunks = self.model.chunks(self.model.inputs(inputs))
-        return self.model.join([to_array((await self._step(chunk)).outputs) for chunk in chunks])
+        with calls.all_or_back(self):
+            return self.model.join([to_array((await self._step(chunk)).outputs) for chunk in chunks])
 
     async def step(self, inputs: npt.ArrayLike) -> Array:
         """As `Session.step`."""
@@ -148,7 +149,8 @@ class AsyncSession:
     async def trace(self, inputs: npt.ArrayLike, names: Sequence[str] = ()) -> Trace:
         """As `Session.trace`."""
         names = self.model.state_names(names)
-        answers = [await self._step(row[np.newaxis], names) for row in self.model.inputs(inputs)]
+        with calls.all_or_back(self):
+            answers = [await self._step(row[np.newaxis], names) for row in self.model.inputs(inputs)]
         return calls.trace(answers, self.model, names)
 
     async def state(self, *names: str) -> dict[str, Array]:

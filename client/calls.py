@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,7 +62,7 @@ class Model:
         """Values as an array of the input's dtype, [T, ...input shape] with one leading axis.
 
         Raises:
-            ValueError: they have another shape, or would lose something in the conversion.
+            ValueError: they have another shape, a type of another kind, or integers that do not fit.
         """
         array = np.asarray(values)
         shape = tuple(self.spec.input.shape)
@@ -72,7 +73,10 @@ class Model:
         from_integers = array.dtype.kind in "bui" and self.input_dtype.kind == "f"
         if not from_integers and not np.can_cast(array.dtype, self.input_dtype, "same_kind"):
             raise ValueError(f"inputs are {array.dtype}: send {self.input_dtype}")
-        return array.astype(self.input_dtype, copy=False)
+        converted = array.astype(self.input_dtype, copy=False)
+        if self.input_dtype.kind in "iu" and not np.array_equal(converted, array):
+            raise ValueError(f"inputs have values that do not fit in {self.input_dtype}")
+        return converted
 
     def chunks(self, inputs: Array) -> Iterator[Array]:
         """Inputs cut into as few messages as the server's limits allow."""
@@ -171,6 +175,17 @@ class Stepping(Protocol):
     model: Model
     session_id: str
     next_step: int
+
+
+@contextmanager
+def all_or_back(session: Stepping) -> Iterator[None]:
+    """Put the step counter back when one of a call's messages fails, so that the call can be repeated as it was."""
+    start = session.next_step
+    try:
+        yield
+    except BaseException:
+        session.next_step = start
+        raise
 
 
 def batch_request(

@@ -132,7 +132,7 @@ class Client:
 
     def _call(self, rpc: Callable[..., T], request: Any, session_id: str = "") -> T:
         """Send a request that may be repeated, until it is answered or the time for retries is over."""
-        metadata = calls.metadata(session_id) if session_id else ()
+        metadata = calls.metadata(session_id)
         try:
             return tenacity.Retrying(**self._retrying)(
                 rpc, request, timeout=self._timeout_s, metadata=metadata
@@ -151,8 +151,8 @@ class Session:
         self.model = model
         self.session_id = session_id
         self.next_step = next_step
-        """Index of the next step. It moves only when an answer has come, so after an error the same call can be
-        made again, and takes effect once."""
+        """Index of the next step. It moves only when a whole call was answered, so after an error the same call can
+        be made again, and takes effect once."""
 
     def __enter__(self) -> Session:
         return self
@@ -177,10 +177,12 @@ class Session:
             Outputs [T, ...output shape].
 
         Raises:
-            ClientError: one of its types; `next_step` says how many steps were answered.
+            ClientError: one of its types. `next_step` is then where it was before, so the same call can be made
+                again: the server answers the steps that have run from its records.
         """
         chunks = self.model.chunks(self.model.inputs(inputs))
-        return self.model.join([to_array(self._step(chunk).outputs) for chunk in chunks])
+        with calls.all_or_back(self):
+            return self.model.join([to_array(self._step(chunk).outputs) for chunk in chunks])
 
     def step(self, inputs: npt.ArrayLike) -> Array:
         """Run one step: inputs [...input shape] to outputs [...output shape]."""
@@ -193,9 +195,13 @@ class Session:
         Args:
             inputs: [T, ...input shape].
             names: names of state tensors; all by default.
+
+        Raises:
+            ClientError: as `run`, but the state after steps that have run is not kept: go on with `run`.
         """
         names = self.model.state_names(names)
-        answers = [self._step(row[np.newaxis], names) for row in self.model.inputs(inputs)]
+        with calls.all_or_back(self):
+            answers = [self._step(row[np.newaxis], names) for row in self.model.inputs(inputs)]
         return calls.trace(answers, self.model, names)
 
     def state(self, *names: str) -> dict[str, Array]:

@@ -86,6 +86,7 @@ class Engine:
         self._wake = threading.Condition()
         self._num_holds = 0
         self._is_closing = False
+        self._is_abandoned = False
         self._thread = threading.Thread(target=self._loop, name=f"engine {runner.model.label}", daemon=True)
         self._thread.start()
 
@@ -112,18 +113,19 @@ class Engine:
                 self._num_holds -= 1
                 self._wake.notify()
 
-    def close(self) -> None:
-        """End the loop after the messages in line."""
+    def close(self, abandon: bool = False) -> None:
+        """End the loop after the messages in line, or, to `abandon` them, after the batch that is running."""
         with self._wake:
             self._is_closing = True
+            self._is_abandoned = abandon
             self._wake.notify()
         self._thread.join()
 
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while self._num_holds or not len(self._scheduler):
-                    if self._is_closing and not self._num_holds:
+                while self._num_holds or not len(self._scheduler) or self._is_abandoned:
+                    if self._is_abandoned or (self._is_closing and not self._num_holds):
                         return
                     self._wake.wait()
                 batch = self._scheduler.next_batch()
@@ -150,8 +152,14 @@ class Engine:
             log.error("a batch failed", model=self._runner.model.label, size=len(batch), exc_info=error)
             for message in batch:
                 message.fail(StepFailedError(self._runner.model.label))
-        self._on_batch(BatchReport(len(stepping), perf_counter() - start_s, queue_times_s))
+        self._report(BatchReport(len(stepping), perf_counter() - start_s, queue_times_s))
         return [message for message in batch if message.has_ended]
+
+    def _report(self, report: BatchReport) -> None:
+        try:
+            self._on_batch(report)
+        except Exception as error:  # metrics must not stop the loop
+            log.error("a batch could not be reported", model=self._runner.model.label, exc_info=error)
 
     def _step(self, batch: list[Message]) -> None:
         """Run one step of each and commit it; a row that fails fails its own message alone."""

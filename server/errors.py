@@ -128,7 +128,7 @@ class RequestIdReusedError(ServingError):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(
-            f"request id {request_id!r} came before with another session or model: use a new one for each request"
+            f"request id {request_id!r} came before with another request: use a new one for each"
         )
 
 

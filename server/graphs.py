@@ -54,7 +54,7 @@ class DeviceGraphs:
 
 
 def derive(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> DeviceGraphs:
-    """Derive the device's graphs from a step that `spec` describes truly (`spec.check` has said so)."""
+    """Derive the device's graphs from a step that `spec` describes truly (`spec.differences` has found none)."""
     return DeviceGraphs(run=_run(step, spec), commit=_commit(step, spec), read=_read(step, spec))
 
 

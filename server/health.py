@@ -19,7 +19,9 @@ TIMEOUT_S = 2.0
 def main() -> int:
     """Ask; returns 0 for SERVING, 1 for anything else, and prints the answer."""
     listen = os.environ.get("NTM_SERVER_LISTEN", "127.0.0.1:50051")
-    address = sys.argv[1] if len(sys.argv) > 1 else f"127.0.0.1:{listen.rpartition(':')[2]}"
+    host, _, port = listen.rpartition(":")
+    own_address = f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else listen  # noqa: S104
+    address = sys.argv[1] if len(sys.argv) > 1 else own_address
     with grpc.insecure_channel(address) as channel:
         try:
             # The types that come with grpc_health leave out the stub's methods.

@@ -33,15 +33,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._num_calls = 0
         self._is_stopping = False
         self._all_done = asyncio.Event()
+        self._watchers: set[asyncio.Task[Any]] = set()
 
     async def drain(self, timeout_s: float) -> bool:
         """Let no new call in, and wait for those in progress; says whether all ended in time."""
         self._is_stopping = True
-        if self._num_calls:
-            try:
+        try:
+            if self._num_calls:
                 await asyncio.wait_for(self._all_done.wait(), timeout_s)
-            except TimeoutError:
-                return False
+        except TimeoutError:
+            return False
+        finally:
+            for task in self._watchers:
+                task.cancel()
         return True
 
     async def intercept_service(
@@ -49,11 +53,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the handler of this package's rpcs; health and reflection keep theirs."""
+        """Wrap the handler of every rpc."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
-        if handler is None or not method.startswith("/ntm."):
-            return handler
+        if handler is None:
+            return None
+        if not method.startswith("/ntm."):
+            return self._cut_when_stopping(handler)
         rpc = method.rpartition("/")[2]
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
@@ -66,6 +72,32 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+    def _cut_when_stopping(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """For a health check that watches, for as long as its client likes: it ends after the drain."""
+        if handler.unary_stream is not None:
+            watch: Any = handler.unary_stream
+
+            async def around(request: Any, context: _Context) -> None:
+                task = asyncio.current_task()
+                assert task is not None
+                self._watchers.add(task)
+                try:
+                    await watch(request, context)
+                except asyncio.CancelledError:
+                    if not self._is_stopping:
+                        raise
+                    task.uncancel()
+                    await _abort(status.of(ServerStoppingError()), context)
+                finally:
+                    self._watchers.discard(task)
+
+            return grpc.unary_stream_rpc_method_handler(
+                around,
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        return handler
 
     def _around_unary(self, rpc: str, handle: Any) -> Any:
         async def around(request: Any, context: _Context) -> Any:

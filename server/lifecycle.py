@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from time import monotonic
 
 import grpc
 import structlog
@@ -89,7 +90,7 @@ class Server:
             ListenError: the address cannot be listened on.
         """
         settings = self._settings
-        host = settings.listen.rpartition(":")[0] or "[::]"
+        host = settings.listen.rpartition(":")[0]
         try:
             port = self._grpc.add_insecure_port(settings.listen)
         except RuntimeError as error:
@@ -114,14 +115,16 @@ class Server:
         log.info("stopping", drain_timeout_s=self._settings.drain_timeout_s)
         await self._health.enter_graceful_shutdown()
         self._session_service.stop_streams()
-        # Not gRPC's own grace period: it would wait for a health check that watches for as long as it watches.
-        if not await self._calls.drain(self._settings.drain_timeout_s):
+        deadline_s = monotonic() + self._settings.drain_timeout_s
+        is_drained = await self._calls.drain(self._settings.drain_timeout_s)
+        if not is_drained:
             log.warning("calls still in progress are cut off", drain_timeout_s=self._settings.drain_timeout_s)
-        await self._grpc.stop(None)
+        # The grace is for answers on their way to slow readers.
+        await self._grpc.stop(max(0.0, deadline_s - monotonic()))
         for task in self._background:
             task.cancel()
         for served in self.sessions.models.values():
-            await asyncio.to_thread(served.engine.close)
+            await asyncio.to_thread(served.engine.close, abandon=not is_drained)
         log.info("stopped")
 
     def _serve(self, model: StepModel) -> ServedModel:

@@ -53,8 +53,9 @@ class Metrics:
 
         def observe(report: BatchReport) -> None:
             steps.inc(report.num_steps)
-            sizes.observe(report.num_steps)
-            run_seconds.observe(report.run_time_s)
+            if report.num_steps:
+                sizes.observe(report.num_steps)
+                run_seconds.observe(report.run_time_s)
             for wait_s in report.queue_times_s:
                 queue_seconds.observe(wait_s)
 

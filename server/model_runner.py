@@ -24,6 +24,7 @@ from ntm.tensor import Array, numpy_dtype
 from ntm.v1 import model_pb2
 from server import graphs
 from server.device import Device
+from server.errors import ModelFileError, ServingError
 from server.spec import StepModel, initial_value
 
 log = structlog.get_logger()
@@ -74,22 +75,30 @@ class ModelRunner:
 
         Raises:
             DeviceError: the device cannot be had.
+            ModelFileError: ONNX Runtime cannot load the graph.
         """
         self.model = model
         self.device = device
         self.max_batch_size = max_batch_size
         spec = model.spec
         derived = graphs.derive(model.step, spec)
-        self._run = device.session(derived.run)
-        self._commit = device.session(derived.commit)
-        self._read = device.session(derived.read)
+        try:
+            self._run = device.session(derived.run)
+            self._commit = device.session(derived.commit)
+            self._read = device.session(derived.read)
+        except ServingError:
+            raise
+        except Exception as error:  # ONNX Runtime raises types of its own for what it cannot load
+            problem = f"ONNX Runtime cannot load it: {error}".split("\n", 1)[0]
+            raise ModelFileError(model.label, [problem]) from error
         self._input_dtype = numpy_dtype(spec.input.dtype)
         self._output_dtype = numpy_dtype(spec.output.dtype)
         total_slots = num_slots + NUM_RESERVED_SLOTS
         self._pools = {state.input_name: self._buffer(state, total_slots) for state in spec.states}
         self._next = {state.input_name: self._buffer(state, max_batch_size) for state in spec.states}
         self._bound: dict[int, _BoundBatch] = {}
-        self._pad_to: int | None = None
+        self.padded_batch_size: int | None = None
+        """What every batch is padded to, or None: see `_ensure_batch_invariance`."""
         self.write(
             np.array([INITIAL_SLOT]),
             {state.input_name: initial_value(state)[np.newaxis] for state in spec.states},
@@ -109,7 +118,7 @@ class ModelRunner:
             [B, ...output shape], valid until the next call.
         """
         num_rows = len(read_slots)
-        size = self._pad_to or num_rows
+        size = self.padded_batch_size or num_rows
         if size != num_rows:
             padding = size - num_rows
             read_slots = np.concatenate([read_slots, np.full(padding, INITIAL_SLOT)])
@@ -128,7 +137,7 @@ class ModelRunner:
             write_slots: [B], where each row's next state goes, none twice. If this raises, what is in them is
                 undefined; all other slots are as they were.
         """
-        size = self._pad_to or len(write_slots)
+        size = self.padded_batch_size or len(write_slots)
         if size != len(write_slots):
             write_slots = np.concatenate([write_slots, np.full(size - len(write_slots), PADDING_SLOT)])
         bound = self._bound[size]
@@ -211,7 +220,7 @@ class ModelRunner:
         try:
             if self._differing_batch_size(largest) is None:
                 return True
-            self._pad_to = self.max_batch_size
+            self.padded_batch_size = self.max_batch_size
             differing = self._differing_batch_size(largest)
         except Exception as error:  # ONNX Runtime raises types of its own for what a model does
             log.warning(
@@ -223,7 +232,7 @@ class ModelRunner:
         log.warning(
             "the step's results depend on the batch's size, so every batch is padded to the largest",
             model=self.model.label,
-            batch_size=self._pad_to,
+            batch_size=self.padded_batch_size,
             is_batch_invariant=differing is None,
             cost="a single step costs as much as a full batch; `python -m export` writes steps that need no padding",
         )

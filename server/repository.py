@@ -12,6 +12,7 @@ from server.errors import ModelFileError, ModelRepositoryError
 from server.spec import StepModel, load
 
 MODEL_FILE_NAME = "model.onnx"
+VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,17}")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -33,8 +34,8 @@ def load_all(root: Path) -> list[StepModel]:
             continue
         if not NAME_PATTERN.fullmatch(name):
             problems.append(f"{path}: {name!r} is not a model name: use letters, digits, '.', '_' and '-'")
-        elif not version.isdecimal() or int(version) < 1:
-            problems.append(f"{path}: {version!r} is not a version: name the directory by a number from 1 up")
+        elif not VERSION_PATTERN.fullmatch(version):
+            problems.append(f"{path}: {version!r} is not a version: name the directory 1, 2, 3 and so on")
         else:
             try:
                 models.append(load(path, name, int(version)))

@@ -18,6 +18,8 @@ from server.errors import InvalidInputError
 
 # What a message may weigh beside its tensors: ids, counters, names.
 ENVELOPE_BYTES = 64 * 1024
+# What one item of a batch may weigh in the answer beside its outputs: an error, with its text cut by `status.py`.
+ITEM_BYTES = 1024
 
 _ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 
@@ -82,7 +84,7 @@ def check_batch_fits(inputs: Array, spec: model_pb2.ModelSpec, limits: RequestLi
             "inputs.shape",
             f"{list(inputs.shape)} must be [S, T, {_join(spec.input.shape)}]: T steps of input {spec.input.name!r}",
         )
-    check_answer_size(num_sessions * num_steps, [], spec, limits)
+    check_answer_size("inputs.shape", num_sessions * num_steps, [], spec, limits, num_items=num_sessions)
 
 
 def check_alike(field: str, spec: model_pb2.ModelSpec, others: model_pb2.ModelSpec) -> None:
@@ -110,20 +112,26 @@ def check_state_names(field: str, names: Sequence[str], spec: model_pb2.ModelSpe
 
 
 def check_answer_size(
-    num_steps: int, state_names: Sequence[str], spec: model_pb2.ModelSpec, limits: RequestLimits
+    field: str,
+    num_steps: int,
+    state_names: Sequence[str],
+    spec: model_pb2.ModelSpec,
+    limits: RequestLimits,
+    num_items: int = 0,
 ) -> None:
-    """That the answer will fit in a message, before anything is run for it."""
+    """That the answer will fit in a message, before anything is run for it; `field` is what can be made less."""
     output_bytes = num_steps * math.prod(spec.output.shape) * numpy_dtype(spec.output.dtype).itemsize
     state_bytes = sum(
         math.prod(state.shape) * numpy_dtype(state.dtype).itemsize
         for state in spec.states
         if state.input_name in state_names
     )
-    if output_bytes + state_bytes + ENVELOPE_BYTES > limits.max_message_bytes:
+    other_bytes = ENVELOPE_BYTES + num_items * ITEM_BYTES
+    if output_bytes + state_bytes + other_bytes > limits.max_message_bytes:
         raise InvalidInputError(
-            "include_state" if state_bytes > output_bytes else "inputs.shape",
+            field,
             f"the answer would take {output_bytes} bytes of outputs and {state_bytes} of state, more than a "
-            f"message may have ({limits.max_message_bytes} with {ENVELOPE_BYTES} for the rest): "
+            f"message may have ({limits.max_message_bytes}, {other_bytes} of them for the rest): "
             "ask for less at a time, or raise --max-message-bytes",
         )
 
@@ -140,8 +148,7 @@ def _array(tensor: tensor_pb2.Tensor) -> Array:
     try:
         return to_array(tensor)
     except TensorError as error:
-        field = "inputs.dtype" if "dtype" in str(error) else "inputs.raw"
-        raise InvalidInputError(field, str(error)) from error
+        raise InvalidInputError(f"inputs.{error.field}", str(error)) from error
 
 
 def _check_dtype(data_type: tensor_pb2.DataType.ValueType, spec: model_pb2.TensorSpec) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +144,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         spec = session.model.model.spec
         names = requests.check_state_names("names", request.names, spec)
         names = names or [state.input_name for state in spec.states]
-        requests.check_answer_size(0, names, spec, self._limits)
+        requests.check_answer_size("names", 0, names, spec, self._limits)
         result = await self._sessions.state(session.session_id)
         return session_service_pb2.GetStateResponse(
             next_step=result.next_step, state=_state_messages(names, result.state, spec)
@@ -178,7 +177,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         spec = session.model.model.spec
         inputs = requests.step_inputs(request.inputs, spec.input, self._limits)
         names = requests.check_state_names("include_state", request.include_state, spec)
-        requests.check_answer_size(len(inputs), names, spec, self._limits)
+        field = "include_state" if names else "inputs.shape"
+        requests.check_answer_size(field, len(inputs), names, spec, self._limits)
         first_step = request.first_step if request.HasField("first_step") else None
         result = await self._sessions.step(session.session_id, inputs, first_step, wants_state=bool(names))
         return session_service_pb2.StepResponse(
@@ -202,7 +202,9 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                     raise found
                 requests.check_alike("session_ids", found.model.model.spec, specs[0])
                 first_step = first_steps[index] if first_steps else None
-                future = self._sessions.step(found.session_id, inputs[index], first_step, wants_state=False)
+                # A copy, since the session keeps it on record, and must not keep the whole batch alive with it.
+                row = inputs[index].copy()
+                future = self._sessions.step(found.session_id, row, first_step, wants_state=False)
             except ServingError as error:
                 future = asyncio.get_running_loop().create_future()
                 future.set_exception(error)
@@ -271,6 +273,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
                 device_id=device.device_id,
                 fell_back_to_cpu=device.fell_back,
                 batch_invariant=served.runner.is_batch_invariant,
+                padded_batch_size=served.runner.padded_batch_size or 0,
                 onnxruntime_version=ort.__version__,
             ),
             limits=model_service_pb2.Limits(
@@ -368,5 +371,5 @@ def _encode_page_token(session_id: str) -> str:
 def _decode_page_token(token: str) -> str:
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # not ASCII, not base64, not UTF-8
         raise InvalidInputError("page_token", "send next_page_token of the page before, unchanged") from None

@@ -160,6 +160,16 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class _Request:
+    """A request that makes a session, so that a repeat is told from another request."""
+
+    request_id: str
+    """Its name, or ""."""
+    content: tuple[object, ...]
+    """Everything else it says."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Retired:
     """A session that has ended, remembered so that its id is not used again too soon."""
 
@@ -177,7 +187,8 @@ class SessionManager:
         self._now_s = now_s
         self._sessions: dict[str, Session] = {}
         self._retired: dict[str, _Retired] = {}
-        self._session_ids_by_request: dict[str, str] = {}
+        self._requests: dict[str, tuple[_Request, str]] = {}
+        """By request id, the request and the id of the session that it made."""
 
     def model(self, name: str, version: int | None) -> ServedModel:
         """A model by name; without a version the newest.
@@ -226,54 +237,59 @@ class SessionManager:
         Raises:
             ModelNotFoundError, SessionExistsError, SessionIdRetiredError, RequestIdReusedError, NoFreeSlotError.
         """
-        repeated = self._repeated(request_id, session_id)
-        if repeated is not None:
-            model = repeated.model.model
-            if model.name != model_name or version not in (None, model.version):
-                raise RequestIdReusedError(request_id)
-            return repeated
-        return self._add(self.model(model_name, version), session_id, request_id)
+        request = _Request(request_id, ("create", model_name, version, session_id))
+        return self._repeated(request) or self._add(self.model(model_name, version), session_id, request)
 
     def fork(
         self, source_session_id: str, at_step: int | None, session_id: str, request_id: str
     ) -> asyncio.Future[Session]:
         """Copy a session as it is when its turn comes; both hold the same slot until one of them steps.
 
-        Raises (through the future): as `create`; SessionNotFoundError, StepTooOldError, StepGapError.
+        Raises (at once or through the future): as `create`; SessionNotFoundError, StepTooOldError, StepGapError,
+            QueueFullError.
         """
 
+        request = _Request(request_id, ("fork", source_session_id, at_step, session_id))
+
         def begin(call: _Call) -> None:
+            # Once more: the first of two may have waited in this line before the second.
+            if repeated := self._repeated(request):
+                return self._end(call, repeated)
             source = call.session
             if at_step is not None and at_step > source.next_step:
                 raise StepGapError(at_step, source.next_step)
             if at_step is not None and at_step < source.next_step:
                 raise StepTooOldError(at_step, source.next_step, source.next_step)
-            copy = self._add(source.model, session_id, request_id)
+            copy = self._add(source.model, session_id, request)
             copy.next_step = source.next_step
             copy.slot = source.model.slots.hold(source.slot)
             return self._end(call, copy)
 
-        repeated = self._repeated(request_id, session_id)
-        return _done(repeated) if repeated else self._enter(self.get(source_session_id), begin)
+        if repeated := self._repeated(request):
+            return _done(repeated)
+        return self._enter(self.get(source_session_id), begin)
 
-    def delete(self, session_id: str, allow_missing: bool) -> asyncio.Future[None]:
+    async def delete(self, session_id: str, allow_missing: bool) -> None:
         """End a session after the calls that wait on it, and retire its id.
 
-        Raises (at once or through the future): SessionNotFoundError, unless `allow_missing`.
+        Raises:
+            SessionNotFoundError: unless `allow_missing`. QueueFullError.
         """
 
         def begin(call: _Call) -> None:
             self._retire(call.session, SessionNotFoundError)
             self._end(call, None)
 
-        if allow_missing and session_id not in self._sessions:
-            return _done(None)
-        return self._enter(self.get(session_id), begin)
+        try:
+            await self._enter(self.get(session_id), begin)
+        except SessionNotFoundError:
+            if not allow_missing:
+                raise
 
     def reset(self, session_id: str, at_step: int | None) -> asyncio.Future[Session]:
         """Put a session back to the initial state; a repeat of a reset made before changes nothing.
 
-        Raises (at once or through the future): SessionNotFoundError, StepTooOldError, StepGapError.
+        Raises (at once or through the future): SessionNotFoundError, StepTooOldError, StepGapError, QueueFullError.
         """
 
         def begin(call: _Call) -> None:
@@ -319,7 +335,7 @@ class SessionManager:
                     raise StateNotKeptError(end_step - 1, session.next_step)
             return self._run(call, new_inputs, known, wants_state)
 
-        return self._enter(self.get(session_id), begin)
+        return self._enter(self.get(session_id), begin, needs_device=True)
 
     def state(self, session_id: str) -> asyncio.Future[StepResult]:
         """A session's state after the calls that wait before this one: a message of no steps.
@@ -331,7 +347,7 @@ class SessionManager:
             no_inputs, no_outputs = _empty(call.session.model.model)
             self._run(call, no_inputs, no_outputs, wants_state=True)
 
-        return self._enter(self.get(session_id), begin)
+        return self._enter(self.get(session_id), begin, needs_device=True)
 
     def expire_idle(self) -> None:
         """End the sessions that no call has used for their model's idle limit."""
@@ -344,10 +360,16 @@ class SessionManager:
 
     # One session's calls, in order.
 
-    def _enter(self, session: Session, begin: Callable[[_Call], None]) -> asyncio.Future[Any]:
-        """Put a call in its session's line; cancelling its future takes it out again if it has not begun."""
+    def _enter(
+        self, session: Session, begin: Callable[[_Call], None], needs_device: bool = False
+    ) -> asyncio.Future[Any]:
+        """Put a call in its session's line; cancelling its future takes it out again if it has not begun.
+
+        A call that neither needs the device nor has to wait for another is never too many.
+        """
         served = session.model
-        if served.num_pending >= served.limits.max_pending_messages:
+        must_wait = needs_device or session.calls
+        if must_wait and served.num_pending >= served.limits.max_pending_messages:
             raise QueueFullError(served.model.label, served.limits.max_pending_messages)
         served.num_pending += 1
         call = _Call(session, begin, asyncio.get_running_loop().create_future())
@@ -364,7 +386,6 @@ class SessionManager:
             if session.has_ended:
                 self._leave(call, SessionNotFoundError(session.session_id))
                 continue
-            session.last_use_time_s = self._now_s()
             try:
                 call.begin(call)
             except Exception as error:  # a bug in one call must not keep the others of its session waiting
@@ -378,6 +399,7 @@ class SessionManager:
 
     def _leave(self, call: _Call, error: Exception | None) -> None:
         call.session.calls.popleft()
+        call.session.last_use_time_s = self._now_s()
         call.session.model.num_pending -= 1
         if error is not None and not call.future.done():
             call.future.set_exception(error)
@@ -440,19 +462,20 @@ class SessionManager:
 
     # Beginnings and ends.
 
-    def _repeated(self, request_id: str, session_id: str) -> Session | None:
+    def _repeated(self, request: _Request) -> Session | None:
         """The session that this request made before, if it did."""
-        made_id = self._session_ids_by_request.get(request_id) if request_id else None
-        if made_id is None:
+        made = self._requests.get(request.request_id)
+        if made is None:
             return None
-        if session_id not in ("", made_id):
-            raise RequestIdReusedError(request_id)
-        session = self._sessions.get(made_id)
+        first_request, session_id = made
+        if first_request != request:
+            raise RequestIdReusedError(request.request_id)
+        session = self._sessions.get(session_id)
         if session is None:
-            raise SessionIdRetiredError(made_id)
+            raise SessionIdRetiredError(session_id)
         return session
 
-    def _add(self, served: ServedModel, session_id: str, request_id: str) -> Session:
+    def _add(self, served: ServedModel, session_id: str, request: _Request) -> Session:
         self._forget_retired()
         session_id = session_id or secrets.token_hex(16)
         if session_id in self._sessions:
@@ -462,11 +485,11 @@ class SessionManager:
         if served.num_sessions >= served.limits.max_sessions:
             raise NoFreeSlotError(served.model.label, served.limits.max_sessions)
         now_s = self._now_s()
-        session = Session(session_id, request_id, served, now_s, now_s)
+        session = Session(session_id, request.request_id, served, now_s, now_s)
         self._sessions[session_id] = session
         served.num_sessions += 1
-        if request_id:
-            self._session_ids_by_request[request_id] = session_id
+        if request.request_id:
+            self._requests[request.request_id] = request, session_id
         return session
 
     def _retire(self, session: Session, error: type[SessionNotFoundError]) -> None:
@@ -483,7 +506,7 @@ class SessionManager:
             if self._now_s() - retired.end_time_s < RETIREMENT_S:
                 return
             del self._retired[session_id]
-            self._session_ids_by_request.pop(retired.request_id, None)
+            self._requests.pop(retired.request_id, None)
 
 
 def _recorded_outputs(session: Session, inputs: Array, first_step: int | None) -> Array:

@@ -80,7 +80,10 @@ class ServerSettings(BaseSettings):
             )
         for name in ("listen", "metrics_listen"):
             address = getattr(self, name)
-            if address is not None and not address.rpartition(":")[2].isdecimal():
+            if address is None:
+                continue
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal() or int(port) > 65535:
                 raise ValueError(f"{name} ({address}) must be HOST:PORT, such as 127.0.0.1:50051")
         return self
 

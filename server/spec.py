@@ -56,7 +56,7 @@ def load(path: Path, name: str, version: int) -> StepModel:
     try:
         content = path.read_bytes()
         step = onnx.load(path)
-        onnx.checker.check_model(step)
+        onnx.checker.check_model(step, full_check=True)
     except Exception as error:  # onnx, protobuf and the file system each have their own
         raise ModelFileError(str(path), [f"it is not a valid ONNX file: {_first_line(error)}"]) from error
     spec = _read_spec(path, step)
@@ -79,7 +79,7 @@ def _read_spec(path: Path, step: onnx.ModelProto) -> model_pb2.ModelSpec:
     if texts:
         source, text = f"the metadata {METADATA_KEY}", texts[0]
     elif sidecar.exists():
-        source, text = SIDECAR_NAME, sidecar.read_text(encoding="utf-8")
+        source, text = SIDECAR_NAME, sidecar.read_text(encoding="utf-8", errors="replace")
     else:
         raise ModelFileError(
             str(path),

@@ -15,6 +15,9 @@ from server import errors
 
 DOMAIN = "ntm.v1"
 
+# Messages quote what the caller sent, and a status has to fit into gRPC's 8 KiB of metadata, twice over.
+_MAX_MESSAGE_CHARACTERS = 500
+
 _TABLE: dict[type[errors.ServingError], tuple[grpc.StatusCode, str]] = {
     errors.InvalidInputError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT"),
     errors.ModelNotFoundError: (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
@@ -59,4 +62,7 @@ def of(error: BaseException) -> Status:
         message = "something went wrong in the server, and its log says what; the session is as it was"
         return Status(grpc.StatusCode.INTERNAL, "BUG", message, {})
     code, reason = _TABLE[type(error)]
-    return Status(code, reason, str(error), error.details)
+    message = str(error)
+    if len(message) > _MAX_MESSAGE_CHARACTERS:
+        message = message[: _MAX_MESSAGE_CHARACTERS - 1] + "…"
+    return Status(code, reason, message, error.details)

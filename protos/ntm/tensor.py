@@ -30,7 +30,11 @@ _DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 
 
 class TensorError(ValueError):
-    """A `Tensor` message, or a dtype, that does not describe an array."""
+    """A `Tensor` message, or a dtype, that does not describe an array; `field` names what is wrong in it."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(problem)
+        self.field = field
 
 
 def numpy_dtype(data_type: tensor_pb2.DataType.ValueType) -> np.dtype[Any]:
@@ -38,7 +42,7 @@ def numpy_dtype(data_type: tensor_pb2.DataType.ValueType) -> np.dtype[Any]:
     try:
         return _DTYPES[data_type]
     except KeyError:
-        raise TensorError(f"dtype {data_type} is unknown: use one of {_names()}") from None
+        raise TensorError("dtype", f"dtype {data_type} is unknown: use one of {_names()}") from None
 
 
 def data_type(dtype: npt.DTypeLike) -> tensor_pb2.DataType.ValueType:
@@ -46,7 +50,9 @@ def data_type(dtype: npt.DTypeLike) -> tensor_pb2.DataType.ValueType:
     try:
         return _DATA_TYPES[np.dtype(dtype)]
     except KeyError:
-        raise TensorError(f"numpy dtype {np.dtype(dtype)} cannot be sent: use one of {_names()}") from None
+        raise TensorError(
+            "dtype", f"numpy dtype {np.dtype(dtype)} cannot be sent: use one of {_names()}"
+        ) from None
 
 
 def to_message(array: Array) -> tensor_pb2.Tensor:
@@ -58,19 +64,27 @@ def to_array(tensor: tensor_pb2.Tensor) -> Array:
     """A message as a read-only array over its bytes.
 
     Raises:
-        TensorError: the dtype is unknown, an axis is negative, or the bytes are too few or too many.
+        TensorError: the dtype is unknown, an axis is negative, there are too many axes, or the bytes are too few,
+            too many, or neither 0 nor 1 in a boolean.
     """
     dtype = numpy_dtype(tensor.dtype)
     shape = tuple(tensor.shape)
     if any(length < 0 for length in shape):
-        raise TensorError(f"shape {list(shape)} has a negative axis")
+        raise TensorError("shape", f"shape {list(shape)} has a negative axis")
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(tensor.raw) != expected_bytes:
         raise TensorError(
+            "raw",
             f"raw has {len(tensor.raw)} bytes, but shape {list(shape)} of {type_name(tensor.dtype)} "
-            f"takes {expected_bytes}"
+            f"takes {expected_bytes}",
         )
-    return np.frombuffer(tensor.raw, dtype=dtype).reshape(shape)
+    flat = np.frombuffer(tensor.raw, dtype=dtype)
+    if dtype == np.bool_ and flat.view(np.uint8).max(initial=0) > 1:
+        raise TensorError("raw", "raw has a byte that is neither 0 nor 1, in a BOOL tensor")
+    try:
+        return flat.reshape(shape)
+    except ValueError as error:  # too many axes, or one too long
+        raise TensorError("shape", f"shape {list(shape)} is not that of an array: {error}") from error
 
 
 def type_name(data_type: tensor_pb2.DataType.ValueType) -> str:

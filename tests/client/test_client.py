@@ -220,6 +220,85 @@ def test_every_call_takes_effect_once_when_its_answer_is_lost(address: str) -> N
     assert session.next_step == 60
 
 
+class TimesOutOnce(grpc.UnaryUnaryClientInterceptor):
+    """The second Step's answer does not come in time; everything else does."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        call = continuation(details, request)
+        call.result()
+        self.num_steps += details.method.endswith("/Step")
+        if self.num_steps == 2 and details.method.endswith("/Step"):
+            raise TooLate
+        return call
+
+
+class TooLate(Lost):
+    """DEADLINE_EXCEEDED, as the client sees it."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_run_that_failed_in_the_middle_can_be_made_again_as_it_was(address: str) -> None:
+    inputs = random_inputs(50)
+
+    with Client(address) as c, c.session("accumulator") as session:
+        session._stub = session_service_pb2_grpc.SessionServiceStub(
+            grpc.intercept_channel(c._channel, TimesOutOnce())
+        )
+        with pytest.raises(client.DeadlineError):
+            session.run(inputs)
+        assert session.next_step == 0
+        outputs = session.run(inputs)
+
+        assert session.next_step == 50
+    np.testing.assert_array_equal(outputs, accumulated(inputs))
+
+
+async def test_the_asyncio_client_also_can_repeat_a_run_and_retries_what_was_unavailable(
+    address: str,
+) -> None:
+    inputs = random_inputs(50)
+
+    async with AsyncClient(address) as c, await c.session("accumulator") as session:
+        step, codes = c._sessions.Step, [TooLate, Lost]
+        sent = 0
+
+        async def losing(request: Any, **options: Any) -> Any:
+            nonlocal sent
+            sent += 1
+            answer = await step(request, **options)
+            if sent > 1 and codes:
+                raise codes.pop(0)
+            return answer
+
+        session._stub.Step = losing
+        with pytest.raises(client.DeadlineError):
+            await session.run(inputs)
+        outputs = await session.run(inputs)
+
+        assert (session.next_step, codes) == (50, [])
+    np.testing.assert_array_equal(outputs, accumulated(inputs))
+
+
+def test_a_batch_whose_answer_was_lost_takes_effect_once(address: str) -> None:
+    inputs = np.stack([random_inputs(4, seed) for seed in range(2)])
+
+    with Client(address) as c:
+        sessions = [c.session("accumulator") for _ in range(2)]
+        c._sessions = session_service_pb2_grpc.SessionServiceStub(
+            grpc.intercept_channel(c._channel, LosesAnswers())
+        )
+        result = c.batch_step(sessions, inputs)
+
+    for row, outputs in zip(inputs, result.outputs, strict=True):
+        np.testing.assert_array_equal(outputs, accumulated(row))
+    assert [session.next_step for session in sessions] == [4, 4]
+
+
 def test_a_client_waits_for_a_server_that_comes_back(start_server: Start, models: Path) -> None:
     first = start_server(models)
     with Client(first.address) as c:

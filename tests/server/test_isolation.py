@@ -31,7 +31,9 @@ def alone(address: str, inputs: np.ndarray) -> tuple[np.ndarray, dict[str, np.nd
         return session.run(inputs), session.state()
 
 
-async def together(address: str, seed: int, barrier: asyncio.Barrier) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+async def together(
+    address: str, seed: int, barrier: asyncio.Barrier
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What a session gives among others, in messages of random sizes."""
     inputs, sizes = random_inputs(seed), np.random.default_rng(1000 + seed)
     async with AsyncClient(address) as client, await client.session("copy") as session:
@@ -57,4 +59,7 @@ async def test_64_concurrent_sessions_give_bit_for_bit_what_each_gives_alone(add
 
 def test_the_shipped_model_needs_no_padding(address: str) -> None:
     with Client(address) as client:
-        assert client.model("copy").execution.batch_invariant
+        execution = client.model("copy").execution
+
+    assert execution.batch_invariant
+    assert execution.padded_batch_size == 0

@@ -87,19 +87,15 @@ def test_it_says_what_it_promises_of_sessions(start_server: Start, models: Path)
     assert server.wait_for("sessions are kept in memory only, and end with this process")
 
 
-def test_sigterm_ends_streams_that_wait_and_finishes_what_is_in_progress(
-    start_server: Start, models: Path
-) -> None:
+def test_sigterm_ends_streams_that_wait_for_their_client(start_server: Start, models: Path) -> None:
     server = start_server(models, "--drain-timeout-s", "20")
     with grpc.insecure_channel(server.address) as channel:
         stub = session_service_pb2_grpc.SessionServiceStub(channel)
         stub.CreateSession(pb.CreateSessionRequest(model_name="accumulator", session_id="s"))
-        asked = []
 
         def messages() -> Iterator[pb.StreamStepsRequest]:
             inputs = to_message(np.ones((1, 3), np.float32))
             yield pb.StreamStepsRequest(step=pb.StepRequest(session_id="s", inputs=inputs))
-            asked.append("more")
             answered.wait()
 
         answered = threading.Event()
@@ -134,6 +130,63 @@ async def test_while_it_stops_it_says_so_lets_nobody_in_and_finishes_what_is_in_
 
     np.testing.assert_array_equal(await step, accumulated(random_inputs(3)))
     await stopping
+    await caller.channel.close()
+
+
+async def test_an_answer_on_its_way_to_a_slow_reader_arrives_while_the_server_stops(
+    serve: Callable[..., Awaitable[tuple[Server, str]]], tmp_path: Path
+) -> None:
+    step_models.write(tmp_path, step_models.accumulator())
+    server, address = await serve(tmp_path, max_steps_per_message=100_000, retry_window_steps=100_000)
+    host, port = address.split(":")
+    stopping: list[asyncio.Future[None]] = []
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_answer: bool) -> None:
+        while data := await reader.read(16 * 1024):
+            if is_answer and len(data) == 16 * 1024 and not stopping:
+                # The answer has begun to arrive, and much of it is still in the server.
+                stopping.append(asyncio.ensure_future(server.stop()))
+            writer.write(data)
+            await writer.drain()
+            if is_answer:
+                await asyncio.sleep(0.001)  # slow, not waiting for anything
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(
+            relay(reader, server_writer, is_answer=False), relay(server_reader, writer, is_answer=True)
+        )
+
+    proxy = await asyncio.start_server(accept, "127.0.0.1", 0)
+    slow = Caller(server, f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}")
+    await slow.create("test")
+    inputs = random_inputs(50_000)
+
+    outputs = await slow.step(inputs)
+
+    np.testing.assert_array_equal(outputs, accumulated(inputs))
+    assert stopping
+    await asyncio.gather(*stopping)
+    await slow.channel.close()
+    proxy.close()
+
+
+async def test_what_is_still_running_when_the_drain_is_over_is_cut_off(
+    serve: Callable[..., Awaitable[tuple[Server, str]]], models: Path
+) -> None:
+    server, address = await serve(models, max_sessions=2, drain_timeout_s=0.2)
+    caller = Caller(server, address)
+    await caller.create("accumulator")
+
+    with caller.hold("accumulator"):
+        step = asyncio.ensure_future(caller.step(random_inputs(3)))
+        await pending(caller, "accumulator", 1)
+        await server.stop()
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await step
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     await caller.channel.close()
 
 
@@ -182,6 +235,8 @@ def test_device_cuda_without_cuda_keeps_the_server_from_starting(models: Path) -
         (["--max-batch-size", "0"], {}, "--max-batch-size"),
         (["--device", "tpu"], {}, "--device"),
         (["--listen", "nowhere"], {}, "must be HOST:PORT"),
+        (["--listen", "127.0.0.1:99999"], {}, "must be HOST:PORT"),
+        (["--metrics-listen", ":50051"], {}, "must be HOST:PORT"),
         (["--max-steps-per-message", "9999"], {}, "must be at most retry_window_steps"),
         (["--max-sesions", "9"], {}, "--max-sesions"),
         ([], {"NTM_SERVER_MAX_SESIONS": "9"}, "NTM_SERVER_MAX_SESIONS"),

@@ -34,7 +34,12 @@ def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "version", "complaint"),
-    [("a b", "1", "not a model name"), ("a", "latest", "not a version"), ("a", "0", "not a version")],
+    [
+        ("a b", "1", "not a model name"),
+        ("a", "latest", "not a version"),
+        ("a", "0", "not a version"),
+        ("a", "01", "not a version"),
+    ],
 )
 def test_names_and_versions_must_be_well_formed(
     tmp_path: Path, name: str, version: str, complaint: str

@@ -57,6 +57,7 @@ async def test_the_server_makes_an_id_that_nobody_can_guess_when_none_is_sent(ca
 
 async def test_an_unknown_model_or_version_is_not_found(caller: Caller) -> None:
     await refused(caller.create("nothing"), GONE, "MODEL_NOT_FOUND")
+    await refused(caller.create("very long " * 2000), GONE, "MODEL_NOT_FOUND")
     await refused(caller.create("accumulator", model_version=7), GONE, "MODEL_NOT_FOUND")
 
 
@@ -83,6 +84,69 @@ async def test_a_request_id_that_made_another_session_is_refused(caller: Caller)
     await refused(caller.create("delay_line", "s", request_id="r"), TAKEN, "REQUEST_ID_REUSED")
 
 
+async def test_a_request_id_of_another_kind_of_request_is_refused(caller: Caller) -> None:
+    await caller.create("accumulator", "a", request_id="q")
+    await caller.create("accumulator", "b")
+
+    fork_b = pb.ForkSessionRequest(source_session_id="b", request_id="q")
+    await refused(caller.stub.ForkSession(fork_b), TAKEN, "REQUEST_ID_REUSED")
+    await caller.stub.ForkSession(pb.ForkSessionRequest(source_session_id="a", request_id="f"))
+    fork_b.request_id = "f"
+    await refused(caller.stub.ForkSession(fork_b), TAKEN, "REQUEST_ID_REUSED")
+
+
+async def test_a_fork_repeated_while_the_first_still_waits_makes_one_session(caller: Caller) -> None:
+    await caller.create("accumulator")
+    request = pb.ForkSessionRequest(source_session_id="s", request_id="r")
+    with caller.hold("accumulator"):
+        step = asyncio.ensure_future(caller.step(random_inputs(1)))
+        await pending(caller, "accumulator", 1)
+        forks = [asyncio.ensure_future(caller.stub.ForkSession(request)) for _ in range(2)]
+        await pending(caller, "accumulator", 3)
+
+    await step
+    first, second = await asyncio.gather(*forks)
+    assert first.session.session_id == second.session.session_id
+
+
+async def test_what_is_remembered_of_sessions_that_ended_is_forgotten_in_time(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(5):
+        await caller.create("accumulator", f"s{index}", request_id=f"r{index}")
+        await delete(caller, f"s{index}")
+    manager = caller.server.sessions
+    now_s = manager._now_s()
+
+    monkeypatch.setattr(manager, "_now_s", lambda: now_s + sessions.RETIREMENT_S + 1)
+    await caller.create("accumulator", request_id="r")
+
+    assert (len(manager._retired), list(manager._requests)) == (0, ["r"])
+
+
+async def test_what_is_remembered_of_a_session_is_bounded_by_the_retry_window(caller: Caller) -> None:
+    await caller.create("accumulator")
+    for _ in range(50):
+        await caller.step(random_inputs(1))
+        await reset(caller)
+
+    session = caller.server.sessions.get("s")
+    assert len(session.records) == 16
+    assert len(session.reset_steps) <= 17
+
+
+async def test_an_unused_session_can_be_deleted_when_the_queue_is_full(caller: Caller) -> None:
+    await caller.create("accumulator")
+    await caller.create("accumulator", "idle")
+    with caller.hold("accumulator"):
+        waiting = [asyncio.ensure_future(caller.step(random_inputs(1))) for _ in range(6)]
+        await pending(caller, "accumulator", 6)
+
+        await delete(caller, "idle")
+
+    await asyncio.gather(*waiting)
+
+
 async def test_no_free_slot_is_refused_until_a_session_ends(caller: Caller) -> None:
     for index in range(8):
         await caller.create("accumulator", f"s{index}")
@@ -98,6 +162,8 @@ async def test_slots_are_given_back_however_messages_end(caller: Caller) -> None
     for round_number in range(20):
         session_id = f"s{round_number}"
         await caller.create("logarithm", session_id)
+        await caller.step(np.ones((2, 3), np.float32), session_id)
+        await caller.stub.ResetSession(pb.ResetSessionRequest(session_id=session_id))
         await caller.step(np.ones((2, 3), np.float32), session_id)
         await refused(
             caller.step(np.full((2, 3), -9, np.float32), session_id),
@@ -134,7 +200,9 @@ async def test_sessions_are_listed_in_pages_by_id(caller: Caller) -> None:
     assert [session.session_id for session in only.sessions] == ["c"]
 
 
-@pytest.mark.parametrize("fields", [{"page_size": -1}, {"page_size": 1001}, {"page_token": "%"}])
+@pytest.mark.parametrize(
+    "fields", [{"page_size": -1}, {"page_size": 1001}, {"page_token": "%"}, {"page_token": "ä"}]
+)
 async def test_a_bad_page_is_refused(caller: Caller, fields: dict[str, object]) -> None:
     told = await refused(caller.stub.ListSessions(pb.ListSessionsRequest(**fields)), INVALID, "INVALID_INPUT")
 
@@ -149,7 +217,7 @@ async def test_a_deleted_session_is_gone_and_its_id_is_retired(caller: Caller) -
     await refused(delete(caller), GONE, "SESSION_NOT_FOUND")
     await delete(caller, allow_missing=True)
     await refused(caller.create("accumulator"), TAKEN, "SESSION_ID_RETIRED")
-    await refused(caller.create("accumulator", "", request_id="r"), TAKEN, "SESSION_ID_RETIRED")
+    await refused(caller.create("accumulator", request_id="r"), TAKEN, "SESSION_ID_RETIRED")
 
 
 async def test_a_retired_id_is_free_again_after_24_hours(
@@ -162,6 +230,17 @@ async def test_a_retired_id_is_free_again_after_24_hours(
     monkeypatch.setattr(caller.server.sessions, "_now_s", lambda: now_s + sessions.RETIREMENT_S + 1)
 
     assert (await caller.create("accumulator")).next_step == 0
+
+
+async def test_two_deletions_that_allow_a_missing_session_both_succeed(caller: Caller) -> None:
+    await caller.create("accumulator")
+    with caller.hold("accumulator"):
+        step = asyncio.ensure_future(caller.step(random_inputs(1)))
+        await pending(caller, "accumulator", 1)
+        deletions = [asyncio.ensure_future(delete(caller, allow_missing=True)) for _ in range(2)]
+        await pending(caller, "accumulator", 3)
+
+    await asyncio.gather(step, *deletions)
 
 
 async def test_deletion_waits_for_the_calls_before_it_and_refuses_those_after(caller: Caller) -> None:
@@ -263,6 +342,9 @@ async def test_an_idle_session_expires_and_says_so(
         server.sessions.expire_idle()
 
     await step
+    # A call's end counts as use, however long it took.
+    server.sessions.expire_idle()
+    assert await caller.next_step("busy") == 1
     await refused(caller.step(random_inputs(1), "idle"), GONE, "SESSION_EXPIRED")
     await caller.channel.close()
 

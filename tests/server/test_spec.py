@@ -71,6 +71,27 @@ def test_a_corrupt_file_is_refused(tmp_path: Path, content: bytes) -> None:
     assert "not a valid ONNX file" in problem or "no spec" in problem
 
 
+def test_a_graph_that_computes_other_shapes_than_it_declares_is_refused(tmp_path: Path) -> None:
+    step, declared = read_back(step_models.accumulator())
+    step.graph.node.add().CopyFrom(helper.make_node("Concat", ["next_sum", "next_sum"], ["twice"], axis=1))
+    step.graph.node[2].input[0] = "twice"
+    step.graph.node.insert(2, step.graph.node.pop())
+
+    (problem,) = problems_of(tmp_path, step_models.with_spec(step, declared))
+
+    assert "not a valid ONNX file" in problem
+
+
+def test_a_sidecar_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    step, _ = read_back(step_models.accumulator())
+    del step.metadata_props[:]
+    path = step_models.write(tmp_path, step.SerializeToString())
+    path.with_name("model_spec.json").write_bytes(b"\xff\xfe")
+
+    with pytest.raises(ModelFileError, match="is not a ModelSpec"):
+        spec.load(path, "test", 1)
+
+
 def test_a_spec_that_is_no_json_is_refused(tmp_path: Path) -> None:
     step, _ = read_back(step_models.accumulator())
     helper.set_model_props(step, {spec.METADATA_KEY: "{"})

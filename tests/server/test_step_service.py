@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import structlog.testing
 
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
@@ -368,7 +369,11 @@ def tensor(shape: list[int], raw: bytes, dtype: Any = tensor_pb2.DATA_TYPE_FP32)
         (tensor([0, 3], b""), "inputs.shape"),
         (tensor([17, 3], bytes(17 * 12)), "inputs.shape"),
         (tensor([1, 3], bytes(11)), "inputs.raw"),
-        (tensor([-1, -3], bytes(12)), "inputs.raw"),
+        (tensor([-1, -3], bytes(12)), "inputs.shape"),
+        (tensor([-1] * 5000, b""), "inputs.shape"),
+        (tensor([0, 2**62, 4], b""), "inputs.shape"),
+        (tensor([1] * 65, bytes(4)), "inputs.shape"),
+        (tensor([1, 3], b"\x00\x01\x02", tensor_pb2.DATA_TYPE_BOOL), "inputs.raw"),
         (tensor([1, 3], bytes(24), tensor_pb2.DATA_TYPE_FP64), "inputs.dtype"),
         (tensor([1, 3], bytes(12), tensor_pb2.DATA_TYPE_UNSPECIFIED), "inputs.dtype"),
         (tensor([1, 3], bytes(12), 99), "inputs.dtype"),
@@ -433,6 +438,7 @@ async def test_a_session_twice_in_one_batch_is_refused(caller: Caller) -> None:
         (["a"], [], [1, 3], "inputs.shape"),
         (["a"], [], [1, 0, 3], "inputs.shape"),
         ([], [], [0, 1, 3], "session_ids"),
+        ([f"s{i}" for i in range(1025)], [], [1025, 1, 3], "session_ids"),
     ],
 )
 async def test_a_batch_that_does_not_fit_together_is_refused(
@@ -446,6 +452,110 @@ async def test_a_batch_that_does_not_fit_together_is_refused(
     told = await refused(caller.stub.BatchStep(request), INVALID, "INVALID_INPUT")
 
     assert told["field"] == field
+
+
+async def test_a_malformed_id_in_a_batch_fails_its_own_item(caller: Caller) -> None:
+    await caller.create("accumulator")
+    inputs = to_message(np.zeros((2, 1, 3), np.float32))
+
+    answer = await caller.stub.BatchStep(pb.BatchStepRequest(session_ids=["a b", "s"], inputs=inputs))
+
+    assert [(e.index, e.reason) for e in answer.errors] == [(0, "INVALID_INPUT")]
+
+
+async def test_a_batch_whose_answer_would_not_fit_in_a_message_is_refused_before_anything_runs(
+    serve: Start, models: Path
+) -> None:
+    """Room for every item's error counts: an answer must never be too large once steps have run."""
+    server, address = await serve(models, max_sessions=2)
+    caller = Caller(server, address)
+    await caller.create("accumulator")
+    ids = ["s", *("x" * 120 + str(i) for i in range(1000, 2023))]
+    too_many = to_message(np.zeros((1024, 300, 3), np.float32))
+    enough = to_message(np.zeros((1024, 200, 3), np.float32))
+
+    told = await refused(
+        caller.stub.BatchStep(pb.BatchStepRequest(session_ids=ids, inputs=too_many)), INVALID, "INVALID_INPUT"
+    )
+    assert told["field"] == "inputs.shape"
+    assert await caller.next_step() == 0
+    answer = await caller.stub.BatchStep(pb.BatchStepRequest(session_ids=ids, inputs=enough))
+
+    assert (len(answer.errors), answer.next_steps[0]) == (1023, 200)
+    await caller.channel.close()
+
+
+async def test_a_record_does_not_keep_the_whole_batch_alive(caller: Caller) -> None:
+    await caller.create("accumulator", "a")
+    await caller.create("accumulator", "b")
+    inputs = to_message(np.zeros((2, 1, 3), np.float32))
+
+    await caller.stub.BatchStep(pb.BatchStepRequest(session_ids=["a", "b"], inputs=inputs))
+
+    recorded = caller.server.sessions.get("a").records[0].inputs
+    owner = recorded if recorded.base is None else recorded.base
+    assert owner.nbytes == recorded.nbytes
+
+
+async def test_a_batch_that_is_cancelled_takes_out_what_has_not_begun(caller: Caller) -> None:
+    inputs = np.zeros((3, 1, 3), np.float32)
+    for index in range(3):
+        await caller.create("accumulator", f"s{index}")
+    with caller.hold("accumulator"):
+        request = pb.BatchStepRequest(session_ids=["s0", "s1", "s2"], inputs=to_message(inputs))
+        call = caller.stub.BatchStep(request)
+        await pending(caller, "accumulator", 3)
+        call.cancel()
+        await pending(caller, "accumulator", 0)
+
+    assert [await caller.next_step(f"s{index}") for index in range(3)] == [0, 0, 0]
+
+
+async def test_a_commit_that_fails_answers_every_caller_and_leaves_their_sessions(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = caller.server.sessions.model("accumulator", None).runner
+    inputs = random_inputs(2)
+    for index in range(2):
+        await caller.create("accumulator", f"s{index}")
+        await caller.step(inputs[:1], f"s{index}")
+
+    def fail(write_slots: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "commit", fail)
+        steps = [asyncio.ensure_future(caller.step(inputs[1:], f"s{index}")) for index in range(2)]
+        for step in steps:
+            await refused(step, grpc.StatusCode.INTERNAL, "STEP_FAILED")
+
+    for index in range(2):
+        outputs = await caller.step(inputs[1:], f"s{index}", first_step=1)
+        np.testing.assert_array_equal(outputs, accumulated(inputs)[1:])
+
+
+async def test_metrics_that_fail_do_not_stop_the_engine(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = caller.server.sessions.model("accumulator", None).engine
+    await caller.create("accumulator")
+
+    monkeypatch.setattr(engine, "_on_batch", lambda report: 1 / 0)
+
+    np.testing.assert_array_equal(await caller.step(random_inputs(2)), accumulated(random_inputs(2)))
+
+
+async def test_a_bug_is_answered_internal_without_its_inside_and_logged_whole(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await caller.create("accumulator")
+    monkeypatch.setattr(caller.server.sessions, "step", lambda *args, **kwargs: 1 / 0)
+
+    with structlog.testing.capture_logs() as log:
+        await refused(caller.step(random_inputs(1)), grpc.StatusCode.INTERNAL, "BUG")
+
+    assert [entry["event"] for entry in log] == ["a call failed unexpectedly"]
+    assert isinstance(log[0]["exc_info"], ZeroDivisionError)
 
 
 async def test_a_full_queue_is_refused_at_once_and_what_waits_is_served(caller: Caller) -> None:

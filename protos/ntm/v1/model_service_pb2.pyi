@@ -207,6 +207,7 @@ class Execution(_message.Message):
     FELL_BACK_TO_CPU_FIELD_NUMBER: _builtins.int
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     ONNXRUNTIME_VERSION_FIELD_NUMBER: _builtins.int
+    PADDED_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     requested_device: _builtins.str
     """The device asked for in the server's settings: "cpu", "cuda" or "auto"."""
     provider: _builtins.str
@@ -219,6 +220,8 @@ class Execution(_message.Message):
     """True: measured at load, a session's outputs and state have the same bits whatever else is in its batch."""
     onnxruntime_version: _builtins.str
     """Version of ONNX Runtime."""
+    padded_batch_size: _builtins.int
+    """Every batch is padded to this many sessions, since the results would depend on its size. 0: none is."""
     def __init__(
         self,
         *,
@@ -228,10 +231,11 @@ class Execution(_message.Message):
         fell_back_to_cpu: _builtins.bool = ...,
         batch_invariant: _builtins.bool = ...,
         onnxruntime_version: _builtins.str = ...,
+        padded_batch_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "device_id", b"device_id", "fell_back_to_cpu", b"fell_back_to_cpu", "onnxruntime_version", b"onnxruntime_version", "provider", b"provider", "requested_device", b"requested_device"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "device_id", b"device_id", "fell_back_to_cpu", b"fell_back_to_cpu", "onnxruntime_version", b"onnxruntime_version", "padded_batch_size", b"padded_batch_size", "provider", b"provider", "requested_device", b"requested_device"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,75 @@
+"""Exporting from the command line: a version appears whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from export import publish
+from export.__main__ import main
+from export.errors import VerificationError
+from training.checkpoint import BEST, LAST
+
+
+def refusal(capsys, run_dir: Path, target: Path) -> str:
+    assert main([str(run_dir), str(target)]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def everything_under(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def test_an_existing_version_is_refused_and_left_alone(capsys, run_dir, model_file):
+    before = model_file.read_bytes()
+
+    assert "versions are never overwritten" in refusal(capsys, run_dir, model_file.parent)
+
+    assert model_file.read_bytes() == before
+    assert everything_under(model_file.parent.parent) == [model_file.parent, model_file]
+
+
+def test_a_run_directory_without_a_checkpoint_is_refused(capsys, tmp_path):
+    assert "has no checkpoint last.pt: train there first" in refusal(
+        capsys, tmp_path / "none", tmp_path / "models" / "m" / "1"
+    )
+    assert everything_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [LAST, BEST])
+def test_a_truncated_checkpoint_is_refused(capsys, run_dir, tmp_path, name):
+    broken = tmp_path / "run"
+    broken.mkdir()
+    (broken / name).write_bytes((run_dir / LAST).read_bytes()[:1000])
+
+    assert "is truncated or not a checkpoint" in refusal(capsys, broken, tmp_path / "models" / "m" / "1")
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    "target", ["models/m/one", "models/m/0", "models/m/-1", "models/.m/1", "models/a b/1"]
+)
+def test_a_target_that_is_not_a_version_directory_is_refused(capsys, run_dir, tmp_path, target):
+    refusal(capsys, run_dir, tmp_path / target)
+
+    assert everything_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("failing", ["write_onnx", "verify", "_move"])
+def test_when_any_stage_fails_nothing_is_left(capsys, run_dir, tmp_path, monkeypatch, failing):
+    def write_something(_step, _spec, path):
+        path.write_bytes(b"a file")
+
+    def fail(*_arguments):
+        raise VerificationError("it does not hold")
+
+    monkeypatch.setattr(publish, "write_onnx", write_something)
+    monkeypatch.setattr(publish, "verify", lambda *_arguments: None)
+    monkeypatch.setattr(publish, failing, fail)
+
+    assert "it does not hold" in refusal(capsys, run_dir, tmp_path / "models" / "m" / "1")
+    assert [path for path in everything_under(tmp_path) if not path.is_dir()] == []
+    assert not (tmp_path / "models" / "m" / "1").exists()

@@ -1,0 +1,64 @@
+"""The whole path by its commands: train, export, serve, call; and the server gives what torch gives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from client import Client
+from tests.conftest import ROOT, ServerProcess
+from training.checkpoint import BEST, load, restore_cell
+from training.model import named_tensors, unroll
+
+
+def run(*command: str) -> str:
+    """Run a command of this project to its end; returns what it printed."""
+    ended = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=110
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.parametrize("controller", ["lstm", "feedforward"])
+def test_a_model_trained_exported_and_served_gives_what_torch_gives(
+    tmp_path: Path, start_server: Callable[..., ServerProcess], controller: str
+) -> None:
+    run_dir, models = tmp_path / "run", tmp_path / "models"
+    run(
+        *(
+            "training",
+            "copy",
+            "--run-dir",
+            str(run_dir),
+            "--num-updates",
+            "3",
+            "--model.controller",
+            controller,
+        ),
+        *("--model.memory-rows", "16", "--model.num-read-heads", "2", "--task.max-length", "4"),
+        *("--evaluation.long-lengths", "5"),
+    )
+    report = run("export", str(run_dir), str(models / "copy" / "1"))
+    inputs = np.random.default_rng(0).integers(0, 2, (40, 9)).astype(np.float32)
+
+    with Client(start_server(models).address) as client, client.session("copy") as session:
+        outputs = session.run(inputs)
+        state = session.state()
+        spec = client.model("copy").spec
+
+    assert "the same bits" in report
+    cell, _ = restore_cell(load(run_dir / BEST))
+    with torch.no_grad():
+        expected, final = unroll(cell, torch.from_numpy(inputs)[:, None])
+    np.testing.assert_allclose(outputs, torch.sigmoid(expected[:, 0]), atol=1e-5)
+    for name, tensor in named_tensors(final).items():
+        np.testing.assert_allclose(state[name], tensor[0], atol=1e-4, err_msg=name)
+    assert [s.input_name for s in spec.states][:2] == ["memory", "read_weightings"]
+    assert spec.provenance.seed == 0

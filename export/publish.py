@@ -5,6 +5,7 @@ Everything happens in a hidden folder beside the target; whatever goes wrong, no
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ def publish(run_dir: Path, target: Path) -> Report:
     cell, settings = restore_cell(checkpoint)
     step = Step(cell.eval())
     spec = model_spec(name, step, checkpoint, settings)
+    missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -45,8 +47,12 @@ def publish(run_dir: Path, target: Path) -> Report:
         report = verify(draft / MODEL_FILE, step, settings.task)
         draft.chmod(0o755)
         _move(draft, target)
-    finally:
+    except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # Another export may have put its version there.
+                folder.rmdir()
+        raise
     return report
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 
 from training.config import Settings, make_cell
 from training.errors import CheckpointError
@@ -87,7 +88,8 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} is truncated or not a checkpoint: use another, or train again"
         ) from None
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+    expected = {"format", *Checkpoint._fields}
+    if not isinstance(content, dict) or content.keys() != expected or content.pop("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version: train again")
     return Checkpoint(**content)
 
@@ -98,10 +100,12 @@ def restore_cell(checkpoint: Checkpoint) -> tuple[NTMCell, Settings]:
     Raises:
         CheckpointError: the weights do not fit the settings.
     """
-    settings = Settings(**checkpoint.settings)
-    cell = make_cell(settings)
     try:
+        settings = Settings(**checkpoint.settings)
+        cell = make_cell(settings)
         cell.load_state_dict(checkpoint.cell)
+    except ValidationError:
+        raise CheckpointError("the checkpoint's settings are not of this version: train again") from None
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint's weights are of another model: {error}") from None
     return cell, settings

@@ -119,7 +119,7 @@ class Settings(BaseSettings):
     checkpoint_every_updates: int = Field(default=100, ge=1)
     """Updates between checkpoints; a killed run loses at most this many."""
     num_threads: int = Field(default=1, ge=1)
-    """Processor cores to use; the tensors are so small that a second one does not help."""
+    """Processor cores to use."""
     task: CopyTask = CopyTask()
     model: ModelSettings = ModelSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -139,7 +139,7 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
                         best_score = total(metrics)
                         keep(BEST)
                 records.add(update, record)
-                if update % settings.checkpoint_every_updates == 0 or update == settings.num_updates:
+                if update % settings.checkpoint_every_updates == 0:
                     keep(LAST)
                 rate = update * settings.batch_size / seconds
                 shown = f"loss {loss.item():.4f}  wrong bits {wrong.item():6.2f}  {rate:4.0f} sequences/s"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from ntm.v1 import model_pb2, tensor_pb2
 
 from export.onnx_file import read_spec
 from export.spec import initial_value, model_spec
 from export.step import Step
+from ntm.v1 import model_pb2, tensor_pb2
 from tests.export.conftest import write_run
 from training.checkpoint import LAST, load, restore_cell
 

@@ -11,8 +11,8 @@ import pytest
 from onnx import numpy_helper
 
 from export.errors import VerificationError
-from export.onnx_file import write_onnx
-from export.spec import model_spec
+from export.onnx_file import read_spec, write_onnx
+from export.spec import initial_value, model_spec
 from export.step import Step
 from export.verification import BATCH_SIZES, verify
 from tests.export.conftest import write_run
@@ -26,6 +26,7 @@ def step(run_dir) -> Step:
 
 
 TASK = CopyTask(num_bits=3)
+SHIPPED = Path(__file__).parents[2] / "models" / "copy" / "1" / "model.onnx"
 
 
 def changed(model_file: Path, tmp_path: Path, change) -> Path:
@@ -86,18 +87,13 @@ def test_rows_whose_bits_depend_on_the_batch_are_found(tmp_path):
     odd = Step(cell)
     write_onnx(odd, model_spec("odd", odd, content, settings), tmp_path / "odd.onnx")
 
-    with pytest.raises(VerificationError, match="have other bits than in a batch of 128; .* multiple of 4"):
+    with pytest.raises(VerificationError, match=r"have other bits than in a batch of 128; .* multiple of 4"):
         verify(tmp_path / "odd.onnx", odd, TASK)
 
 
 def test_the_shipped_model_copies_sequences_far_longer_than_it_was_trained_on():
-    session = ort.InferenceSession(
-        Path(__file__).parents[2] / "models" / "copy" / "1" / "model.onnx", providers=["CPUExecutionProvider"]
-    )
-    from export.onnx_file import read_spec
-    from export.spec import initial_value
-
-    spec = read_spec(onnx.load(Path(__file__).parents[2] / "models" / "copy" / "1" / "model.onnx"))
+    session = ort.InferenceSession(SHIPPED, providers=["CPUExecutionProvider"])
+    spec = read_spec(onnx.load(SHIPPED))
     rng = np.random.default_rng(2026)
     for length in (1, 20, 100, 120):
         vectors = rng.integers(0, 2, (length, 50, 8)).astype(np.float32)

@@ -35,7 +35,7 @@ def test_a_saved_cell_comes_back_with_the_same_bits(run_dir, tmp_path):
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="has no checkpoint last.pt: train there first"):
+    with pytest.raises(CheckpointError, match=r"has no checkpoint last\.pt: train there first"):
         checkpoint.load(tmp_path / LAST)
 
 
@@ -54,7 +54,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "attacked"),)
 
-    (tmp_path / LAST).write_bytes(pickle.dumps(Attack()))
+    (tmp_path / LAST).write_bytes(pickle.dumps(Attack(), protocol=2))
 
     with pytest.raises(CheckpointError):
         checkpoint.load(tmp_path / LAST)
@@ -82,3 +82,10 @@ def test_weights_that_do_not_fit_the_settings_are_refused(run_dir):
 
     with pytest.raises(CheckpointError, match="weights are of another model"):
         checkpoint.restore_cell(loaded._replace(settings=settings))
+
+
+def test_settings_of_another_version_are_refused(run_dir):
+    loaded = checkpoint.load(run_dir / LAST)
+
+    with pytest.raises(CheckpointError, match="settings are not of this version"):
+        checkpoint.restore_cell(loaded._replace(settings=loaded.settings | {"old_setting": 1}))

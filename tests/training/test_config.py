@@ -49,7 +49,7 @@ def test_an_unknown_setting_in_a_toml_is_refused_with_the_name_it_may_have_meant
 
 
 def test_an_unknown_flag_is_refused_by_the_name_that_was_typed():
-    with pytest.raises(SettingsError, match="unrecognized arguments: --optimizer.speed=3"):
+    with pytest.raises(SettingsError, match=r"unrecognized arguments: --optimizer\.speed=3"):
         read_settings(COPY, ["--optimizer.speed=3"], "test")
 
 
@@ -57,7 +57,7 @@ def test_an_unknown_flag_is_refused_by_the_name_that_was_typed():
 def test_a_toml_that_cannot_be_read_is_refused(tmp_path, content):
     (tmp_path / "my.toml").write_text(content, encoding="latin-1")
 
-    with pytest.raises(SettingsError, match="cannot read the settings in .*my.toml"):
+    with pytest.raises(SettingsError, match=r"cannot read the settings in .*my\.toml"):
         read_settings(tmp_path / "my.toml", [], "test")
 
 

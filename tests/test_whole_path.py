@@ -26,6 +26,7 @@ def run(*command: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.timeout(300)  # four processes that each load torch, beside another test's
 @pytest.mark.parametrize("controller", ["lstm", "feedforward"])
 def test_a_model_trained_exported_and_served_gives_what_torch_gives(
     tmp_path: Path, start_server: Callable[..., ServerProcess], controller: str
@@ -42,11 +43,12 @@ def test_a_model_trained_exported_and_served_gives_what_torch_gives(
             "--model.controller",
             controller,
         ),
-        *("--model.memory-rows", "16", "--model.num-read-heads", "2", "--task.max-length", "4"),
+        *("--model.memory-rows", "12", "--model.row-width", "5", "--model.controller-size", "9"),
+        *("--model.num-read-heads", "2", "--task.num-bits", "3", "--task.max-length", "4"),
         *("--evaluation.long-lengths", "5"),
     )
     report = run("export", str(run_dir), str(models / "copy" / "1"))
-    inputs = np.random.default_rng(0).integers(0, 2, (40, 9)).astype(np.float32)
+    inputs = np.random.default_rng(0).integers(0, 2, (40, 4)).astype(np.float32)
 
     with Client(start_server(models).address) as client, client.session("copy") as session:
         outputs = session.run(inputs)

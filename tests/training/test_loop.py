@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from training import checkpoint
+from training.__main__ import main
 from training.checkpoint import BEST, LAST
 from training.config import read_settings
 from training.errors import CheckpointError, NonFiniteError, RunDirectoryError
@@ -129,10 +130,8 @@ def test_a_run_killed_between_checkpoints_resumes_to_the_same_weights_bit_for_bi
     # The dead process recorded updates after its last checkpoint, the last of them perhaps by half.
     with (killed / METRICS).open("a") as file:
         file.write('{"update": 99')
-    with start([f"--num-updates={end}", "--resume"], killed) as process:
-        assert process.wait() == 0, process.stderr.read()
-    with start([*arguments, f"--num-updates={end}"], unbroken) as process:
-        assert process.wait() == 0, process.stderr.read()
+    assert main(["copy", f"--run-dir={killed}", f"--num-updates={end}", "--resume"]) == 0
+    assert main(["copy", f"--run-dir={unbroken}", *arguments, f"--num-updates={end}"]) == 0
 
     assert reached >= 25
     assert_same_weights(killed, unbroken)

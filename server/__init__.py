@@ -1,6 +1,6 @@
 """The server: holds each session's state and runs the steps of many sessions together.
 
-Read it in the order a step travels: `service` (gRPC) -> `sessions` (counters, records, whole messages) ->
+Read it in the order a step travels: `service` (gRPC) -> `sessions` (whole messages, in order) ->
 `engine` (the loop) -> `scheduler` (who is next) -> `model_runner` (pools on the device). A model gets there by
 `repository` (the models directory) -> `spec` (what the file declares) -> `graphs` (what the device runs).
 `lifecycle` puts them together. It never imports torch, `training` or `export`.

@@ -28,8 +28,9 @@ from server.interceptors import CallInterceptor
 from server.metrics import Metrics
 from server.model_runner import ModelRunner
 from server.requests import RequestLimits
+from server.served_model import ServedModel, SessionLimits
 from server.service import ModelService, ServedLimits, SessionService
-from server.sessions import ServedModel, SessionLimits, SessionManager
+from server.sessions import SessionManager
 from server.settings import ServerSettings
 from server.slots import SlotPool
 from server.spec import StepModel

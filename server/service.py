@@ -29,7 +29,8 @@ from ntm.v1 import (
 from server import requests, status
 from server.errors import InvalidInputError, NotBuiltError, ServerStoppingError, ServingError
 from server.requests import RequestLimits
-from server.sessions import ServedModel, Session, SessionManager, StepResult
+from server.served_model import ServedModel
+from server.sessions import Session, SessionManager, StepResult
 
 log = structlog.get_logger()
 

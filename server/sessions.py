@@ -1,8 +1,8 @@
-"""Sessions: whose state is where, how far it has come, and what was answered.
+"""Sessions: who has which state, and whose turn it is.
 
 This is the server without gRPC: it makes a call on a session happen exactly once. Calls on one session are
 served in order of arrival, one at a time. A message is applied whole or not at all: the engine works in a
-slot of the message's own, and only a message that ended well becomes the session's state, counter and record.
+slot of the message's own, and only a message that ended well becomes the session's state and history.
 Everything here runs in the event loop's thread; the engine's thread only hands back messages that ended.
 
 `service.py` checks what callers send before it comes here; `engine.py` runs what leaves here.
@@ -15,7 +15,7 @@ import secrets
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,8 @@ import numpy as np
 import structlog
 
 from ntm.tensor import Array, numpy_dtype
-from server.engine import BatchReport, Engine, Message
+from server.engine import Message
 from server.errors import (
-    InputMismatchError,
     ModelNotFoundError,
     NoFreeSlotError,
     QueueFullError,
@@ -35,26 +34,14 @@ from server.errors import (
     SessionIdRetiredError,
     SessionNotFoundError,
     StateNotKeptError,
-    StepGapError,
-    StepTooOldError,
 )
-from server.model_runner import INITIAL_SLOT, ModelRunner
-from server.slots import SlotPool
-from server.spec import StepModel
+from server.history import History
+from server.model_runner import INITIAL_SLOT
+from server.served_model import ServedModel
 
 log = structlog.get_logger()
 
 RETIREMENT_S = 24 * 3600
-
-
-@dataclass(frozen=True)
-class SessionLimits:
-    """What sessions of one model may take."""
-
-    max_sessions: int
-    max_pending_messages: int
-    retry_window_steps: int
-    idle_limit_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,19 +55,6 @@ class StepResult:
     """By name, without the batch axis and in the graph's axes; empty unless it was asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """A message that was applied."""
-
-    first_step: int
-    inputs: Array
-    outputs: Array
-
-    @property
-    def end_step(self) -> int:
-        return self.first_step + len(self.inputs)
-
-
 @dataclass(eq=False)
 class Session:
     """A scratch memory and its history."""
@@ -90,19 +64,16 @@ class Session:
     model: ServedModel
     create_time_s: float
     last_use_time_s: float
-    next_step: int = 0
+    history: History
     slot: int = INITIAL_SLOT
-    records: deque[_Record] = field(default_factory=deque)
-    reset_steps: deque[int] = field(default_factory=deque)
-    """Steps at which it was reset, ascending, as far back as the records."""
     calls: deque[_Call] = field(default_factory=deque)
     """Calls in order of arrival; the first is being served."""
     has_ended: bool = False
 
     @property
-    def oldest_step(self) -> int:
-        """The first step whose answer is still recorded."""
-        return self.records[0].first_step if self.records else self.next_step
+    def next_step(self) -> int:
+        """Index of the next step."""
+        return self.history.next_step
 
 
 @dataclass(eq=False, slots=True)
@@ -115,48 +86,6 @@ class _Call:
     future: asyncio.Future[Any]
     message: Message | None = None
     on_message: Callable[[Message], Any] | None = None
-
-
-class ServedModel:
-    """One version of a model in service: its engine and its slots."""
-
-    def __init__(
-        self,
-        runner: ModelRunner,
-        slots: SlotPool,
-        limits: SessionLimits,
-        loop: asyncio.AbstractEventLoop,
-        on_batch: Callable[[BatchReport], None] = lambda _: None,
-    ) -> None:
-        """Start the engine; it reports to `loop`."""
-        self.model: StepModel = runner.model
-        self.runner = runner
-        self.limits = limits
-        self.slots = slots
-        self.num_sessions = 0
-        self.num_pending = 0
-        self._calls: dict[Message, Callable[[Message], None]] = {}
-        self._loop = loop
-        self.engine = Engine(runner, self._hand_back, on_batch)
-
-    def submit(self, message: Message, on_ended: Callable[[Message], None]) -> None:
-        """Run a message; `on_ended` is called in the event loop when it has ended."""
-        self._calls[message] = on_ended
-        self.engine.submit(message)
-
-    def withdraw(self, message: Message) -> bool:
-        """Take a message back that has not begun; says whether it is out."""
-        if not self.engine.withdraw(message):
-            return False
-        del self._calls[message]
-        return True
-
-    def _hand_back(self, messages: list[Message]) -> None:
-        self._loop.call_soon_threadsafe(self._end, messages)
-
-    def _end(self, messages: list[Message]) -> None:
-        for message in messages:
-            self._calls.pop(message)(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,12 +185,9 @@ class SessionManager:
             if repeated := self._repeated(request):
                 return self._end(call, repeated)
             source = call.session
-            if at_step is not None and at_step > source.next_step:
-                raise StepGapError(at_step, source.next_step)
-            if at_step is not None and at_step < source.next_step:
-                raise StepTooOldError(at_step, source.next_step, source.next_step)
-            copy = self._add(source.model, session_id, request)
-            copy.next_step = source.next_step
+            if at_step is not None:
+                source.history.check_is_at(at_step)
+            copy = self._add(source.model, session_id, request, source.next_step)
             copy.slot = source.model.slots.hold(source.slot)
             return self._end(call, copy)
 
@@ -295,13 +221,10 @@ class SessionManager:
         def begin(call: _Call) -> None:
             session = call.session
             step = session.next_step if at_step is None else at_step
-            if step > session.next_step:
-                raise StepGapError(step, session.next_step)
-            if step not in session.reset_steps:
-                if step < session.next_step:
-                    raise StepTooOldError(step, session.next_step, session.next_step)
+            if not session.history.was_reset_at(step):
+                session.history.check_is_at(step)
                 self._move(session, INITIAL_SLOT)
-                session.reset_steps.append(step)
+                session.history.add_reset()
             self._end(call, session)
 
         return self._enter(self.get(session_id), begin)
@@ -325,13 +248,13 @@ class SessionManager:
 
         def begin(call: _Call) -> None:
             session = call.session
-            known = _recorded_outputs(session, inputs, first_step)
+            known = session.history.outputs_of(inputs, first_step)
             new_inputs = inputs[len(known) :]
             if len(new_inputs) == 0:
                 end_step = (first_step or 0) + len(inputs)
                 if not wants_state:
                     return self._end(call, StepResult(known, end_step, {}))
-                if end_step != session.next_step or end_step in session.reset_steps:
+                if end_step != session.next_step or session.history.was_reset_at(end_step):
                     raise StateNotKeptError(end_step - 1, session.next_step)
             return self._run(call, new_inputs, known, wants_state)
 
@@ -344,8 +267,9 @@ class SessionManager:
         """
 
         def begin(call: _Call) -> None:
-            no_inputs, no_outputs = _empty(call.session.model.model)
-            self._run(call, no_inputs, no_outputs, wants_state=True)
+            spec = call.session.model.model.spec.input
+            no_inputs = np.empty((0, *spec.shape), numpy_dtype(spec.dtype))
+            self._run(call, no_inputs, call.session.history.outputs_of(no_inputs, None), wants_state=True)
 
         return self._enter(self.get(session_id), begin, needs_device=True)
 
@@ -448,13 +372,7 @@ class SessionManager:
     def _apply(self, session: Session, message: Message) -> None:
         """Make a message that ended well part of its session: state, counter and record."""
         self._move(session, message.write_slot)
-        session.records.append(_Record(session.next_step, message.inputs, message.outputs))
-        session.next_step += len(message.inputs)
-        window_start = session.next_step - session.model.limits.retry_window_steps
-        while session.records[0].end_step <= window_start:
-            session.records.popleft()
-        while session.reset_steps and session.reset_steps[0] < session.oldest_step:
-            session.reset_steps.popleft()
+        session.history.add(message.inputs, message.outputs)
 
     def _move(self, session: Session, slot: int) -> None:
         session.model.slots.release(session.slot)
@@ -475,7 +393,7 @@ class SessionManager:
             raise SessionIdRetiredError(session_id)
         return session
 
-    def _add(self, served: ServedModel, session_id: str, request: _Request) -> Session:
+    def _add(self, served: ServedModel, session_id: str, request: _Request, next_step: int = 0) -> Session:
         self._forget_retired()
         session_id = session_id or secrets.token_hex(16)
         if session_id in self._sessions:
@@ -485,7 +403,8 @@ class SessionManager:
         if served.num_sessions >= served.limits.max_sessions:
             raise NoFreeSlotError(served.model.label, served.limits.max_sessions)
         now_s = self._now_s()
-        session = Session(session_id, request.request_id, served, now_s, now_s)
+        history = History(served.model, served.limits.retry_window_steps, next_step)
+        session = Session(session_id, request.request_id, served, now_s, now_s, history)
         self._sessions[session_id] = session
         served.num_sessions += 1
         if request.request_id:
@@ -509,46 +428,7 @@ class SessionManager:
             self._requests.pop(retired.request_id, None)
 
 
-def _recorded_outputs(session: Session, inputs: Array, first_step: int | None) -> Array:
-    """The outputs [K, ...output shape] of the first K inputs, those that have run already; K may be 0.
-
-    Raises:
-        StepGapError, StepTooOldError, InputMismatchError.
-    """
-    known: list[Array] = [_empty(session.model.model)[1]]
-    if first_step is None or first_step == session.next_step:
-        return known[0]
-    if first_step > session.next_step:
-        raise StepGapError(first_step, session.next_step)
-    if first_step < session.oldest_step:
-        raise StepTooOldError(first_step, session.oldest_step, session.next_step)
-    end_step = min(first_step + len(inputs), session.next_step)
-    for record in session.records:
-        start, end = max(first_step, record.first_step), min(end_step, record.end_step)
-        if start >= end:
-            continue
-        sent = inputs[start - first_step : end - first_step]
-        ran = record.inputs[start - record.first_step : end - record.first_step]
-        if sent.tobytes() != ran.tobytes():
-            different = _first_difference(sent, ran)
-            raise InputMismatchError(start + different, session.next_step)
-        known.append(record.outputs[start - record.first_step : end - record.first_step])
-    return np.concatenate(known)
-
-
-def _first_difference(a: Sequence[Array] | Array, b: Sequence[Array] | Array) -> int:
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x.tobytes() != y.tobytes())
-
-
 def _done(result: Any) -> asyncio.Future[Any]:
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     future.set_result(result)
     return future
-
-
-def _empty(model: StepModel) -> tuple[Array, Array]:
-    """No inputs and no outputs, of a model's shapes and dtypes."""
-    return (
-        np.empty((0, *model.spec.input.shape), numpy_dtype(model.spec.input.dtype)),
-        np.empty((0, *model.spec.output.shape), numpy_dtype(model.spec.output.dtype)),
-    )

@@ -492,7 +492,7 @@ async def test_a_record_does_not_keep_the_whole_batch_alive(caller: Caller) -> N
 
     await caller.stub.BatchStep(pb.BatchStepRequest(session_ids=["a", "b"], inputs=inputs))
 
-    recorded = caller.server.sessions.get("a").records[0].inputs
+    recorded = caller.server.sessions.get("a").history._records[0].inputs
     owner = recorded if recorded.base is None else recorded.base
     assert owner.nbytes == recorded.nbytes
 

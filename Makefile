@@ -45,8 +45,8 @@ proto: $(VENV)/.dev ## Generate the code from the protos.
 	@$(PROTOC) $(call generate_into,protos) $(PROTOS)
 
 .PHONY: train
-train: $(VENV)/.train ## Train the copy task and say how to export it.
-	@$(BIN)/python -m training copy
+train: $(VENV)/.train ## Train the shipped model again, in runs/copy.
+	@$(BIN)/python -m training copy --seed 2 --run-dir runs/copy
 
 .PHONY: audit
 audit: ## Look for known vulnerabilities in the pinned versions; needs the package index's advisories.
@@ -82,5 +82,6 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(BUF): Makefile
+	@command -v npm > /dev/null || { echo "make check needs npm, to install buf"; exit 1; }
 	@npm install --silent --no-fund --no-audit --prefix $(VENV)/buf @bufbuild/buf@$(BUF_VERSION)
 	@touch $@

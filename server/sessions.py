@@ -85,7 +85,6 @@ class _Call:
     """Called when its turn has come; ends the call, or gives it a message to wait for."""
     future: asyncio.Future[Any]
     message: Message | None = None
-    on_message: Callable[[Message], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +306,9 @@ class SessionManager:
         """Begin calls until one has a message to wait for."""
         while session.calls and session.calls[0].message is None:
             call = session.calls[0]
+            if call.future.cancelled():
+                self._leave(call, None)
+                continue
             if session.has_ended:
                 self._leave(call, SessionNotFoundError(session.session_id))
                 continue

@@ -255,6 +255,27 @@ async def test_a_message_whose_deadline_passes_in_the_queue_leaves_no_trace(call
     assert await caller.next_step() == 0
 
 
+async def test_a_call_that_was_cancelled_is_not_begun_when_its_turn_comes(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = caller.server.sessions
+    served = manager.model("accumulator", None)
+    await caller.create("accumulator")
+    submitted, submit = [], served.submit
+    monkeypatch.setattr(served, "submit", lambda *call: (submitted.append(call[0]), submit(*call)))
+
+    with caller.hold("accumulator"):
+        first = manager.step("s", random_inputs(1), None, wants_state=False)
+        second = manager.step("s", random_inputs(1, 9), None, wants_state=False)
+        # Taking the first out of line makes it the second's turn, before the second is taken out itself.
+        first.cancel()
+        second.cancel()
+        await pending(caller, "accumulator", 0)
+
+    assert len(submitted) == 1
+    assert await caller.next_step() == 0
+
+
 async def test_a_call_cancelled_behind_another_of_its_session_leaves_the_order_of_the_rest(
     caller: Caller,
 ) -> None:

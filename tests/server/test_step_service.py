@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -14,21 +12,16 @@ import structlog.testing
 
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
-from ntm.v1 import tensor_pb2
 from tests.server.helpers import (
-    EXHAUSTED,
     GONE,
     INVALID,
     ORDER,
     Caller,
-    Start,
     accumulated,
     pending,
     random_inputs,
     refused,
 )
-
-# What is run.
 
 
 async def test_a_session_carries_its_state_from_message_to_message(caller: Caller) -> None:
@@ -294,218 +287,6 @@ async def test_a_call_cancelled_behind_another_of_its_session_leaves_the_order_o
     np.testing.assert_array_equal(np.concatenate([await first, await third]), accumulated(inputs))
 
 
-# Exactly once.
-
-
-async def test_a_repeated_message_gets_the_recorded_answer_and_runs_once(caller: Caller) -> None:
-    inputs = random_inputs(6)
-    await caller.create("accumulator")
-
-    first = await caller.step(inputs, first_step=0)
-    again = await caller.step(inputs, first_step=0)
-
-    np.testing.assert_array_equal(first, again)
-    assert await caller.next_step() == 6
-    np.testing.assert_array_equal((await caller.state())["sum"], accumulated(inputs)[-1])
-
-
-async def test_a_retry_may_cut_the_steps_otherwise(caller: Caller) -> None:
-    inputs = random_inputs(12)
-    await caller.create("accumulator")
-    await caller.step(inputs[:3], first_step=0)
-    await caller.step(inputs[3:8], first_step=3)
-
-    inside = await caller.step(inputs[2:5], first_step=2)
-    beyond = await caller.step(inputs[1:12], first_step=1)
-
-    np.testing.assert_array_equal(inside, accumulated(inputs)[2:5])
-    np.testing.assert_array_equal(beyond, accumulated(inputs)[1:12])
-    assert await caller.next_step() == 12
-
-
-async def test_a_gap_is_refused_with_the_next_step(caller: Caller) -> None:
-    await caller.create("accumulator")
-    await caller.step(random_inputs(2))
-
-    told = await refused(caller.step(random_inputs(1), first_step=5), ORDER, "STEP_GAP")
-
-    assert told["next_step"] == "2"
-    assert await caller.next_step() == 2
-
-
-async def test_steps_beyond_the_retry_window_are_too_old(caller: Caller) -> None:
-    inputs = random_inputs(40)
-    await caller.create("accumulator")
-    for first in range(0, 40, 8):
-        await caller.step(inputs[first : first + 8], first_step=first)
-
-    in_window = await caller.step(inputs[24:40], first_step=24)
-    told = await refused(caller.step(inputs[0:4], first_step=0), ORDER, "STEP_TOO_OLD")
-
-    np.testing.assert_array_equal(in_window, accumulated(inputs)[24:40])
-    assert told["next_step"] == "40"
-
-
-async def test_a_retry_with_other_inputs_is_refused(caller: Caller) -> None:
-    inputs = random_inputs(4)
-    await caller.create("accumulator")
-    await caller.step(inputs, first_step=0)
-    changed = inputs.copy()
-    changed[2, 1] += 1
-
-    told = await refused(caller.step(changed, first_step=0), ORDER, "INPUT_MISMATCH")
-
-    assert told["next_step"] == "4"
-    assert await caller.next_step() == 4
-
-
-async def test_state_asked_for_with_a_repeat_is_the_state_of_then_or_an_error(caller: Caller) -> None:
-    inputs = random_inputs(4)
-    await caller.create("accumulator")
-    await caller.step(inputs[:2], first_step=0)
-    repeat = pb.StepRequest(
-        session_id="s", first_step=0, inputs=to_message(inputs[:2]), include_state=["sum"]
-    )
-
-    answer = await caller.stub.Step(repeat)
-    await caller.step(inputs[2:], first_step=2)
-
-    np.testing.assert_array_equal(to_array(answer.state[0].value), accumulated(inputs)[1])
-    await refused(caller.stub.Step(repeat), ORDER, "STATE_NOT_KEPT")
-
-
-# What is refused, and that nothing is left of it.
-
-
-def tensor(shape: list[int], raw: bytes, dtype: Any = tensor_pb2.DATA_TYPE_FP32) -> tensor_pb2.Tensor:
-    return tensor_pb2.Tensor(dtype=dtype, shape=shape, raw=raw)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "field"),
-    [
-        (tensor([1, 4], bytes(16)), "inputs.shape"),
-        (tensor([3], bytes(12)), "inputs.shape"),
-        (tensor([], bytes(4)), "inputs.shape"),
-        (tensor([0, 3], b""), "inputs.shape"),
-        (tensor([17, 3], bytes(17 * 12)), "inputs.shape"),
-        (tensor([1, 3], bytes(11)), "inputs.raw"),
-        (tensor([-1, -3], bytes(12)), "inputs.shape"),
-        (tensor([-1] * 5000, b""), "inputs.shape"),
-        (tensor([0, 2**62, 4], b""), "inputs.shape"),
-        (tensor([1] * 65, bytes(4)), "inputs.shape"),
-        (tensor([1, 3], b"\x00\x01\x02", tensor_pb2.DATA_TYPE_BOOL), "inputs.raw"),
-        (tensor([1, 3], bytes(24), tensor_pb2.DATA_TYPE_FP64), "inputs.dtype"),
-        (tensor([1, 3], bytes(12), tensor_pb2.DATA_TYPE_UNSPECIFIED), "inputs.dtype"),
-        (tensor([1, 3], bytes(12), 99), "inputs.dtype"),
-        (to_message(np.array([[0, np.nan, 0]], np.float32)), "inputs.raw"),
-        (to_message(np.array([[0, 0, np.inf]], np.float32)), "inputs.raw"),
-        (tensor([1, 40_000], bytes(160_000)), "inputs"),
-    ],
-)
-async def test_inputs_that_do_not_fit_are_refused_by_field(
-    caller: Caller, inputs: tensor_pb2.Tensor, field: str
-) -> None:
-    await caller.create("accumulator")
-    await caller.step(random_inputs(1))
-
-    told = await refused(
-        caller.stub.Step(pb.StepRequest(session_id="s", inputs=inputs)), INVALID, "INVALID_INPUT"
-    )
-
-    assert told["field"] == field
-    assert await caller.next_step() == 1
-
-
-@pytest.mark.parametrize("session_id", ["", "a b", "ä", "x" * 129, "a/b"])
-async def test_a_malformed_id_is_refused(caller: Caller, session_id: str) -> None:
-    told = await refused(caller.step(random_inputs(1), session_id), INVALID, "INVALID_INPUT")
-
-    assert told["field"] == "session_id"
-
-
-async def test_an_unknown_session_is_not_found(caller: Caller) -> None:
-    await refused(caller.step(random_inputs(1), "nobody"), GONE, "SESSION_NOT_FOUND")
-
-
-async def test_an_unknown_state_name_is_refused_and_the_step_not_run(caller: Caller) -> None:
-    await caller.create("accumulator")
-
-    told = await refused(caller.step(random_inputs(1), include_state=["memory"]), INVALID, "INVALID_INPUT")
-
-    assert told["field"] == "include_state"
-    assert await caller.next_step() == 0
-
-
-async def test_a_session_twice_in_one_batch_is_refused(caller: Caller) -> None:
-    await caller.create("accumulator")
-    inputs = to_message(np.zeros((2, 1, 3), np.float32))
-
-    told = await refused(
-        caller.stub.BatchStep(pb.BatchStepRequest(session_ids=["s", "s"], inputs=inputs)),
-        INVALID,
-        "INVALID_INPUT",
-    )
-
-    assert told["field"] == "session_ids"
-    assert await caller.next_step() == 0
-
-
-@pytest.mark.parametrize(
-    ("ids", "first_steps", "shape", "field"),
-    [
-        (["a", "b"], [0], [2, 1, 3], "first_steps"),
-        (["a", "b"], [], [1, 1, 3], "inputs.shape"),
-        (["a"], [], [1, 3], "inputs.shape"),
-        (["a"], [], [1, 0, 3], "inputs.shape"),
-        ([], [], [0, 1, 3], "session_ids"),
-        ([f"s{i}" for i in range(1025)], [], [1025, 1, 3], "session_ids"),
-    ],
-)
-async def test_a_batch_that_does_not_fit_together_is_refused(
-    caller: Caller, ids: list[str], first_steps: list[int], shape: list[int], field: str
-) -> None:
-    await caller.create("accumulator", "a")
-    await caller.create("accumulator", "b")
-    inputs = to_message(np.zeros(shape, np.float32))
-    request = pb.BatchStepRequest(session_ids=ids, first_steps=first_steps, inputs=inputs)
-
-    told = await refused(caller.stub.BatchStep(request), INVALID, "INVALID_INPUT")
-
-    assert told["field"] == field
-
-
-async def test_a_malformed_id_in_a_batch_fails_its_own_item(caller: Caller) -> None:
-    await caller.create("accumulator")
-    inputs = to_message(np.zeros((2, 1, 3), np.float32))
-
-    answer = await caller.stub.BatchStep(pb.BatchStepRequest(session_ids=["a b", "s"], inputs=inputs))
-
-    assert [(e.index, e.reason) for e in answer.errors] == [(0, "INVALID_INPUT")]
-
-
-async def test_a_batch_whose_answer_would_not_fit_in_a_message_is_refused_before_anything_runs(
-    serve: Start, models: Path
-) -> None:
-    """Room for every item's error counts: an answer must never be too large once steps have run."""
-    server, address = await serve(models, max_sessions=2)
-    caller = Caller(server, address)
-    await caller.create("accumulator")
-    ids = ["s", *("x" * 120 + str(i) for i in range(1000, 2023))]
-    too_many = to_message(np.zeros((1024, 300, 3), np.float32))
-    enough = to_message(np.zeros((1024, 200, 3), np.float32))
-
-    told = await refused(
-        caller.stub.BatchStep(pb.BatchStepRequest(session_ids=ids, inputs=too_many)), INVALID, "INVALID_INPUT"
-    )
-    assert told["field"] == "inputs.shape"
-    assert await caller.next_step() == 0
-    answer = await caller.stub.BatchStep(pb.BatchStepRequest(session_ids=ids, inputs=enough))
-
-    assert (len(answer.errors), answer.next_steps[0]) == (1023, 200)
-    await caller.channel.close()
-
-
 async def test_a_record_does_not_keep_the_whole_batch_alive(caller: Caller) -> None:
     await caller.create("accumulator", "a")
     await caller.create("accumulator", "b")
@@ -577,35 +358,3 @@ async def test_a_bug_is_answered_internal_without_its_inside_and_logged_whole(
 
     assert [entry["event"] for entry in log] == ["a call failed unexpectedly"]
     assert isinstance(log[0]["exc_info"], ZeroDivisionError)
-
-
-async def test_a_full_queue_is_refused_at_once_and_what_waits_is_served(caller: Caller) -> None:
-    inputs = random_inputs(7)
-    await caller.create("accumulator")
-    with caller.hold("accumulator"):
-        waiting = [asyncio.ensure_future(caller.step(inputs[i : i + 1], first_step=i)) for i in range(6)]
-        await pending(caller, "accumulator", 6)
-        await refused(caller.step(inputs[6:], first_step=6), EXHAUSTED, "QUEUE_FULL")
-
-    await asyncio.gather(*waiting)
-    assert await caller.next_step() == 6
-
-
-async def test_an_answer_that_would_not_fit_in_a_message_is_refused_before_anything_runs(
-    serve: Start, models: Path
-) -> None:
-    server, address = await serve(
-        models,
-        max_message_bytes=128 * 1024,
-        max_steps_per_message=10_000,
-        retry_window_steps=10_000,
-        max_sessions=2,
-    )
-    caller = Caller(server, address)
-    await caller.create("accumulator")
-
-    told = await refused(caller.step(random_inputs(9_000)), INVALID, "INVALID_INPUT")
-
-    assert told["field"] == "inputs.shape"
-    assert await caller.next_step() == 0
-    await caller.channel.close()

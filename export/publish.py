@@ -6,6 +6,7 @@ Everything happens in a hidden folder beside the target; whatever goes wrong, no
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -17,13 +18,13 @@ from export.onnx_file import write_onnx
 from export.spec import model_spec
 from export.step import Step
 from export.verification import Report, verify
-from training.checkpoint import BEST, LAST, load, restore_cell
+from training.checkpoint import BEST, Checkpoint, load, restore_cell
 
 MODEL_FILE = "model.onnx"
 
 
-def publish(run_dir: Path, target: Path) -> Report:
-    """Export a run's best checkpoint as a model version.
+def publish(run_dir: Path, target: Path) -> tuple[Checkpoint, Report]:
+    """Export a run's best checkpoint as a model version; returns both with what was verified.
 
     Args:
         run_dir: a training run.
@@ -35,12 +36,17 @@ def publish(run_dir: Path, target: Path) -> Report:
         VerificationError: the file does not do what the cell does.
     """
     name = _check_target(target)
-    checkpoint = load(run_dir / (BEST if (run_dir / BEST).exists() else LAST))
+    checkpoint = load(run_dir / BEST)
     cell, settings = restore_cell(checkpoint)
     step = Step(cell.eval())
     spec = model_spec(name, step, checkpoint, settings)
     missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise TargetError(
+            f"{target.parent} cannot be a folder, a file is in the way: choose another"
+        ) from None
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         write_onnx(step, spec, draft / MODEL_FILE)
@@ -53,15 +59,15 @@ def publish(run_dir: Path, target: Path) -> Report:
             with contextlib.suppress(OSError):  # Another export may have put its version there.
                 folder.rmdir()
         raise
-    return report
+    return checkpoint, report
 
 
 def _check_target(target: Path) -> str:
     """The model's name, from the path."""
     name, version = target.absolute().parent.name, target.name
-    if not re.fullmatch(r"[1-9][0-9]*", version):
+    if not re.fullmatch(r"[1-9][0-9]{0,17}", version):
         raise TargetError(f"{target} does not end in a version number: give <models>/<name>/<version>")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", name):
         raise TargetError(f"{name!r} cannot be a model's name: use letters, digits, '_', '-' and '.'")
     if target.exists():
         raise TargetError(f"{target} exists and versions are never overwritten: choose the next number")
@@ -77,5 +83,7 @@ def _move(draft: Path, target: Path) -> None:
             os.close(handle)
     try:
         draft.rename(target)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
         raise TargetError(f"{target} appeared while it was exported: choose the next number") from None

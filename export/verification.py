@@ -22,17 +22,17 @@ import torch
 from export.errors import VerificationError
 from export.onnx_file import read_spec
 from export.spec import initial_value
-from export.step import INPUT, OUTPUT, Step
+from export.step import Step
 from ntm.tensor import Array
+from ntm.v1 import model_pb2
 from training.tasks import CopyTask
 
 NUM_STEPS = 121
 BATCH_SIZES = (1, 2, 7, 64)
-LARGEST_OUTPUT_DIFFERENCE = 1e-5
-# In units of the tensor's largest element where that is above 1. It is looser than the outputs' because a trained
-# LSTM sums terms of up to 90 to a gate near 0: torch's own float32 is up to 2e-5 away from its float64.
-LARGEST_STATE_DIFFERENCE = 1e-4
-# Powers of two and their neighbours, where kernels change from vector to scalar code.
+# In units of the tensor's largest element where that is above 1: a trained LSTM sums terms of up to 90 to a gate
+# near 0, and torch's own float32 is up to 2e-5 away from its float64.
+LARGEST_DIFFERENCE = 1e-5
+# Small batches and the neighbours of powers of two: where kernels change from vector to scalar code.
 INVARIANCE_BATCH_SIZES = (*range(1, 40), 48, 63, 64, 65, 95, 96, 97, 127, 128)
 _INVARIANCE_STEPS = 21
 
@@ -70,15 +70,19 @@ def verify(path: Path, step: Step, task: CopyTask) -> Report:
         raise VerificationError(f"the file is not valid ONNX: {error}") from None
     spec = read_spec(model)
     initial = {state.input_name: initial_value(state) for state in spec.states}
+    for name, tensor in step.initial_state(1).items():
+        if not np.array_equal(initial[name], tensor[0].numpy()):
+            raise VerificationError(f"the initial value of {name} in the metadata is not the cell's")
     session = _session(path)
     exact = Step(copy.deepcopy(step.cell).double())
     differences = {
-        size: _difference(session, exact, initial, _inputs(task, NUM_STEPS, size)) for size in BATCH_SIZES
+        size: _difference(session, spec, exact, initial, _inputs(task, NUM_STEPS, size))
+        for size in BATCH_SIZES
     }
     for size, difference in differences.items():
-        _check(difference.output, LARGEST_OUTPUT_DIFFERENCE, f"the outputs at batch {size}")
-        _check(difference.state, LARGEST_STATE_DIFFERENCE, f"the states at batch {size}")
-    _check_invariance(session, step, initial, task)
+        _check(difference.output, f"the outputs at batch {size}")
+        _check(difference.state, f"the states at batch {size}")
+    _check_invariance(session, spec, initial, task)
     return Report(len(model.graph.node), path.stat().st_size, differences, INVARIANCE_BATCH_SIZES)
 
 
@@ -89,9 +93,15 @@ def _session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _run(session: ort.InferenceSession, step: Step, inputs: Array, state: Tensors) -> tuple[Array, Tensors]:
-    output, *next_state = session.run(step.output_names, {INPUT: inputs, **state})
-    return output, dict(zip(step.state_names, next_state, strict=True))
+def _run(
+    session: ort.InferenceSession, spec: model_pb2.ModelSpec, inputs: Array, state: Tensors
+) -> tuple[Array, Tensors]:
+    """One step by the names that the file's own spec gives, as the server does it."""
+    names = [spec.output.name, *(state_spec.output_name for state_spec in spec.states)]
+    output, *next_state = session.run(names, {spec.input.name: inputs, **state})
+    return output, {
+        state_spec.input_name: value for state_spec, value in zip(spec.states, next_state, strict=True)
+    }
 
 
 def _inputs(task: CopyTask, num_steps: int, batch_size: int) -> Array:
@@ -106,24 +116,26 @@ def _start(initial: Tensors, batch_size: int) -> Tensors:
     return {name: np.repeat(value[None], batch_size, axis=0) for name, value in initial.items()}
 
 
-def _check(difference: float, allowed: float, what: str) -> None:
-    if not difference <= allowed:  # Also when it is not a number.
+def _check(difference: float, what: str) -> None:
+    if not difference <= LARGEST_DIFFERENCE:  # Also when it is not a number.
         raise VerificationError(
             f"{what} differ between ONNX Runtime and torch by {difference:.2g} within {NUM_STEPS} steps; "
-            f"{allowed:g} is allowed. A cell that was hardly trained can be chaotic, so that rounding errors grow: "
-            "train it further"
+            f"{LARGEST_DIFFERENCE:g} is allowed. A cell that was hardly trained can be chaotic, so "
+            "that rounding errors grow: train it further"
         )
 
 
 @torch.no_grad()
-def _difference(session: ort.InferenceSession, exact: Step, initial: Tensors, sequence: Array) -> Difference:
+def _difference(
+    session: ort.InferenceSession, spec: model_pb2.ModelSpec, exact: Step, initial: Tensors, sequence: Array
+) -> Difference:
     """Run both in closed loop: each feeds its own state back, so that errors may grow."""
     batch_size = sequence.shape[1]
     theirs = _start(initial, batch_size)
     ours = exact.initial_state(batch_size)
     of_outputs, of_states = [], [_apart(theirs[name], ours[name]) for name in ours]
     for inputs in sequence:
-        their_output, theirs = _run(session, exact, inputs, theirs)
+        their_output, theirs = _run(session, spec, inputs, theirs)
         our_output, *our_state = exact(torch.from_numpy(inputs).double(), *ours.values())
         ours = dict(zip(exact.state_names, our_state, strict=True))
         of_outputs.append(_apart(their_output, our_output))
@@ -138,23 +150,25 @@ def _apart(their: Array, our: torch.Tensor) -> float:
     return float(np.max(np.abs(their - our_array)) / np.maximum(1, np.max(np.abs(our_array))))
 
 
-def _check_invariance(session: ort.InferenceSession, step: Step, initial: Tensors, task: CopyTask) -> None:
+def _check_invariance(
+    session: ort.InferenceSession, spec: model_pb2.ModelSpec, initial: Tensors, task: CopyTask
+) -> None:
     """A row has the same bits whatever the size of the batch and wherever in it the row stands."""
     whole_size = max(INVARIANCE_BATCH_SIZES)
     state = _start(initial, whole_size)
     for at, inputs in enumerate(_inputs(task, _INVARIANCE_STEPS, whole_size)):
-        output, next_state = _run(session, step, inputs, state)
+        output, next_state = _run(session, spec, inputs, state)
         for size in INVARIANCE_BATCH_SIZES:
             for first in {0, (whole_size - size) // 2, whole_size - size, at % (whole_size - size + 1)}:
                 rows = slice(first, first + size)
                 part_output, part = _run(
-                    session, step, inputs[rows], {name: value[rows] for name, value in state.items()}
+                    session, spec, inputs[rows], {name: value[rows] for name, value in state.items()}
                 )
                 differing = [
                     name for name in part if part[name].tobytes() != next_state[name][rows].tobytes()
                 ]
                 if part_output.tobytes() != output[rows].tobytes():
-                    differing.insert(0, OUTPUT)
+                    differing.insert(0, spec.output.name)
                 if differing:
                     raise VerificationError(
                         f"at batch {size}, rows {first} to {first + size - 1} of {', '.join(differing)} have other "

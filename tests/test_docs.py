@@ -73,6 +73,32 @@ def test_the_readmes_help_commands_say_what_there_is(command: list[str]) -> None
     assert "--" in ended.stdout
 
 
+def test_the_readmes_training_and_export_commands_run_as_they_stand(tmp_path: Path) -> None:
+    """In smaller: the paths are temporary ones, and settings are added that make it a matter of seconds."""
+    tiny = ["--num-updates=1", "--model.memory-rows=12", "--model.row-width=5", "--model.controller-size=9"]
+    tiny += ["--task.num-bits=3", "--task.max-length=4", "--evaluation.long-lengths=5"]
+    ran = []
+    for command in commands("Train") + commands("Export"):
+        if command[0] == "make" or "--help" in command:
+            continue
+        command = [part.replace("runs/", f"{tmp_path}/") for part in command]
+        command = [part.replace("models/", f"{tmp_path}/models/") for part in command]
+        if "training" in command:
+            command += ["--num-updates=2"] if "--resume" in command else tiny
+        ended = run(command)
+        assert ended.returncode == 0, ended.stderr
+        ran.append(command[2])
+
+    assert ran == ["training", "training", "export"]
+    assert (tmp_path / "models" / "copy" / "2" / "model.onnx").exists()
+
+
+def test_make_train_is_the_command_beside_it() -> None:
+    beside = next(line for line in README.splitlines() if "--seed 2" in line).partition("#")[0].strip()
+
+    assert beside in run(["make", "--dry-run", "train"]).stdout
+
+
 @pytest.mark.parametrize(
     "target", sorted(set(re.findall(r"^make (\w+)", README, re.MULTILINE)) | {"check", "proto", "lock"})
 )

@@ -1,9 +1,7 @@
-"""The whole path by its commands: train, export, serve, call; and the server gives what torch gives."""
+"""The whole path: train, export, serve, call; and the server gives what torch gives."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,42 +10,31 @@ import pytest
 import torch
 
 from client import Client
-from tests.conftest import ROOT, ServerProcess
+from export.__main__ import main as export
+from tests.conftest import ServerProcess
+from training.__main__ import main as train
 from training.checkpoint import BEST, load, restore_cell
 from training.model import named_tensors, unroll
 
 
-def run(*command: str) -> str:
-    """Run a command of this project to its end; returns what it printed."""
-    ended = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=110
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
-
-
-@pytest.mark.timeout(300)  # four processes that each load torch, beside another test's
 @pytest.mark.parametrize("controller", ["lstm", "feedforward"])
 def test_a_model_trained_exported_and_served_gives_what_torch_gives(
     tmp_path: Path, start_server: Callable[..., ServerProcess], controller: str
 ) -> None:
     run_dir, models = tmp_path / "run", tmp_path / "models"
-    run(
-        *(
-            "training",
-            "copy",
-            "--run-dir",
-            str(run_dir),
-            "--num-updates",
-            "3",
-            "--model.controller",
-            controller,
-        ),
-        *("--model.memory-rows", "12", "--model.row-width", "5", "--model.controller-size", "9"),
-        *("--model.num-read-heads", "2", "--task.num-bits", "3", "--task.max-length", "4"),
-        *("--evaluation.long-lengths", "5"),
+    small = [
+        "--model.memory-rows=12",
+        "--model.row-width=5",
+        "--model.controller-size=9",
+        "--task.num-bits=3",
+    ]
+    settings = [*small, f"--model.controller={controller}", "--model.num-read-heads=2", "--task.max-length=4"]
+
+    assert (
+        train(["copy", f"--run-dir={run_dir}", "--num-updates=3", "--evaluation.long-lengths=5", *settings])
+        == 0
     )
-    report = run("export", str(run_dir), str(models / "copy" / "1"))
+    assert export([str(run_dir), str(models / "copy" / "1")]) == 0
     inputs = np.random.default_rng(0).integers(0, 2, (40, 4)).astype(np.float32)
 
     with Client(start_server(models).address) as client, client.session("copy") as session:
@@ -55,7 +42,6 @@ def test_a_model_trained_exported_and_served_gives_what_torch_gives(
         state = session.state()
         spec = client.model("copy").spec
 
-    assert "the same bits" in report
     cell, _ = restore_cell(load(run_dir / BEST))
     with torch.no_grad():
         expected, final = unroll(cell, torch.from_numpy(inputs)[:, None])

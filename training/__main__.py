@@ -12,9 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from training.config import CONFIGS, Settings, read_settings
+from training import checkpoint
+from training.checkpoint import LAST
+from training.config import CONFIGS, Settings, read_settings, resolve
 from training.errors import SettingsError, TrainingError
-from training.loop import SETTINGS, train
+from training.loop import train
 
 _USAGE = """\
 usage: python -m training EXPERIMENT [--resume] [--SETTING VALUE ...]
@@ -65,17 +67,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _settings_to_resume(run_dir: Path, overrides: Sequence[str], prog: str) -> Settings:
-    """The settings the run was started with; only how far it goes may be changed."""
-    path = run_dir / SETTINGS
-    if not path.exists():
-        return read_settings(CONFIGS / f"{prog.split()[-1]}.toml", overrides, prog)
-    started_with = read_settings(path, [], prog)
-    wanted = read_settings(path, overrides, prog)
-    free = {"num_updates": wanted.num_updates, "run_dir": wanted.run_dir}
-    if wanted != started_with.model_copy(update=free):
+    """The settings that the run in a directory was started with; only how far it goes may be changed."""
+    last = checkpoint.load(run_dir / LAST)
+    values = last.settings | {"run_dir": str(run_dir)}
+    started_with = resolve(values, run_dir / LAST, [], prog)
+    wanted = resolve(values, run_dir / LAST, overrides, prog)
+    if wanted != started_with.model_copy(update={"num_updates": wanted.num_updates}):
         raise SettingsError(
-            f"a run is resumed with the settings it was started with ({path}): "
+            f"the run in {run_dir} is resumed with the settings it was started with: "
             "leave out all but --run-dir and --num-updates"
+        )
+    if wanted.num_updates < last.update:
+        raise SettingsError(
+            f"num_updates {wanted.num_updates} is less than the {last.update} updates that the run has made"
         )
     return wanted
 

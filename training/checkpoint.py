@@ -74,7 +74,9 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except PermissionError:
+        raise CheckpointError(f"{path} may not be read by you: change its permissions") from None
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path.parent} has no checkpoint {path.name}: train there first") from None
     except (
         OSError,

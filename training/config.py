@@ -46,9 +46,9 @@ class ModelSettings(_Section):
     """Write heads."""
     shift_reach: int = Field(default=1, ge=0)
     """How far a head can move its attention in one step, in rows."""
-    initial_memory: InitialMemory = "random"
+    initial_memory: InitialMemory = "constant"
     """What a sequence finds in the memory: "constant", "learned", or "random" (drawn once for the model)."""
-    initial_attention: InitialAttention = "learned"
+    initial_attention: InitialAttention = "constant"
     """Where the heads are at the start of a sequence, and what they have read: "constant" or "learned"."""
 
     @model_validator(mode="after")
@@ -96,7 +96,10 @@ class EvaluationSettings(_Section):
 
 
 class Settings(BaseSettings):
-    """Train a Neural Turing Machine."""
+    """Train a Neural Turing Machine. An experiment's TOML goes before the defaults given here.
+
+    --resume goes on from the run directory's last checkpoint, with the settings the run was started with.
+    """
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -108,7 +111,7 @@ class Settings(BaseSettings):
         cli_hide_none_type=True,
     )
 
-    run_dir: Path = Path("runs/run")
+    run_dir: Path = Path("runs/copy")
     """Folder that receives checkpoints and records."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Where all randomness of the run starts: weights and sequences."""
@@ -148,6 +151,15 @@ def read_settings(toml: Path, arguments: Sequence[str], prog: str) -> Settings:
         from_file = tomllib.loads(toml.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read the settings in {toml}: {error}") from None
+    return resolve(from_file, toml, arguments, prog)
+
+
+def resolve(values: dict[str, Any], source: Path, arguments: Sequence[str], prog: str) -> Settings:
+    """Settings from values that a file `source` held, with those of the command line over them.
+
+    Raises:
+        SettingsError: a setting is unknown, malformed or cannot work.
+    """
     parser = _Parser(prog=prog, allow_abbrev=False)
     # Both --optimizer.learning-rate and --optimizer.learning_rate are natural to type.
     arguments = [_kebab(argument) for argument in arguments]
@@ -156,9 +168,9 @@ def read_settings(toml: Path, arguments: Sequence[str], prog: str) -> Settings:
     )
     try:
         # The type checker sees the fields, and not what BaseSettings itself takes.
-        return Settings(_cli_settings_source=command_line, **from_file)  # type: ignore[call-arg]
+        return Settings(_cli_settings_source=command_line, **values)  # type: ignore[call-arg]
     except ValidationError as error:
-        raise SettingsError(_sentence(error, toml)) from None
+        raise SettingsError(_sentence(error, source)) from None
 
 
 def write_settings(settings: Settings, path: Path) -> None:

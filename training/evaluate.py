@@ -1,7 +1,7 @@
 """Evaluation: wrong bits in a sequence, at the lengths of training and beyond them.
 
 A model that makes no mistake at the lengths it was trained on may still fail at greater ones, so both are
-measured. Every evaluation of a run sees the same sequences, which training does not draw.
+measured. Every evaluation of a run sees the same sequences, drawn by a generator of their own.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from training.model import unroll
 from training.records import Records
 
 SETTINGS = "settings.toml"
+LOCK = "lock"
 
 
 def train(settings: Settings, command: str, *, resume: bool, console: Console) -> int | None:
@@ -46,7 +47,7 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
 
     Raises:
         RunDirectoryError: the directory holds a run and `resume` is not set, or another process trains there.
-        CheckpointError: the checkpoint to resume from is truncated.
+        CheckpointError: there is no checkpoint to resume from, or it is truncated.
         NonFiniteError: the loss or a gradient is not a number; the last good checkpoint is kept.
     """
     with _locked(settings.run_dir, resume) as run_dir, _stop_signals() as stop:
@@ -63,8 +64,7 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
         update, seconds_before, metrics, best_score = 0, 0.0, dict[str, float](), math.inf
         solved: dict[str, float] = {}
 
-        # A run that was killed before its first checkpoint starts over.
-        if resume and (run_dir / LAST).exists():
+        if resume:
             last = checkpoints.load(run_dir / LAST)
             cell.load_state_dict(last.cell)
             optimizer.load_state_dict(last.optimizer)
@@ -79,10 +79,10 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
             solved, command = last.solved, last.command
             console.print(f"resuming after update {update}")
         write_settings(settings, run_dir / SETTINGS)
-
         started = time.monotonic()
 
         def keep(name: str) -> None:
+            records.sync()
             checkpoints.save(
                 Checkpoint(
                     settings=settings.model_dump(mode="json"),
@@ -102,6 +102,8 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
 
         with Records(run_dir, after_update=update) as records, _progress(console) as progress:
             bar = progress.add_task("", total=settings.num_updates, completed=update, shown="")
+            if not resume:
+                keep(LAST)  # From here on there is a run to resume, whatever happens.
             while update < settings.num_updates and stop.signal is None:
                 length = settings.task.draw_length(draws)
                 sequences = settings.task.draw(settings.batch_size, length, draws)
@@ -123,14 +125,16 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
                     "seconds": seconds,
                     "length": length,
                     "loss": loss.item(),
-                    "wrong_bits_in_batch": wrong.item(),
+                    "wrong_bits_in_training": wrong.item(),
                     "gradient_norm": norm.item(),
                 }
-                if update % settings.evaluation.every_updates == 0 or update == settings.num_updates:
+                is_due = update % settings.evaluation.every_updates == 0
+                if is_due or update == settings.num_updates:
                     metrics = evaluate(cell, settings)
                     record |= metrics
                     console.print(_line(update, settings, seconds, metrics))
-                    if not solved and is_solved(metrics):
+                    # Not at an end that is not due: a run that is resumed to go further must not differ by it.
+                    if is_due and not solved and is_solved(metrics):
                         solved = {"update": update, "seconds": seconds}
                         for group in optimizer.param_groups:
                             group["lr"] = settings.optimizer.settled_learning_rate
@@ -145,15 +149,15 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
                 shown = f"loss {loss.item():.4f}  wrong bits {wrong.item():6.2f}  {rate:4.0f} sequences/s"
                 progress.update(bar, completed=update, shown=shown)
             keep(LAST)
-        return stop.signal
+        return stop.signal if update < settings.num_updates else None
 
 
 def _check_finite(loss: torch.Tensor, gradient_norm: torch.Tensor, update: int, run_dir: Path) -> None:
     for name, value in ("loss", loss), ("gradient's norm", gradient_norm):
         if not torch.isfinite(value):
             raise NonFiniteError(
-                f"at update {update} the {name} is {value.item()}: lower --optimizer.learning-rate or "
-                f"--optimizer.clip-norm; the last good checkpoint is kept in {run_dir}"
+                f"at update {update} the {name} is {value.item()}: the last good checkpoint is kept in {run_dir}; "
+                "start again in another --run-dir with a lower --optimizer.learning-rate or --optimizer.clip-norm"
             )
 
 
@@ -176,13 +180,17 @@ def _progress(console: Console) -> Progress:
 @contextmanager
 def _locked(run_dir: Path, resume: bool) -> Iterator[Path]:
     """Own the run directory, or refuse."""
-    if resume and not (run_dir / SETTINGS).exists():
+    if resume and not run_dir.is_dir():
         raise RunDirectoryError(f"there is no run in {run_dir} to resume: leave out --resume to start one")
-    if not resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise RunDirectoryError(f"{run_dir} is in use: give another --run-dir, or go on there with --resume")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunDirectoryError(f"{run_dir} is a file: give another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "lock").open("w") as lock:
+    with (run_dir / LOCK).open("w") as lock:
         _lock(lock, run_dir)
+        if not resume and any(path.name != LOCK for path in run_dir.iterdir()):
+            raise RunDirectoryError(
+                f"{run_dir} is in use: give another --run-dir, or go on there with --resume"
+            )
         yield run_dir
 
 

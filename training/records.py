@@ -7,6 +7,7 @@ the run itself needs.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 
@@ -39,6 +40,10 @@ class Records:
         self._lines.close()
         self._tensorboard.close()
 
+    def sync(self) -> None:
+        """Bring what was recorded to the disk, so that a checkpoint never stands there without it."""
+        os.fsync(self._lines.fileno())
+
     def add(self, update: int, values: dict[str, float]) -> None:
         """Record the numbers of one update."""
         self._lines.write(json.dumps({"update": update, **values}) + "\n")
@@ -59,5 +64,8 @@ def _drop_after(path: Path, update: int) -> None:
             break  # The process died while it wrote this line.
         kept.append(line + "\n")
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept))
+    with beside.open("w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
     beside.replace(path)

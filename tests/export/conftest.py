@@ -10,7 +10,7 @@ import torch
 from export.__main__ import main
 from export.publish import MODEL_FILE
 from training import checkpoint
-from training.checkpoint import LAST, Checkpoint
+from training.checkpoint import BEST, Checkpoint
 from training.config import CONFIGS, make_cell, read_settings
 
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def write_run(run_dir: Path, *overrides: str) -> Path:
         best_score=42.5,
         solved={},
     )
-    checkpoint.save(content, run_dir / LAST)
+    checkpoint.save(content, run_dir / BEST)
     return run_dir
 
 

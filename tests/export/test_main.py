@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from export import publish
 from export.__main__ import main
 from export.errors import VerificationError
+from export.verification import Report
+from training import checkpoint
 from training.checkpoint import BEST, LAST
 
 
@@ -32,25 +35,48 @@ def test_an_existing_version_is_refused_and_left_alone(capsys, run_dir, model_fi
     assert everything_under(model_file.parent.parent) == [model_file.parent, model_file]
 
 
+def test_the_best_checkpoint_is_exported_and_named_in_the_report(capsys, run_dir, tmp_path, monkeypatch):
+    """Not the last, which a run that was stopped early may have left anywhere."""
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    checkpoint.save(checkpoint.load(run / BEST)._replace(update=99), run / LAST)
+    exported = []
+    monkeypatch.setattr(
+        publish, "write_onnx", lambda _step, spec, path: (exported.append(spec), path.touch())
+    )
+    monkeypatch.setattr(publish, "verify", lambda *_arguments: Report(1, 1, {}, (1,)))
+
+    assert main([str(run), str(tmp_path / "models" / "m" / "1")]) == 0
+
+    assert exported[0].provenance.metrics["training_updates"] == 10
+    assert "after update 10: wrong bits 2.5" in capsys.readouterr().out
+
+
+def test_a_file_where_the_models_folder_should_be_is_refused(capsys, run_dir, tmp_path):
+    (tmp_path / "models").write_text("notes")
+
+    assert "a file is in the way" in refusal(capsys, run_dir, tmp_path / "models" / "m" / "1")
+
+
 def test_a_run_directory_without_a_checkpoint_is_refused(capsys, tmp_path):
-    assert "has no checkpoint last.pt: train there first" in refusal(
+    assert "has no checkpoint best.pt: train there first" in refusal(
         capsys, tmp_path / "none", tmp_path / "models" / "m" / "1"
     )
     assert everything_under(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", [LAST, BEST])
-def test_a_truncated_checkpoint_is_refused(capsys, run_dir, tmp_path, name):
+def test_a_truncated_checkpoint_is_refused(capsys, run_dir, tmp_path):
     broken = tmp_path / "run"
     broken.mkdir()
-    (broken / name).write_bytes((run_dir / LAST).read_bytes()[:1000])
+    (broken / BEST).write_bytes((run_dir / BEST).read_bytes()[:1000])
 
     assert "is truncated or not a checkpoint" in refusal(capsys, broken, tmp_path / "models" / "m" / "1")
     assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(
-    "target", ["models/m/one", "models/m/0", "models/m/-1", "models/.m/1", "models/a b/1"]
+    "target",
+    ["models/m/one", "models/m/0", "models/m/-1", "models/.m/1", "models/a b/1", f"models/{'m' * 129}/1"],
 )
 def test_a_target_that_is_not_a_version_directory_is_refused(capsys, run_dir, tmp_path, target):
     refusal(capsys, run_dir, tmp_path / target)

@@ -11,7 +11,7 @@ from export.spec import initial_value, model_spec
 from export.step import Step
 from ntm.v1 import model_pb2, tensor_pb2
 from tests.export.conftest import write_run
-from training.checkpoint import LAST, load, restore_cell
+from training.checkpoint import BEST, load, restore_cell
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_each_state_has_its_role(spec):
 
 @pytest.mark.parametrize("memory", ["constant", "random", "learned"])
 def test_initial_values_are_those_of_the_cell_bit_for_bit(tmp_path, memory):
-    content = load(write_run(tmp_path / "run", f"--model.initial-memory={memory}") / LAST)
+    content = load(write_run(tmp_path / "run", f"--model.initial-memory={memory}") / BEST)
     cell, settings = restore_cell(content)
     step = Step(cell)
 

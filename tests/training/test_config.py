@@ -12,14 +12,20 @@ from training.errors import SettingsError
 COPY = CONFIGS / "copy.toml"
 
 
-def test_the_command_line_wins_over_the_toml_and_the_toml_over_the_defaults():
-    settings = read_settings(COPY, ["--seed", "3", "--optimizer.learning-rate", "1e-5"], "test")
+def test_the_command_line_wins_over_the_toml_and_the_toml_over_the_defaults(tmp_path):
+    toml = tmp_path / "my.toml"
+    toml.write_text("seed = 7\n[optimizer]\nlearning_rate = 1e-2\nmomentum = 0.5\n")
+
+    settings = read_settings(toml, ["--seed", "3", "--optimizer.learning-rate", "1e-5"], "test")
 
     assert settings.seed == 3
     assert settings.optimizer.learning_rate == 1e-5
-    assert settings.optimizer.momentum == 0.9
-    assert settings.model.initial_memory == "constant"
-    assert Settings().model.initial_memory == "random"
+    assert settings.optimizer.momentum == 0.5
+    assert settings.optimizer.square_decay == Settings().optimizer.square_decay
+
+
+def test_the_defaults_that_help_shows_are_those_of_the_copy_experiment():
+    assert read_settings(COPY, [], "test") == Settings()
 
 
 @pytest.mark.parametrize("flag", ["--run-dir", "--run_dir"])

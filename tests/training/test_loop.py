@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training import checkpoint
 from training.__main__ import main
@@ -68,7 +72,7 @@ def test_a_run_leaves_settings_checkpoints_and_a_record_of_every_update(tiny_set
     kept = records(settings.run_dir)
     assert [record["update"] for record in kept] == list(range(1, 13))
     assert kept[-1]["sequences"] == 24
-    assert {"loss", "wrong_bits_in_batch", "gradient_norm", "seconds", "length"} <= kept[0].keys()
+    assert {"loss", "wrong_bits_in_training", "gradient_norm", "seconds", "length"} <= kept[0].keys()
     assert [record["update"] for record in kept if "wrong_bits" in record] == [5, 10, 12]
     assert any((settings.run_dir / "tensorboard").iterdir())
     last = checkpoint.load(settings.run_dir / LAST)
@@ -76,18 +80,46 @@ def test_a_run_leaves_settings_checkpoints_and_a_record_of_every_update(tiny_set
     assert last.metrics.keys() == {"wrong_bits", "wrong_bits_at_5"}
 
 
-def test_the_best_checkpoint_is_the_one_of_the_best_evaluation(tiny_settings):
-    settings = tiny_settings()
+def test_the_best_checkpoint_is_the_last_of_those_that_did_best(tiny_settings, monkeypatch):
+    settings = tiny_settings("--evaluation.every-updates=3")
+    scores = iter([3.0, 1.0, 1.0, 2.0])
+    monkeypatch.setattr("training.loop.evaluate", lambda *_arguments: {"wrong_bits": next(scores)})
 
     run(settings)
 
-    scores = {
-        record["update"]: record["wrong_bits"] + record["wrong_bits_at_5"]
-        for record in records(settings.run_dir)
-        if "wrong_bits" in record
-    }
     best = checkpoint.load(settings.run_dir / BEST)
-    assert best.best_score == scores[best.update] == min(scores.values())
+    assert (best.update, best.best_score) == (9, 1.0)
+
+
+def test_the_progress_bar_shows_loss_wrong_bits_speed_and_the_time_left(tiny_settings):
+    screen = io.StringIO()
+
+    train(
+        tiny_settings(),
+        "the command",
+        resume=False,
+        console=Console(file=screen, force_terminal=True, width=160),
+    )
+
+    shown = screen.getvalue()
+    for part in (r"12/12", r"loss \d\.\d{4}", r"wrong bits +\d+\.\d\d", r"\d+ sequences/s", r"\d:\d\d:\d\d"):
+        assert re.search(part, shown), part
+
+
+def test_tensorboard_has_every_update_once_also_after_a_resume(tiny_settings):
+    settings = tiny_settings("--num-updates=10", "--checkpoint-every-updates=4")
+    run(settings)
+    # As a process that died at update 10 leaves it, when its last checkpoint was the one of update 8.
+    last = checkpoint.load(settings.run_dir / LAST)
+    run(tiny_settings("--num-updates=8", f"--run-dir={settings.run_dir}-8", "--checkpoint-every-updates=4"))
+    shutil.copy(settings.run_dir.with_name(f"{settings.run_dir.name}-8") / LAST, settings.run_dir / LAST)
+
+    run(settings, resume=True)
+
+    events = EventAccumulator(str(settings.run_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 11))
+    assert checkpoint.load(settings.run_dir / LAST).update == last.update == 10
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny_settings, tmp_path):
@@ -114,6 +146,20 @@ def test_once_the_task_is_solved_the_learning_rate_drops_and_stays_down_after_a_
     last = checkpoint.load(tiny_settings().run_dir / LAST)
     assert last.solved["update"] == 5
     assert [group["lr"] for group in last.optimizer["param_groups"]] == [1e-4]
+
+
+def test_a_run_that_is_resumed_to_go_further_gives_what_one_that_never_stopped_gives(
+    tiny_settings, tmp_path, monkeypatch
+):
+    """Also when the evaluation at its first end, where none was due, found the task solved."""
+    monkeypatch.setattr("training.loop.is_solved", lambda _scores: True)
+    further, unbroken = f"--run-dir={tmp_path / 'further'}", f"--run-dir={tmp_path / 'unbroken'}"
+
+    run(tiny_settings("--num-updates=4", further))
+    run(tiny_settings("--num-updates=8", further), resume=True)
+    run(tiny_settings("--num-updates=8", unbroken))
+
+    assert_same_weights(tmp_path / "further", tmp_path / "unbroken")
 
 
 def test_a_run_killed_between_checkpoints_resumes_to_the_same_weights_bit_for_bit(tiny_arguments, tmp_path):
@@ -178,6 +224,28 @@ def test_two_processes_cannot_train_in_one_run_directory(tiny_arguments, tiny_se
 def test_resuming_where_there_is_no_run_is_refused(tiny_settings):
     with pytest.raises(RunDirectoryError, match="there is no run in"):
         run(tiny_settings(), resume=True)
+
+
+def test_resuming_without_a_checkpoint_is_refused_and_destroys_nothing(tiny_settings):
+    settings = tiny_settings("--num-updates=5")
+    run(settings)
+    (settings.run_dir / LAST).unlink()
+    kept = {path: path.read_bytes() for path in (settings.run_dir / BEST, settings.run_dir / METRICS)}
+
+    with pytest.raises(CheckpointError, match="has no checkpoint last"):
+        run(settings, resume=True)
+
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_run_that_died_before_its_first_update_can_be_started_again(tiny_settings):
+    settings = tiny_settings("--num-updates=2")
+    settings.run_dir.mkdir()
+    (settings.run_dir / "lock").touch()
+
+    run(settings)
+
+    assert checkpoint.load(settings.run_dir / LAST).update == 2
 
 
 def test_resuming_from_a_truncated_checkpoint_is_refused(tiny_settings):

@@ -48,3 +48,30 @@ def test_a_run_directory_that_is_a_file_is_refused(capsys, tmp_path, resume):
     (tmp_path / "file").write_text("")
 
     refusal(capsys, ["copy", "--run-dir", str(tmp_path / "file"), *resume])
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_is_now(tiny_arguments, tmp_path):
+    assert main(["copy", "--run-dir", str(tmp_path / "old"), *tiny_arguments, "--num-updates=3"]) == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+
+    assert main(["copy", "--run-dir", str(tmp_path / "new"), "--num-updates=5", "--resume"]) == 0
+
+    assert load(tmp_path / "new" / LAST).update == 5
+    assert not (tmp_path / "old").exists()
+
+
+def test_settings_changed_by_hand_do_not_change_a_run_that_is_resumed(tiny_arguments, tmp_path):
+    where = ["--run-dir", str(tmp_path / "run")]
+    assert main(["copy", *where, *tiny_arguments, "--num-updates=3"]) == 0
+    (tmp_path / "run" / "settings.toml").write_text("batch_size = 64\n")
+
+    assert main(["copy", *where, "--num-updates=5", "--resume"]) == 0
+
+    assert load(tmp_path / "run" / LAST).settings["batch_size"] == 2
+
+
+def test_a_run_cannot_be_resumed_to_go_less_far_than_it_has_come(capsys, tiny_arguments, tmp_path):
+    where = ["--run-dir", str(tmp_path / "run")]
+    assert main(["copy", *where, *tiny_arguments, "--num-updates=5"]) == 0
+
+    assert "less than the 5 updates" in refusal(capsys, ["copy", *where, "--num-updates=3", "--resume"])

@@ -31,7 +31,7 @@ class AddressRequest(NamedTuple):
     key: Tensor
     """k [B, H, M], what to look for."""
     strength: Tensor
-    """β [B, H, 1], > 0, how sharply to look."""
+    """β [B, H, 1], >= 0, how sharply to look."""
     gate: Tensor
     """g [B, H, 1], in (0, 1): 1 looks anew, 0 stays with the last weighting."""
     kernel: Tensor
@@ -58,6 +58,8 @@ def address(request: AddressRequest, memory: Tensor, previous: Tensor) -> Tensor
 
 def similarity(key: Tensor, memory: Tensor) -> Tensor:
     """Cosine of the angle between each key and each memory row (eq. 6), 0 for a row or key of zeros.
+
+    One shorter than 1e-4 counts as less similar than it is: its norm is taken for 1e-4.
 
     Args:
         key: [B, H, M].

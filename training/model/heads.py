@@ -77,7 +77,7 @@ class Heads(nn.Module):
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), > 0.
+    """log(1 + exp(x)), >= 0.
 
     Written with log_softmax because ONNX Runtime's Softplus rounds an element differently by where in the
     batch it stands (its vector and its scalar code differ in the last bit); log_softmax goes row by row.

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from torch.testing import assert_close
 
 from training.model import NTMCell, named_tensors, unroll, with_tensors
+from training.model.addressing import address
 
 KINDS = [
     {},
@@ -133,3 +134,42 @@ def test_naming_the_tensors_of_a_state_can_be_undone(kind):
 
     assert all(torch.equal(a, b) for a, b in zip(rebuilt[:-1], state[:-1], strict=True))
     assert type(rebuilt.controller) is type(state.controller)
+
+
+def test_a_step_is_addressing_then_writing_then_reading_head_by_head():
+    """With two read heads and one write head, whose weightings no shape would tell apart if they were mixed up."""
+    cell = make_cell(num_read_heads=2)
+    torch.manual_seed(1)
+    state = cell.initial_state(1)
+    state = state._replace(
+        memory=torch.randn(1, 8, 4),
+        read_weightings=torch.rand(1, 2, 8).softmax(-1),
+        write_weightings=torch.rand(1, 1, 8).softmax(-1),
+        read_vectors=torch.randn(1, 2, 4),
+    )
+    inputs = torch.randn(1, 3)
+
+    outputs, after = cell.step(inputs, state)
+
+    hidden, controller = cell.controller.step(
+        torch.cat([inputs, state.read_vectors[:, 0], state.read_vectors[:, 1]], dim=-1), state.controller
+    )
+    request, to_write = cell.heads(hidden)
+    previous = [state.read_weightings[:, 0], state.read_weightings[:, 1], state.write_weightings[:, 0]]
+    weightings = [
+        address(
+            type(request)(*(quantity[:, head : head + 1] for quantity in request)),
+            state.memory,
+            last[:, None],
+        )[0, 0]
+        for head, last in enumerate(previous)
+    ]
+    erased = torch.outer(weightings[2], to_write.erase[0, 0])
+    memory = state.memory[0] * (1 - erased) + torch.outer(weightings[2], to_write.add[0, 0])
+    read = [weightings[0] @ memory, weightings[1] @ memory]
+    assert_close(after.read_weightings[0], torch.stack(weightings[:2]))
+    assert_close(after.write_weightings[0], weightings[2][None])
+    assert_close(after.memory[0], memory)
+    assert_close(after.read_vectors[0], torch.stack(read))
+    assert_close(after.controller, controller)
+    assert_close(outputs, cell.output(torch.cat([hidden[0], *read]))[None])

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
@@ -166,7 +165,6 @@ def bit_lines(bits: Bits, wrong: npt.NDArray[np.bool_]) -> Iterator[Text]:
 
 def draw_picture(recalls: list[Recall], path: Path) -> None:
     """Target, output and attention over time, a column for each length."""
-    mpl.use("agg")
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     grid = figure.subplots(
         4, len(recalls), width_ratios=[1, 2], height_ratios=[1, 1, 2.2, 2.2], squeeze=False

@@ -47,11 +47,6 @@ class History:
         """The first step whose answer is still recorded."""
         return self._records[0].first_step if self._records else self.next_step
 
-    @property
-    def num_entries(self) -> int:
-        """Messages and resets on record."""
-        return len(self._records) + len(self._reset_steps)
-
     def add(self, inputs: Array, outputs: Array) -> None:
         """Record a message that was applied, and forget what is older than the window."""
         self._records.append(_Record(self.next_step, inputs, outputs))

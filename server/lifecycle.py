@@ -29,7 +29,7 @@ from server.metrics import Metrics
 from server.model_runner import ModelRunner
 from server.requests import RequestLimits
 from server.served_model import ServedModel, SessionLimits
-from server.service import ModelService, ServedLimits, SessionService
+from server.service import ModelService, SessionService
 from server.sessions import SessionManager
 from server.settings import ServerSettings
 from server.slots import SlotPool
@@ -58,10 +58,10 @@ class Server:
         self._metrics.report_device(self._device)
         models = [self._serve(model) for model in repository.load_all(settings.models)]
         self.sessions = SessionManager(models)
-        self._limits = RequestLimits(
+        limits = RequestLimits(
             settings.max_steps_per_message, settings.max_sessions_per_batch, settings.max_message_bytes
         )
-        self._session_service = SessionService(self.sessions, self._limits)
+        self._session_service = SessionService(self.sessions, limits)
         self._health = health.aio.HealthServicer()
         self._background: list[asyncio.Task[None]] = []
         self._calls = CallInterceptor(self._metrics)
@@ -77,7 +77,7 @@ class Server:
         )
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(self.sessions, ServedLimits(self._limits, settings.max_batch_size)), self._grpc
+            ModelService(self.sessions, limits), self._grpc
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection(

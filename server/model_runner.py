@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,19 +33,6 @@ PADDING_SLOT = 1
 NUM_RESERVED_SLOTS = 2
 
 Slots = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Buffer:
-    """Device memory for the rows of one tensor, of which a batch uses the first."""
-
-    name: str
-    dtype: np.dtype[Any]
-    row_shape: tuple[int, ...]
-    value: ort.OrtValue
-
-    def shape(self, num_rows: int) -> tuple[int, ...]:
-        return (num_rows, *self.row_shape)
 
 
 @dataclass(frozen=True)
@@ -94,8 +80,8 @@ class ModelRunner:
         self._input_dtype = numpy_dtype(spec.input.dtype)
         self._output_dtype = numpy_dtype(spec.output.dtype)
         total_slots = num_slots + NUM_RESERVED_SLOTS
-        self._pools = {state.input_name: self._buffer(state, total_slots) for state in spec.states}
-        self._next = {state.input_name: self._buffer(state, max_batch_size) for state in spec.states}
+        self._pools = {state.input_name: self._rows(state, total_slots) for state in spec.states}
+        self._next = {state.input_name: self._rows(state, max_batch_size) for state in spec.states}
         self._bound: dict[int, _BoundBatch] = {}
         self.padded_batch_size: int | None = None
         """What every batch is padded to, or None: see `_ensure_batch_invariance`."""
@@ -147,7 +133,7 @@ class ModelRunner:
 
     def read(self, slots: Slots) -> dict[str, Array]:
         """The state in some slots, by name: [B, ...state shape] each, a copy."""
-        feeds = {graphs.pool(state): self._pools[state.input_name].value for state in self.model.spec.states}
+        feeds = {graphs.pool(state): self._pools[state.input_name] for state in self.model.spec.states}
         feeds[graphs.SLOTS] = self._on_device(slots)
         names = [graphs.rows(state) for state in self.model.spec.states]
         values = self._read.run_with_ort_values(names, feeds)
@@ -189,10 +175,11 @@ class ModelRunner:
         commit.bind_ortvalue_input(graphs.SLOTS, write_slots)
         self._bind_pools(commit, update=True)
         for state in spec.states:
-            buffer = self._next[state.input_name]
-            where = (self.device.kind, self.device.device_id, buffer.dtype, buffer.shape(size))
-            run.bind_output(graphs.rows(state), *where, buffer.value.data_ptr())
-            commit.bind_input(graphs.rows(state), *where, buffer.value.data_ptr())
+            # A batch uses the first rows of memory that is there for the largest.
+            shape, pointer = (size, *state.shape), self._next[state.input_name].data_ptr()
+            where = (self.device.kind, self.device.device_id, numpy_dtype(state.dtype), shape, pointer)
+            run.bind_output(graphs.rows(state), *where)
+            commit.bind_input(graphs.rows(state), *where)
 
         bound = _BoundBatch(run, commit, read_slots, write_slots, inputs, outputs)
         self._bound[size] = bound
@@ -201,16 +188,14 @@ class ModelRunner:
     def _bind_pools(self, binding: ort.IOBinding, update: bool) -> None:
         """Bind the pools as inputs and, to update them in place, as outputs on the same memory."""
         for state in self.model.spec.states:
-            pool = self._pools[state.input_name].value
+            pool = self._pools[state.input_name]
             binding.bind_ortvalue_input(graphs.pool(state), pool)
             if update:
                 binding.bind_ortvalue_output(graphs.updated_pool(state), pool)
 
-    def _buffer(self, state: model_pb2.StateSpec, num_rows: int) -> _Buffer:
-        dtype, row_shape = numpy_dtype(state.dtype), tuple(state.shape)
-        return _Buffer(
-            state.input_name, dtype, row_shape, self._on_device(np.zeros((num_rows, *row_shape), dtype))
-        )
+    def _rows(self, state: model_pb2.StateSpec, num_rows: int) -> ort.OrtValue:
+        """Device memory for so many rows of a state, zero."""
+        return self._on_device(np.zeros((num_rows, *state.shape), numpy_dtype(state.dtype)))
 
     def _on_device(self, array: Array) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(array, self.device.kind, self.device.device_id)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -238,18 +237,10 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             self._idle_streams.discard(task)
 
 
-@dataclass(frozen=True)
-class ServedLimits:
-    """The limits that GetModel reports beside the request's own."""
-
-    requests: RequestLimits
-    max_batch_size: int
-
-
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     """ntm.v1.ModelService."""
 
-    def __init__(self, sessions: SessionManager, limits: ServedLimits) -> None:
+    def __init__(self, sessions: SessionManager, limits: RequestLimits) -> None:
         self._sessions = sessions
         self._limits = limits
 
@@ -279,10 +270,10 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
             ),
             limits=model_service_pb2.Limits(
                 max_sessions=served.limits.max_sessions,
-                max_batch_size=self._limits.max_batch_size,
-                max_steps_per_message=self._limits.requests.max_steps_per_message,
-                max_sessions_per_batch=self._limits.requests.max_sessions_per_batch,
-                max_message_bytes=self._limits.requests.max_message_bytes,
+                max_batch_size=served.runner.max_batch_size,
+                max_steps_per_message=self._limits.max_steps_per_message,
+                max_sessions_per_batch=self._limits.max_sessions_per_batch,
+                max_message_bytes=self._limits.max_message_bytes,
                 max_pending_messages=served.limits.max_pending_messages,
                 retry_window_steps=served.limits.retry_window_steps,
                 state_bytes_per_session=served.model.state_bytes,

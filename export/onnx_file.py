@@ -1,4 +1,4 @@
-"""The ONNX file: trace the step, clean the graph, put the ModelSpec into its metadata.
+"""The ONNX file: trace the step, tidy the graph, put the ModelSpec into its metadata.
 
 `spec.py` says what the metadata holds; `verification.py` decides whether the file is good.
 """
@@ -16,6 +16,8 @@ from typing import Any
 import onnx
 import torch
 from google.protobuf import json_format
+from onnxscript import rewriter
+from onnxscript.rewriter import pattern
 
 from export.spec import METADATA_KEY
 from export.step import Step
@@ -26,7 +28,7 @@ BATCH_AXIS = "batch"
 
 def write_onnx(step: Step, spec: model_pb2.ModelSpec, path: Path) -> None:
     """Write the step as one self-contained ONNX file."""
-    model = _trace(step)
+    model = rewriter.rewrite(_trace(step), [_NORMALISE])
     _strip_source(model)
     model.producer_name, model.producer_version = "ntm.export", ""
     onnx.helper.set_model_props(model, {METADATA_KEY: json_format.MessageToJson(spec, indent=None)})
@@ -37,6 +39,19 @@ def read_spec(model: onnx.ModelProto) -> model_pb2.ModelSpec:
     """The ModelSpec in a model's metadata."""
     [text] = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
     return json_format.Parse(text, model_pb2.ModelSpec())
+
+
+def _divided_by_norm(op: Any, x: Any, axis: Any, least: Any, shape: Any) -> Any:
+    return op.Div(x, op.Expand(op.Clip(op.ReduceL2(x, axis, keepdims=1), least, None), shape))
+
+
+def _lp_normalization(op: Any, x: Any, **_: Any) -> Any:
+    return op.LpNormalization(x, axis=-1, p=2)
+
+
+# The exporter takes torch's `normalize` apart, and a small step's time is its number of nodes: 6 % at batch 1. The
+# cell normalises along the last axis only, and its least norm, 1e-12, is 0 to a float32 key.
+_NORMALISE = pattern.RewriteRule(_divided_by_norm, _lp_normalization)
 
 
 def _trace(step: Step) -> onnx.ModelProto:

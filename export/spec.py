@@ -27,6 +27,8 @@ _ROLES = {
     "write_weightings": model_pb2.STATE_ROLE_WRITE_WEIGHTING,
     "read_vectors": model_pb2.STATE_ROLE_READ_VECTOR,
 }
+# The cell keeps memory as [M, N]; callers see the paper's N x M.
+_API_AXES = {"memory": [1, 0]}
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -63,6 +65,7 @@ def _state_spec(name: str, initial: Tensor) -> model_pb2.StateSpec:
         role=_ROLES.get(name, model_pb2.STATE_ROLE_CONTROLLER),
         dtype=data_type(values.dtype),
         shape=values.shape,
+        api_axes=_API_AXES.get(name, []),
     )
     first = values.flat[0]
     if (values == first).all():

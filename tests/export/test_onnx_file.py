@@ -17,7 +17,7 @@ from tests.export.conftest import write_run
 from training.checkpoint import BEST, load, restore_cell
 
 STATES = {
-    "memory": [12, 5],
+    "memory": [5, 12],
     "read_weightings": [1, 12],
     "write_weightings": [1, 12],
     "read_vectors": [1, 5],
@@ -49,6 +49,21 @@ def test_the_graph_takes_input_and_state_and_gives_output_and_next_state(model_f
         "output": ["batch", 3],
         **{f"next_{name}": ["batch", *shape] for name, shape in STATES.items()},
     }
+
+
+def test_keys_are_normalised_by_one_node_that_leaves_a_key_of_zeros_as_it_is(model_file):
+    model = onnx.load(model_file)
+    [node] = [node for node in model.graph.node if node.op_type == "LpNormalization"]
+    key = onnx.helper.make_tensor_value_info("key", onnx.TensorProto.FLOAT, [2, 2])
+    unit = onnx.helper.make_tensor_value_info("unit", onnx.TensorProto.FLOAT, [2, 2])
+    node.input[:], node.output[:] = ["key"], ["unit"]
+    graph = onnx.helper.make_graph([node], "alone", [key], [unit])
+    alone = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    session = ort.InferenceSession(alone.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    [result] = session.run(None, {"key": np.array([[0, 0], [3, 4]], np.float32)})
+
+    np.testing.assert_allclose(result, [[0, 0], [0.6, 0.8]], atol=1e-7)
 
 
 def test_the_weights_are_in_the_file_itself(model_file):

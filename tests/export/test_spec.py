@@ -49,6 +49,12 @@ def test_each_state_has_its_role(spec):
     }
 
 
+def test_the_memory_is_shown_with_its_rows_first_however_the_graph_keeps_it(spec):
+    [memory] = [state for state in spec.states if state.role == model_pb2.STATE_ROLE_MEMORY]
+
+    assert [memory.shape[axis] for axis in memory.api_axes] == [12, 5]
+
+
 @pytest.mark.parametrize("memory", ["constant", "random", "learned"])
 def test_initial_values_are_those_of_the_cell_bit_for_bit(tmp_path, memory):
     content = load(write_run(tmp_path / "run", f"--model.initial-memory={memory}") / BEST)

@@ -3,9 +3,10 @@
 Pure functions of tensors, so they trace, export and test without a model. `heads.py` makes the requests and
 `memory.py` spends the weightings.
 
-The formulas are written so that ONNX Runtime gives a row of a batch the same bits whatever else is in the
-batch: sums over an axis are matrix products, the scores are divided by the norms instead of the memory, and
-sharpening is a softmax. `export` verifies it.
+The formulas are written for ONNX Runtime, which runs one step at a time: few operations, and few of them on
+something as large as the memory, whose rows stand in its last axis because broadcasts along it are the cheap ones.
+A row of a batch gets the same bits whatever else is in the batch, so sums over the memory are matrix products;
+`export` verifies that. `benchmarks/step_graph.py` measures it all against the paper's formulas taken literally.
 
 Shapes: B batch, H heads, N memory rows, M row width, S shift positions (odd).
 """
@@ -15,11 +16,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# A vector of zeros has no direction. A squared norm counts as at least this, so that its similarity is 0 and
-# its gradient finite. These floors are maxima and not sums because the ONNX exporter's optimiser takes a sum
-# with so small a number for a sum with 0 and drops it.
+# A row of zeros has no direction. Its squared norm counts as at least this, so that its similarity is 0 and its
+# gradient finite. These floors are maxima and not sums because the ONNX exporter's optimiser takes a sum with so
+# small a number for a sum with 0 and drops it.
 _LEAST_SQUARED_NORM = 1e-8
 # Attention of 0 has no logarithm. As far as sharpening is concerned this is the least there is.
 _LEAST_ATTENTION = 1e-16
@@ -35,7 +37,7 @@ class AddressRequest(NamedTuple):
     gate: Tensor
     """g [B, H, 1], in (0, 1): 1 looks anew, 0 stays with the last weighting."""
     kernel: Tensor
-    """s [B, H, S], each row summing to 1; entry i moves attention by i - S // 2 rows."""
+    """s [B, H, S], each row summing to 1; entry i moves attention by S // 2 - i rows."""
     sharpness: Tensor
     """γ [B, H, 1], >= 1, undoes the blur that the shift leaves."""
 
@@ -45,47 +47,40 @@ def address(request: AddressRequest, memory: Tensor, previous: Tensor) -> Tensor
 
     Args:
         request: what each head asks for.
-        memory: [B, N, M].
+        memory: [B, M, N].
         previous: [B, H, N], the heads' weightings of the last step, each row summing to 1.
 
     Returns:
         [B, H, N], each row in [0, 1] and summing to 1.
     """
-    by_content = focus_by_content(similarity(request.key, memory), request.strength)
+    by_content = focus_by_content(request.key, request.strength, memory)
     gated = interpolate(by_content, previous, request.gate)
     return sharpen(shift(gated, request.kernel), request.sharpness)
 
 
-def similarity(key: Tensor, memory: Tensor) -> Tensor:
-    """Cosine of the angle between each key and each memory row (eq. 6), 0 for a row or key of zeros.
-
-    One shorter than 1e-4 counts as less similar than it is: its norm is taken for 1e-4.
-
-    Args:
-        key: [B, H, M].
-        memory: [B, N, M].
-
-    Returns:
-        [B, H, N], in [-1, 1].
-    """
-    ones = torch.ones(memory.shape[-1], 1, dtype=memory.dtype, device=memory.device)
-    squared_row_norms = ((memory * memory) @ ones).clamp_min(_LEAST_SQUARED_NORM)  # [B, N, 1]
-    squared_key_norms = ((key * key) @ ones).clamp_min(_LEAST_SQUARED_NORM)  # [B, H, 1]
-    norms = (squared_key_norms * squared_row_norms.transpose(1, 2)).sqrt()
-    return (key @ memory.transpose(1, 2)) / norms
-
-
-def focus_by_content(similarities: Tensor, strength: Tensor) -> Tensor:
+def focus_by_content(key: Tensor, strength: Tensor, memory: Tensor) -> Tensor:
     """Attention by content (eq. 5): rows more like the key get more, the more so the greater the strength.
 
+    Likeness is the cosine of the angle between key and row (eq. 6), 0 for a row or key of zeros. A row shorter
+    than 1e-4 counts as less similar than it is: its norm is taken for 1e-4.
+
     Args:
-        similarities: [B, H, N].
-        strength: β [B, H, 1], > 0.
+        key: k [B, H, M].
+        strength: β [B, H, 1], >= 0.
+        memory: [B, M, N].
 
     Returns:
         [B, H, N], each row summing to 1.
     """
-    return torch.softmax(strength * similarities, dim=-1)
+    # The strength and the row norms go to what is small: the key and the scores, not the memory.
+    unit_key = F.normalize(key, dim=-1)
+    return torch.softmax(((strength * unit_key) @ memory) / _row_norms(memory), dim=-1)
+
+
+def _row_norms(memory: Tensor) -> Tensor:
+    """[B, M, N] to [B, 1, N]."""
+    ones = torch.ones(1, memory.shape[1], dtype=memory.dtype, device=memory.device)
+    return (ones @ (memory * memory)).clamp_min(_LEAST_SQUARED_NORM).sqrt()
 
 
 def interpolate(by_content: Tensor, previous: Tensor, gate: Tensor) -> Tensor:
@@ -99,7 +94,7 @@ def interpolate(by_content: Tensor, previous: Tensor, gate: Tensor) -> Tensor:
     Returns:
         [B, H, N], each row summing to 1.
     """
-    return gate * by_content + (1 - gate) * previous
+    return previous + gate * (by_content - previous)
 
 
 def shift(weightings: Tensor, kernel: Tensor) -> Tensor:
@@ -107,8 +102,8 @@ def shift(weightings: Tensor, kernel: Tensor) -> Tensor:
 
     Args:
         weightings: [B, H, N], each row summing to 1.
-        kernel: s [B, H, S], S <= N, each row summing to 1; the middle entry means "stay", the last one
-            moves attention S // 2 rows forward.
+        kernel: s [B, H, S], S <= N, each row summing to 1; the first entry moves attention S // 2 rows
+            forward, the middle one means "stay".
 
     Returns:
         [B, H, N], each row summing to 1.
@@ -117,10 +112,11 @@ def shift(weightings: Tensor, kernel: Tensor) -> Tensor:
     reach = num_positions // 2
     if reach == 0:
         return weightings
-    # To move attention forward by j, row i takes what row i - j had.
-    ring = torch.cat([weightings[..., -reach:], weightings, weightings[..., :reach]], dim=-1)
-    moved = [ring[..., 2 * reach - i : 2 * reach - i + num_rows] for i in range(num_positions)]
-    return (kernel.unsqueeze(-2) @ torch.stack(moved, dim=-2)).squeeze(-2)
+    # The ring unrolled, in lines one longer than the ring: each begins one row further on than the line above it,
+    # so that line i is the ring moved forward by reach - i. The last column is one too many.
+    turns = [weightings[..., -reach:], *[weightings] * num_positions, weightings[..., : reach + 1]]
+    lines = torch.cat(turns, dim=-1).reshape(*weightings.shape[:-1], num_positions, num_rows + 1)
+    return (kernel.unsqueeze(-2) @ lines).squeeze(-2)[..., :num_rows]
 
 
 def sharpen(weightings: Tensor, sharpness: Tensor) -> Tensor:

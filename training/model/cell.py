@@ -98,7 +98,7 @@ class NTMCell(nn.Module):
             weightings, [self.num_read_heads, self.num_write_heads]
         )
         return NTMState(
-            memory=self.initial_memory.expand(batch_size, -1, -1),
+            memory=self.initial_memory.mT.expand(batch_size, -1, -1),
             read_weightings=read_weightings.expand(batch_size, -1, -1),
             write_weightings=write_weightings.expand(batch_size, -1, -1),
             read_vectors=self.initial_read_vectors.expand(batch_size, -1, -1),
@@ -116,7 +116,7 @@ class NTMCell(nn.Module):
             [B, O] the output as logits, and the next state.
         """
         controlled, controller_state = self.controller.step(
-            torch.cat([inputs, state.read_vectors.flatten(1)], dim=-1), state.controller
+            [inputs, state.read_vectors.flatten(1)], state.controller
         )
         requested, to_write = self.heads(controlled)
         previous = torch.cat([state.read_weightings, state.write_weightings], dim=1)

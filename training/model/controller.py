@@ -9,6 +9,7 @@ Shapes: B batch, I input size, C controller size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -43,18 +44,18 @@ class LSTMController(nn.Module):
         self.initial_hidden = nn.Parameter(torch.randn(size) * 0.05)
         self.initial_cell = nn.Parameter(torch.randn(size) * 0.05)
 
-    def step(self, inputs: Tensor, state: ControllerState) -> tuple[Tensor, LSTMState]:
+    def step(self, inputs: Sequence[Tensor], state: ControllerState) -> tuple[Tensor, LSTMState]:
         """One step.
 
         Args:
-            inputs: [B, I].
+            inputs: parts that together are [B, I].
             state: [B, C] each.
 
         Returns:
             [B, C] the output, in (-1, 1), and the next state.
         """
         assert isinstance(state, LSTMState)
-        gates = self.gates(torch.cat([inputs, state.hidden], dim=-1))
+        gates = self.gates(torch.cat([*inputs, state.hidden], dim=-1))
         opened, candidate = torch.split(gates, [3 * self.size, self.size], dim=-1)
         enter, keep, leave = torch.sigmoid(opened).chunk(3, dim=-1)
         cell = keep * state.cell + enter * torch.tanh(candidate)
@@ -78,9 +79,9 @@ class FeedforwardController(nn.Module):
         nn.init.xavier_uniform_(self.linear.weight, gain=nn.init.calculate_gain("tanh"))
         nn.init.zeros_(self.linear.bias)
 
-    def step(self, inputs: Tensor, state: ControllerState) -> tuple[Tensor, Stateless]:
-        """One step: [B, I] to [B, C], in (-1, 1)."""
-        return torch.tanh(self.linear(inputs)), Stateless()
+    def step(self, inputs: Sequence[Tensor], state: ControllerState) -> tuple[Tensor, Stateless]:
+        """One step: parts that together are [B, I] to [B, C], in (-1, 1)."""
+        return torch.tanh(self.linear(torch.cat(list(inputs), dim=-1))), Stateless()
 
     def initial_state(self, batch_size: int) -> Stateless:
         """Nothing, whatever the batch."""

@@ -21,9 +21,9 @@ class WriteRequest(NamedTuple):
     """What each write head does to the rows it attends to."""
 
     erase: Tensor
-    """e [B, W, M], in (0, 1)."""
+    """e [B, M, W], in (0, 1), a column for each head."""
     add: Tensor
-    """a [B, W, M]."""
+    """a [B, M, W]."""
 
 
 class Heads(nn.Module):
@@ -41,7 +41,7 @@ class Heads(nn.Module):
         self.num_heads = num_read_heads + num_write_heads
         self.num_write_heads = num_write_heads
         self.row_width = row_width
-        self._address_sizes = [row_width, 1, 1, 2 * shift_reach + 1, 1]
+        self._address_sizes = [row_width, 2 * shift_reach + 1, 2, 1]
         self._num_address = self.num_heads * sum(self._address_sizes)
         self._num_write = num_write_heads * row_width
         self.linear = nn.Linear(controller_size, self._num_address + 2 * self._num_write)
@@ -59,28 +59,26 @@ class Heads(nn.Module):
             self.linear(controlled), [self._num_address, self._num_write, self._num_write], dim=-1
         )
         by_head = address.reshape(-1, self.num_heads, sum(self._address_sizes))
-        key, strength, gate, kernel, sharpness = torch.split(by_head, self._address_sizes, dim=-1)
-        to_write = (-1, self.num_write_heads, self.row_width)
+        key, kernel, positive, gate = torch.split(by_head, self._address_sizes, dim=-1)
+        strength, sharpness = torch.split(softplus(positive), 1, dim=-1)
+        by_column = (-1, self.row_width, self.num_write_heads)
         return (
             AddressRequest(
                 key=key,
-                strength=softplus(strength),
+                strength=strength,
                 gate=torch.sigmoid(gate),
                 kernel=torch.softmax(kernel, dim=-1),
-                sharpness=1 + softplus(sharpness),
+                sharpness=1 + sharpness,
             ),
-            WriteRequest(
-                erase=torch.sigmoid(erase).reshape(to_write),
-                add=add.reshape(to_write),
-            ),
+            WriteRequest(erase=torch.sigmoid(erase).reshape(by_column), add=add.reshape(by_column)),
         )
 
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), >= 0.
 
-    Written with log_softmax because ONNX Runtime's Softplus rounds an element differently by where in the
-    batch it stands (its vector and its scalar code differ in the last bit); log_softmax goes row by row.
+    Written as log(exp(0) + exp(x)) because ONNX Runtime's Softplus rounds an element differently by where in
+    the batch it stands (its vector and its scalar code differ in the last bit); this goes row by row.
 
     Args:
         x: any shape.
@@ -88,4 +86,5 @@ def softplus(x: Tensor) -> Tensor:
     Returns:
         the shape of `x`.
     """
-    return -torch.log_softmax(torch.stack([torch.zeros_like(x), x], dim=-1), dim=-1)[..., 0]
+    zero_and_x = x.unsqueeze(-1) @ torch.tensor([[0.0, 1.0]], dtype=x.dtype, device=x.device)
+    return torch.logsumexp(zero_and_x, dim=-1)

@@ -2,10 +2,14 @@
 
 Pure functions of tensors. `addressing.py` makes the weightings, `heads.py` what is erased and added.
 
+Memory is kept with its rows in the last axis, as [B, M, N]: `addressing.py` says why.
+
 Shapes: B batch, R read heads, W write heads, N memory rows, M row width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,13 +19,13 @@ def read(memory: Tensor, weightings: Tensor) -> Tensor:
     """What each head reads: the mean of the memory rows, weighted by its attention (eq. 2).
 
     Args:
-        memory: [B, N, M].
+        memory: [B, M, N].
         weightings: [B, R, N], each row summing to 1.
 
     Returns:
         [B, R, M].
     """
-    return weightings @ memory
+    return weightings @ memory.transpose(1, 2)
 
 
 def write(memory: Tensor, weightings: Tensor, erase: Tensor, add: Tensor) -> Tensor:
@@ -31,15 +35,20 @@ def write(memory: Tensor, weightings: Tensor, erase: Tensor, add: Tensor) -> Ten
     that attends to one row alone and erases all of it leaves exactly what it adds.
 
     Args:
-        memory: [B, N, M].
+        memory: [B, M, N].
         weightings: [B, W, N], each row summing to 1.
-        erase: [B, W, M], in [0, 1].
-        add: [B, W, M].
+        erase: [B, M, W], in [0, 1].
+        add: [B, M, W].
 
     Returns:
-        [B, N, M].
+        [B, M, N].
     """
-    for head in range(weightings.shape[1]):
-        erased = weightings[:, head, :, None] * erase[:, head, None, :]
-        memory = torch.addcmul(memory, memory, erased, value=-1)
-    return torch.baddbmm(memory, weightings.transpose(1, 2), add)
+    kept = memory
+    for erased, attention in zip(_heads(erase, 2), _heads(weightings, 1), strict=True):
+        kept = kept - (erased @ attention) * kept
+    return kept + add @ weightings
+
+
+def _heads(tensor: Tensor, axis: int) -> Sequence[Tensor]:
+    """Each head's part; one head's is the whole, without an operation."""
+    return [tensor] if tensor.shape[axis] == 1 else torch.split(tensor, 1, dim=axis)

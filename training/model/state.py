@@ -33,7 +33,7 @@ class NTMState(NamedTuple):
     """The whole state of the machine between two steps."""
 
     memory: Tensor
-    """[B, N, M]."""
+    """[B, M, N]: the memory rows are the last axis."""
     read_weightings: Tensor
     """[B, R, N], each row in [0, 1] and summing to 1."""
     write_weightings: Tensor

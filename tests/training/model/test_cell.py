@@ -35,7 +35,7 @@ def test_a_step_keeps_the_shape_of_every_state_tensor(kind):
 
     assert outputs.shape == (5, 2)
     heads = {"num_read_heads": 1, "num_write_heads": 1} | kind
-    assert state.memory.shape == (5, 8, 4)
+    assert state.memory.shape == (5, 4, 8)
     assert state.read_weightings.shape == (5, heads["num_read_heads"], 8)
     assert state.write_weightings.shape == (5, heads["num_write_heads"], 8)
     assert state.read_vectors.shape == (5, heads["num_read_heads"], 4)
@@ -91,7 +91,7 @@ def test_reads_see_what_the_same_step_wrote():
 
     _, state = cell.step(torch.randn(2, 3), cell.initial_state(2))
 
-    assert_close(state.read_vectors, state.read_weightings @ state.memory)
+    assert_close(state.read_vectors, state.read_weightings @ state.memory.mT)
 
 
 def test_a_constant_start_has_every_head_on_row_0_of_an_even_memory():
@@ -142,7 +142,7 @@ def test_a_step_is_addressing_then_writing_then_reading_head_by_head():
     torch.manual_seed(1)
     state = cell.initial_state(1)
     state = state._replace(
-        memory=torch.randn(1, 8, 4),
+        memory=torch.randn(1, 4, 8),
         read_weightings=torch.rand(1, 2, 8).softmax(-1),
         write_weightings=torch.rand(1, 1, 8).softmax(-1),
         read_vectors=torch.randn(1, 2, 4),
@@ -152,7 +152,7 @@ def test_a_step_is_addressing_then_writing_then_reading_head_by_head():
     outputs, after = cell.step(inputs, state)
 
     hidden, controller = cell.controller.step(
-        torch.cat([inputs, state.read_vectors[:, 0], state.read_vectors[:, 1]], dim=-1), state.controller
+        [inputs, state.read_vectors[:, 0], state.read_vectors[:, 1]], state.controller
     )
     request, to_write = cell.heads(hidden)
     previous = [state.read_weightings[:, 0], state.read_weightings[:, 1], state.write_weightings[:, 0]]
@@ -164,9 +164,9 @@ def test_a_step_is_addressing_then_writing_then_reading_head_by_head():
         )[0, 0]
         for head, last in enumerate(previous)
     ]
-    erased = torch.outer(weightings[2], to_write.erase[0, 0])
-    memory = state.memory[0] * (1 - erased) + torch.outer(weightings[2], to_write.add[0, 0])
-    read = [weightings[0] @ memory, weightings[1] @ memory]
+    erased = torch.outer(to_write.erase[0, :, 0], weightings[2])
+    memory = state.memory[0] * (1 - erased) + torch.outer(to_write.add[0, :, 0], weightings[2])
+    read = [memory @ weightings[0], memory @ weightings[1]]
     assert_close(after.read_weightings[0], torch.stack(weightings[:2]))
     assert_close(after.write_weightings[0], weightings[2][None])
     assert_close(after.memory[0], memory)

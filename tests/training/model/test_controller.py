@@ -23,7 +23,7 @@ def test_the_lstm_is_torchs_lstm_cell():
         theirs.bias_hh.zero_()
     inputs, state = torch.randn(2, 3), LSTMState(torch.randn(2, 5), torch.randn(2, 5))
 
-    output, next_state = ours.step(inputs, state)
+    output, next_state = ours.step([inputs], state)
 
     expected = theirs(inputs, state)
     assert_close(output, expected[0])
@@ -35,7 +35,7 @@ def test_the_feedforward_controller_depends_on_nothing_but_its_input():
     controller = FeedforwardController(3, 5)
     inputs = torch.randn(2, 3)
 
-    output, state = controller.step(inputs, Stateless())
+    output, state = controller.step([inputs], Stateless())
 
     assert state == controller.initial_state(2) == Stateless()
     assert_close(output, torch.tanh(inputs @ controller.linear.weight.T + controller.linear.bias))

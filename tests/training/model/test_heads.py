@@ -20,7 +20,7 @@ def test_requests_have_the_documented_shapes_and_ranges(scale):
     assert request.key.shape == (7, 5, 4)
     assert request.strength.shape == request.gate.shape == request.sharpness.shape == (7, 5, 1)
     assert request.kernel.shape == (7, 5, 5)
-    assert to_write.erase.shape == to_write.add.shape == (7, 3, 4)
+    assert to_write.erase.shape == to_write.add.shape == (7, 4, 3)
     assert (request.strength >= 0).all()
     assert (request.sharpness >= 1).all()
     assert ((request.gate >= 0) & (request.gate <= 1)).all()

@@ -18,7 +18,8 @@ from hyperframe.frame import Frame, GoAwayFrame, RstStreamFrame, SettingsFrame, 
 # The bytes that the server may send before it hears from us again, for a call and for the connection.
 WINDOW_BYTES = 2**31 - 1
 
-_RECEIVE_BYTES = 256 * 1024
+# Above 128 KiB malloc maps new pages for each call.
+_RECEIVE_BYTES = 64 * 1024
 _DEFAULT_WINDOW_BYTES = 65535
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _FRAME_HEADER = struct.Struct(">IBI")  # 24 bits of length and 8 of type, flags, stream
@@ -70,6 +71,7 @@ class Connection:
         self._unwritten = b""  # what the socket did not take
         self._incoming = b""  # a frame that has come in part
         self._streams: dict[int, Stream] = {}
+        self._waiting: dict[Stream, None] = {}  # those with something unsent, in order
         self._next_id = 1
         self._window = self._stream_window = _DEFAULT_WINDOW_BYTES
         self._max_frame_bytes = 16384
@@ -111,6 +113,7 @@ class Connection:
         else:
             stream.unsent += data
             stream.ends = ends
+            self._waiting[stream] = None
             self._send_what_fits(stream)
 
     def end(self, stream: Stream) -> None:
@@ -169,7 +172,7 @@ class Connection:
                     if block not in self._good_trailers:
                         self._check_trailers(block)
                     stream = self._streams.pop(stream_id)
-                    if stream.unread:
+                    if stream.unread or stream.unsent:
                         raise LoadError("a call ended within a message")
                     events.append((stream, None))
                 else:
@@ -224,12 +227,13 @@ class Connection:
                 bytes(stream.unsent[:size]),
             )
             del stream.unsent[:size]
+        self._waiting.pop(stream, None)
 
     def _widen(self, stream_id: int, num_bytes: int) -> None:
         """The server takes so much more, on a stream or (0) on the connection."""
         if stream_id == 0:
             self._window += num_bytes
-            for stream in self._streams.values():
+            for stream in list(self._waiting):
                 self._send_what_fits(stream)
         elif stream_id in self._streams:  # else its call has ended
             self._streams[stream_id].window += num_bytes

@@ -107,7 +107,7 @@ class LoadReport:
 
     @property
     def is_offered_load_kept(self) -> bool:
-        """False: an open loop's messages came faster than they were answered, and its latencies mean nothing."""
+        """False: the messages of an open loop were due faster than they were answered, by a twentieth or more."""
         return self.offered_per_s is None or self.messages_per_s >= 0.95 * self.offered_per_s
 
 
@@ -183,7 +183,7 @@ def open_loop(
         due_s, num_due = next(due_times), 0
         free, waiting = deque(generator.lanes), deque[float]()
         while (now_s := perf_counter()) < end_s or len(free) < len(generator.lanes):
-            while due_s <= min(now_s, end_s):
+            while due_s <= now_s and due_s < end_s:
                 waiting.append(due_s)
                 due_s, num_due = next(due_times), num_due + 1
             while waiting and free and now_s < end_s:

@@ -1,8 +1,12 @@
 """Engine: the loop that owns one model's device. Schedule, run, hand back.
 
 One thread takes a batch from the scheduler, runs it on the model runner, and reports the messages that have
-ended. A message is whole or nothing: it reads the slot its session has and writes another, which the
-session takes over only when every turn has succeeded (`sessions.py` does that), so there is nothing to undo.
+ended. As long as nobody else waits and no message has ended, the same batch goes on from turn to turn, each message
+in its seat (`model_runner.py` says what that is). A message is whole or nothing: it begins from the slot its session
+has and ends in another, which the session takes over only when every turn has succeeded (`sessions.py` does that), so
+there is nothing to undo.
+
+Shapes: B batch, K turns.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import cast
 
 import numpy as np
 import structlog
@@ -34,10 +39,12 @@ class Message:
     """[T, ...input shape]."""
     outputs: Array
     """[T, ...output shape], filled turn by turn."""
-    read_slot: int
-    """Where the state is; from the first turn on, where this message's own work is."""
+    slot: int
+    """Where the state is when the message has no seat: the session's slot, or `write_slot` after the first turn."""
     write_slot: int
+    """Where the state goes in the end, and whenever the message must wait for its next turn."""
     wants_state: bool = False
+    seat: int | None = None
     state: dict[str, Array] | None = None
     """After the last step, by name, if it was asked for."""
     error: ServingError | None = None
@@ -47,6 +54,11 @@ class Message:
     """All its turns are done, or one failed."""
     submit_time_s: float = field(default_factory=perf_counter)
 
+    @property
+    def num_left(self) -> int:
+        """Steps that are not done."""
+        return len(self.inputs) - self.steps_done
+
     def fail(self, error: ServingError) -> None:
         """End without a result."""
         self.error = error
@@ -55,12 +67,17 @@ class Message:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What one turn of the loop did, for metrics."""
+    """What one batch did, for metrics."""
 
-    num_steps: int
-    run_time_s: float
+    size: int
+    turn_times_s: list[float]
+    """For each turn: its inputs to the device, the run, its outputs back."""
     queue_times_s: list[float]
     """For each message that had its first turn."""
+
+
+# Turns that are prepared in one piece at most; a newcomer makes what is prepared beyond the next turn useless.
+_MOST_TURNS_AT_ONCE = 32
 
 
 class Engine:
@@ -122,38 +139,151 @@ class Engine:
         self._thread.join()
 
     def _loop(self) -> None:
+        unfinished: list[Message] = []
         while True:
             with self._wake:
+                self._scheduler.put_back(unfinished)
                 while self._num_holds or not len(self._scheduler) or self._is_abandoned:
                     if self._is_abandoned or (self._is_closing and not self._num_holds):
                         return
                     self._wake.wait()
                 batch = self._scheduler.next_batch()
-            ended = self._turn(batch)
+                must_wait = unfinished if len(self._scheduler) else []
+            self._attempt(self._stand, _without(must_wait, batch))
+            self._attempt(self._run, batch)
+            ended = [message for message in batch if message.has_ended]
             unfinished = [message for message in batch if not message.has_ended]
-            if unfinished:
-                with self._wake:
-                    self._scheduler.put_back(unfinished)
             if ended:
                 self._on_ended(ended)
 
-    def _turn(self, batch: list[Message]) -> list[Message]:
-        """Run one step of each message; returns those that have ended."""
+    def _attempt(self, work: Callable[[list[Message]], None], messages: list[Message]) -> None:
+        """Do something for some messages; whatever goes wrong, nobody is left waiting."""
+        try:
+            work(messages)
+        except Exception as error:  # ONNX Runtime raises types of its own
+            log.error("a batch failed", model=self._runner.model.label, size=len(messages), exc_info=error)
+            for message in messages:
+                message.fail(StepFailedError(self._runner.model.label))
+
+    def _run(self, batch: list[Message]) -> None:
+        """Run turns of a batch until somebody else waits or a message has ended."""
         start_s = perf_counter()
         queue_times_s = [start_s - message.submit_time_s for message in batch if message.steps_done == 0]
-        stepping = [message for message in batch if message.steps_done < len(message.inputs)]
-        try:
-            if stepping:
-                self._step(stepping)
+        turn_times_s: list[float] = []
+        stepping = [message for message in batch if message.num_left and not message.has_ended]
+        # Each piece is twice the last: one that a newcomer is likely to cut short is small.
+        num_turns = 1
+        while stepping:
+            num_turns = min(num_turns, _MOST_TURNS_AT_ONCE, *(message.num_left for message in stepping))
+            self._take_turns(stepping, num_turns, turn_times_s)
+            if any(message.has_ended or not message.num_left for message in stepping) or self._is_wanted():
+                break
+            num_turns *= 2
+        for message in batch:
+            message.has_ended = message.has_ended or not message.num_left
+        ended = [message for message in batch if message.has_ended and message.error is None]
+        self._stand([message for message in ended if message.seat is not None])
+        self._look([message for message in ended if message.wants_state])
+        self._report(BatchReport(len(stepping), turn_times_s, queue_times_s))
+
+    def _is_wanted(self) -> bool:
+        """Whether the loop has something else to attend to; a glance, without the lock."""
+        return bool(len(self._scheduler) or self._num_holds or self._is_abandoned)
+
+    def _take_turns(self, batch: list[Message], num_turns: int, turn_times_s: list[float]) -> None:
+        """Run up to so many turns of a batch, at least one; a message that fails, fails alone."""
+        batch = self._sit(batch)
+        spec, size = self._runner.model.spec, len(batch)
+        inputs = np.empty((num_turns, size, *spec.input.shape), batch[0].inputs.dtype)
+        outputs = np.empty((num_turns, size, *spec.output.shape), batch[0].outputs.dtype)
+        for index, message in enumerate(batch):
+            inputs[:, index] = message.inputs[message.steps_done : message.steps_done + num_turns]
+        num_done, failed = 0, None
+        while num_done < num_turns and not (num_done and self._is_wanted()):
+            start_s = perf_counter()
+            try:
+                outputs[num_done] = self._runner.run(inputs[num_done])
+            except Exception as error:  # ONNX Runtime raises types of its own for what a model does
+                failed = error
+                break
+            num_done += 1
+            turn_times_s.append(perf_counter() - start_s)
+        if not np.isfinite(outputs[:num_done]).all():
+            self._fail_not_finite(batch, outputs[:num_done])
+        for index, message in enumerate(batch):
+            if message.error is None:
+                message.outputs[message.steps_done : message.steps_done + num_done] = outputs[
+                    :num_done, index
+                ]
+                message.steps_done += num_done
+        if failed is not None:
+            self._take_turn_alone([message for message in batch if message.error is None], failed)
+
+    def _fail_not_finite(self, batch: list[Message], outputs: Array) -> None:
+        """Fail the messages whose outputs, [K, B, ...], are not finite, each at the first such step."""
+        is_finite: Array = np.asarray(np.isfinite(outputs).reshape(*outputs.shape[:2], -1).all(axis=2))
+        for index, message in enumerate(batch):
+            if not is_finite[:, index].all():
+                step = message.first_step + message.steps_done + int(is_finite[:, index].argmin())
+                message.fail(OutputNotFiniteError(self._runner.model.label, step))
+
+    def _take_turn_alone(self, batch: list[Message], error: Exception) -> None:
+        """Run the next step of each by itself: one session's inputs must not fail another's step."""
+        if len(batch) > 1:
+            self._stand(batch)
             for message in batch:
-                message.has_ended = message.has_ended or message.steps_done == len(message.inputs)
-            self._look([message for message in batch if message.has_ended and message.wants_state])
-        except Exception as error:  # whatever it is, nobody is left waiting
-            log.error("a batch failed", model=self._runner.model.label, size=len(batch), exc_info=error)
-            for message in batch:
-                message.fail(StepFailedError(self._runner.model.label))
-        self._report(BatchReport(len(stepping), perf_counter() - start_s, queue_times_s))
-        return [message for message in batch if message.has_ended]
+                self._take_turns([message], 1, [])
+                if message.error is None:
+                    self._stand([message])
+            return
+        [message] = batch
+        log.error(
+            "a step failed",
+            model=self._runner.model.label,
+            session_id=message.session_id,
+            step=message.first_step + message.steps_done,
+            exc_info=error,
+        )
+        message.fail(StepFailedError(self._runner.model.label))
+
+    def _sit(self, batch: list[Message]) -> list[Message]:
+        """Give every message of a batch a seat, so that no seat between them is empty; returns them in that order.
+
+        Those who have one keep it if they can, and the others take what is free: few move from turn to turn.
+        """
+        seated: list[Message | None] = [None] * len(batch)
+        moving = []
+        for message in batch:
+            if message.seat is not None and message.seat < len(batch):
+                seated[message.seat] = message
+            else:
+                moving.append(message)
+        if moving:
+            first = self._runner.first_seat
+            sources = [m.slot if m.seat is None else first + m.seat for m in moving]
+            free = [seat for seat, message in enumerate(seated) if message is None]
+            self._runner.move(np.array(sources), np.array(free) + first)
+            for message, seat in zip(moving, free, strict=True):
+                seated[seat], message.seat = message, seat
+        return cast(list[Message], seated)
+
+    def _stand(self, messages: list[Message]) -> None:
+        """Put the state of messages into their slots, and free their seats."""
+        if not messages:
+            return
+        first = self._runner.first_seat
+        seats, slots = zip(*((cast(int, m.seat), m.write_slot) for m in messages), strict=True)
+        self._runner.move(np.array(seats) + first, np.array(slots))
+        for message in messages:
+            message.seat, message.slot = None, message.write_slot
+
+    def _look(self, wanting: list[Message]) -> None:
+        """Give messages that ended well the state they asked for."""
+        if not wanting:
+            return
+        states = self._runner.read(np.array([message.slot for message in wanting]))
+        for index, message in enumerate(wanting):
+            message.state = {name: values[index] for name, values in states.items()}
 
     def _report(self, report: BatchReport) -> None:
         try:
@@ -161,47 +291,7 @@ class Engine:
         except Exception as error:  # metrics must not stop the loop
             log.error("a batch could not be reported", model=self._runner.model.label, exc_info=error)
 
-    def _step(self, batch: list[Message]) -> None:
-        """Run one step of each and commit it; a row that fails fails its own message alone."""
-        try:
-            outputs = self._runner.run(
-                np.array([message.read_slot for message in batch]),
-                np.concatenate([m.inputs[m.steps_done : m.steps_done + 1] for m in batch]),
-            )
-        except Exception as error:  # ONNX Runtime raises types of its own for what a model does
-            if len(batch) > 1:
-                # Nothing was written, so each can be tried alone: one session's inputs must not fail another's step.
-                for message in batch:
-                    self._step([message])
-                return
-            message = batch[0]
-            log.error(
-                "a step failed",
-                model=self._runner.model.label,
-                session_id=message.session_id,
-                step=message.first_step + message.steps_done,
-                exc_info=error,
-            )
-            message.fail(StepFailedError(self._runner.model.label))
-            return
-        self._runner.commit(np.array([message.write_slot for message in batch]))
-        is_finite = np.isfinite(outputs)
-        if not is_finite.all():
-            for message, row_is_finite in zip(batch, is_finite, strict=True):
-                if not row_is_finite.all():
-                    step = message.first_step + message.steps_done
-                    message.fail(OutputNotFiniteError(self._runner.model.label, step))
-        for message, output in zip(batch, outputs, strict=True):
-            if message.error is None:
-                message.outputs[message.steps_done] = output
-                message.steps_done += 1
-                message.read_slot = message.write_slot
 
-    def _look(self, wanting: list[Message]) -> None:
-        """Give messages that ended well the state they asked for."""
-        wanting = [message for message in wanting if message.error is None]
-        if not wanting:
-            return
-        states = self._runner.read(np.array([message.read_slot for message in wanting]))
-        for row, message in enumerate(wanting):
-            message.state = {name: rows[row] for name, rows in states.items()}
+def _without(messages: list[Message], others: list[Message]) -> list[Message]:
+    taken = set(others)
+    return [message for message in messages if message not in taken]

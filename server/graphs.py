@@ -1,14 +1,15 @@
 """Graphs: turn a model's step into the graphs that the device runs on pools of state.
 
-A pool is one tensor `[slots, ...]` for each state tensor, a row for each slot. Three graphs use them:
+A pool is one tensor `[rows, ...]` for each state tensor. Four graphs use the pools:
 
-- *run* gathers the rows of some slots, runs the step, and gives `output` and the next state;
-- *commit* scatters next state into the pools, in place when input and output are bound to one buffer;
-- *read* gathers rows, for callers who ask to see them.
+- *run* is the step. The state it takes and the next state it gives are bound to different rows of the pools;
+- *move* copies rows to other rows, in place;
+- *read* gathers rows, for callers who ask to see them;
+- *write* scatters rows that come from outside.
 
-Run and commit are two graphs because in one nothing orders the Gather of a state before the ScatterND that
-overwrites it when the next value does not depend on the old one (a delay line), and because a node that
-fails between two ScatterNDs would leave half the state updated.
+No graph runs the step and changes rows that it reads: in such a graph nothing orders the Gather of a state before
+the ScatterND that overwrites it when the next value does not depend on the old one (a delay line), and a node
+that fails between two ScatterNDs would leave half the state updated.
 
 Rows have the batch axis first whatever the step's own layout: transposes are added where it differs.
 `model_runner.py` binds the buffers and runs these.
@@ -24,7 +25,8 @@ from onnx import TensorProto, helper, numpy_helper
 from ntm.tensor import numpy_dtype, to_array
 from ntm.v1 import model_pb2
 
-SLOTS = "ntm.slots"
+ROWS = "ntm.rows"
+TARGETS = "ntm.targets"
 INPUT = "ntm.input"
 OUTPUT = "ntm.output"
 
@@ -35,13 +37,18 @@ def pool(state: model_pb2.StateSpec) -> str:
 
 
 def updated_pool(state: model_pb2.StateSpec) -> str:
-    """The name of a state's pool as an output of the commit graph."""
+    """The name of a state's pool as an output of the graphs that change it."""
     return f"ntm.updated_pool.{state.input_name}"
 
 
-def rows(state: model_pb2.StateSpec) -> str:
-    """The name of some rows of a state: outputs of run (the next state) and read, inputs of commit."""
-    return f"ntm.rows.{state.input_name}"
+def content(state: model_pb2.StateSpec) -> str:
+    """The name of some rows of a state: inputs of run and write, outputs of read."""
+    return f"ntm.content.{state.input_name}"
+
+
+def next_content(state: model_pb2.StateSpec) -> str:
+    """The name of the next state of some rows: outputs of run."""
+    return f"ntm.next_content.{state.input_name}"
 
 
 @dataclass(frozen=True)
@@ -49,26 +56,27 @@ class DeviceGraphs:
     """The graphs derived from one step, serialised."""
 
     run: bytes
-    commit: bytes
+    move: bytes
     read: bytes
+    write: bytes
 
 
 def derive(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> DeviceGraphs:
     """Derive the device's graphs from a step that `spec` describes truly (`spec.differences` has found none)."""
-    return DeviceGraphs(run=_run(step, spec), commit=_commit(step, spec), read=_read(step, spec))
+    return DeviceGraphs(
+        run=_run(step, spec), move=_move(step, spec), read=_read(step, spec), write=_write(step, spec)
+    )
 
 
 def _run(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
     before = [
-        node
-        for state in spec.states
-        for node in (
-            helper.make_node("Gather", [pool(state), SLOTS], [f"ntm.gathered.{state.input_name}"], axis=0),
-            _move_axis(f"ntm.gathered.{state.input_name}", state.input_name, state, 0, state.batch_axis),
-        )
+        _move_axis(content(state), state.input_name, state, 0, state.batch_axis) for state in spec.states
     ]
     before.append(_move_axis(INPUT, spec.input.name, spec.input, 0, spec.input.batch_axis))
-    after = [_move_axis(state.output_name, rows(state), state, state.batch_axis, 0) for state in spec.states]
+    after = [
+        _move_axis(state.output_name, next_content(state), state, state.batch_axis, 0)
+        for state in spec.states
+    ]
     after.append(_move_axis(spec.output.name, OUTPUT, spec.output, spec.output.batch_axis, 0))
 
     model = onnx.ModelProto()
@@ -80,39 +88,60 @@ def _run(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
     graph.initializer.extend(
         numpy_helper.from_array(to_array(constant.value), constant.name) for constant in spec.constants
     )
-    graph.input.extend([_slots_info(), _info(INPUT, spec.input, "batch")])
-    graph.input.extend(_info(pool(state), state, "slots") for state in spec.states)
+    graph.input.append(_info(INPUT, spec.input, "batch"))
+    graph.input.extend(_info(content(state), state, "batch") for state in spec.states)
     graph.output.append(_info(OUTPUT, spec.output, "batch"))
-    graph.output.extend(_info(rows(state), state, "batch") for state in spec.states)
+    graph.output.extend(_info(next_content(state), state, "batch") for state in spec.states)
     return model.SerializeToString()
 
 
-def _commit(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
-    nodes = [helper.make_node("Unsqueeze", [SLOTS, "ntm.last_axis"], ["ntm.indices"])]
-    nodes += [
-        helper.make_node("ScatterND", [pool(state), "ntm.indices", rows(state)], [updated_pool(state)])
-        for state in spec.states
+def _move(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
+    gathers = [
+        helper.make_node("Gather", [pool(state), ROWS], [content(state)], axis=0) for state in spec.states
     ]
     return _model(
         step,
-        nodes,
-        inputs=[
-            _slots_info(),
-            *(_info(pool(state), state, "slots") for state in spec.states),
-            *(_info(rows(state), state, "batch") for state in spec.states),
-        ],
-        outputs=[_info(updated_pool(state), state, "slots") for state in spec.states],
-        initializers=[helper.make_tensor("ntm.last_axis", TensorProto.INT64, [1], [1])],
+        [*gathers, *_scatters(spec)],
+        inputs=[_rows_info(ROWS), _rows_info(TARGETS), *_pools(spec)],
+        outputs=_updated_pools(spec),
+        initializers=[_LAST_AXIS],
     )
 
 
 def _read(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
     return _model(
         step,
-        [helper.make_node("Gather", [pool(state), SLOTS], [rows(state)], axis=0) for state in spec.states],
-        inputs=[_slots_info(), *(_info(pool(state), state, "slots") for state in spec.states)],
-        outputs=[_info(rows(state), state, "batch") for state in spec.states],
+        [helper.make_node("Gather", [pool(state), ROWS], [content(state)], axis=0) for state in spec.states],
+        inputs=[_rows_info(ROWS), *_pools(spec)],
+        outputs=[_info(content(state), state, "batch") for state in spec.states],
     )
+
+
+def _write(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
+    return _model(
+        step,
+        _scatters(spec),
+        inputs=[
+            _rows_info(TARGETS),
+            *_pools(spec),
+            *(_info(content(state), state, "batch") for state in spec.states),
+        ],
+        outputs=_updated_pools(spec),
+        initializers=[_LAST_AXIS],
+    )
+
+
+_LAST_AXIS = helper.make_tensor("ntm.last_axis", TensorProto.INT64, [1], [1])
+
+
+def _scatters(spec: model_pb2.ModelSpec) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Unsqueeze", [TARGETS, _LAST_AXIS.name], ["ntm.indices"]),
+        *(
+            helper.make_node("ScatterND", [pool(state), "ntm.indices", content(state)], [updated_pool(state)])
+            for state in spec.states
+        ),
+    ]
 
 
 def _model(
@@ -144,8 +173,16 @@ def _move_axis(
     return helper.make_node("Transpose", [source], [target], perm=axes)
 
 
-def _slots_info() -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(SLOTS, TensorProto.INT64, ["batch"])
+def _pools(spec: model_pb2.ModelSpec) -> list[onnx.ValueInfoProto]:
+    return [_info(pool(state), state, "rows") for state in spec.states]
+
+
+def _updated_pools(spec: model_pb2.ModelSpec) -> list[onnx.ValueInfoProto]:
+    return [_info(updated_pool(state), state, "rows") for state in spec.states]
+
+
+def _rows_info(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.INT64, ["batch"])
 
 
 def _info(

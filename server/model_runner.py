@@ -1,18 +1,19 @@
 """Model runner: one model on one device, with the state of every session in pools that stay there.
 
-A pool `[num_slots, ...]` for each state tensor; a session's state is a row of each. A step reads the rows of
-some slots, and its commit writes the next state to rows of others or the same. Only slot numbers, inputs and outputs
-cross between host and device. Which slot belongs to whom is `sessions.py`'s business.
+A pool `[num_rows, ...]` for each state tensor. Row 0 holds the model's initial state and is never written. Then
+come the slots, whose owners are `sessions.py`'s business. The last rows are the seats, two areas of as many rows as
+the largest batch: a run reads the first seats of one area and leaves the next state in the same seats of the other,
+from where the next run reads it. So a batch that goes on copies no state, and a run that fails has spoiled none.
+Only row numbers, inputs and outputs cross between host and device.
 
-Slot 0 holds the model's initial state and is never written; slot 1 takes what padding rows write.
-
-Shapes: B batch, P slots.
+Shapes: B batch.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,22 +30,30 @@ from server.spec import StepModel, initial_value
 log = structlog.get_logger()
 
 INITIAL_SLOT = 0
-PADDING_SLOT = 1
-NUM_RESERVED_SLOTS = 2
+NUM_RESERVED_SLOTS = 1
 
-Slots = npt.NDArray[np.int64]
+# What vector code likes; also where a tensor's bits could depend on its address.
+_ALIGNMENT_BYTES = 64
+
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _BoundBatch:
-    """Everything bound once for batches of one size."""
+class _BoundRun:
+    """Everything bound once for runs of one size from one area to the other."""
 
-    run: ort.IOBinding
-    commit: ort.IOBinding
-    read_slots: ort.OrtValue
-    write_slots: ort.OrtValue
+    binding: ort.IOBinding
     inputs: ort.OrtValue
     outputs: Array
+
+
+@dataclass(frozen=True)
+class _BoundMove:
+    """Everything bound once for moves of so many rows."""
+
+    binding: ort.IOBinding
+    sources: ort.OrtValue
+    targets: ort.OrtValue
 
 
 class ModelRunner:
@@ -56,7 +65,7 @@ class ModelRunner:
         Args:
             model: the model, checked.
             device: where to run it.
-            num_slots: rows of each pool for sessions, beside the reserved ones.
+            num_slots: how many slots to have.
             max_batch_size: rows of one step at most.
 
         Raises:
@@ -70,8 +79,9 @@ class ModelRunner:
         derived = graphs.derive(model.step, spec)
         try:
             self._run = device.session(derived.run)
-            self._commit = device.session(derived.commit)
+            self._move = device.session(derived.move)
             self._read = device.session(derived.read)
+            self._write = device.session(derived.write)
         except ServingError:
             raise
         except Exception as error:  # ONNX Runtime raises types of its own for what it cannot load
@@ -79,10 +89,19 @@ class ModelRunner:
             raise ModelFileError(model.label, [problem]) from error
         self._input_dtype = numpy_dtype(spec.input.dtype)
         self._output_dtype = numpy_dtype(spec.output.dtype)
-        total_slots = num_slots + NUM_RESERVED_SLOTS
-        self._pools = {state.input_name: self._rows(state, total_slots) for state in spec.states}
-        self._next = {state.input_name: self._rows(state, max_batch_size) for state in spec.states}
-        self._bound: dict[int, _BoundBatch] = {}
+        step = math.lcm(*(_ALIGNMENT_BYTES // math.gcd(_row_bytes(s), _ALIGNMENT_BYTES) for s in spec.states))
+        num_seats = _round_up(max_batch_size, step)
+        first = _round_up(num_slots + NUM_RESERVED_SLOTS, step)
+        self._areas = (first, first + num_seats)
+        self._pools = {
+            state.input_name: self._on_device(
+                _aligned_zeros((first + 2 * num_seats, *state.shape), numpy_dtype(state.dtype))
+            )
+            for state in spec.states
+        }
+        self._area = 0
+        self._runs: dict[tuple[int, int], _BoundRun] = {}
+        self._moves: dict[int, _BoundMove] = {}
         self.padded_batch_size: int | None = None
         """What every batch is padded to, or None: see `_ensure_batch_invariance`."""
         self.write(
@@ -91,58 +110,61 @@ class ModelRunner:
         )
         self.is_batch_invariant = self._ensure_batch_invariance(min(num_slots, max_batch_size))
 
-    def run(self, read_slots: Slots, inputs: Array) -> Array:
-        """Run one step of B sessions; `commit` then stores the next state. No state changes, also when it raises.
+    @property
+    def first_seat(self) -> int:
+        """The row that the next run reads first; every run that succeeds changes it."""
+        return self._areas[self._area]
+
+    def run(self, inputs: Array) -> Array:
+        """Run one step of the sessions whose state is in the first B seats. If this raises, no row has changed.
 
         Rows are independent: one that is not finite spoils no other.
 
         Args:
-            read_slots: [B], where each row's state is.
-            inputs: [B, ...input shape], of the input's dtype.
+            inputs: [B, ...input shape], contiguous, of the input's dtype.
 
         Returns:
-            [B, ...output shape], valid until the next call.
+            [B, ...output shape], valid until the next call. The next state is in the first B seats.
         """
-        num_rows = len(read_slots)
+        num_rows = len(inputs)
         size = self.padded_batch_size or num_rows
         if size != num_rows:
-            padding = size - num_rows
-            read_slots = np.concatenate([read_slots, np.full(padding, INITIAL_SLOT)])
-            inputs = np.concatenate([inputs, np.zeros((padding, *inputs.shape[1:]), inputs.dtype)])
-        bound = self._bound.get(size) or self._bind(size)
-        bound.read_slots.update_inplace(read_slots)
-        bound.inputs.update_inplace(np.ascontiguousarray(inputs))
-        self._run.run_with_iobinding(bound.run)
-        bound.run.synchronize_outputs()
+            inputs = np.concatenate([inputs, np.zeros((size - num_rows, *inputs.shape[1:]), inputs.dtype)])
+            # What a session that failed has left there must not fail others.
+            padding = np.arange(num_rows, size) + self.first_seat
+            self.move(np.full_like(padding, INITIAL_SLOT), padding)
+        bound = self._runs.get((self._area, size)) or self._bind_run(self._area, size)
+        bound.inputs.update_inplace(inputs)
+        self._run.run_with_iobinding(bound.binding)
+        bound.binding.synchronize_outputs()
+        self._area = 1 - self._area
         return bound.outputs[:num_rows]
 
-    def commit(self, write_slots: Slots) -> None:
-        """Store the next state of the batch that ran last.
+    def move(self, sources: Rows, targets: Rows) -> None:
+        """Copy the state in some rows to others.
 
         Args:
-            write_slots: [B], where each row's next state goes, none twice. If this raises, what is in them is
-                undefined; all other slots are as they were.
+            sources: [B].
+            targets: [B], none twice and none of the sources. If this raises, what is in them is undefined.
         """
-        size = self.padded_batch_size or len(write_slots)
-        if size != len(write_slots):
-            write_slots = np.concatenate([write_slots, np.full(size - len(write_slots), PADDING_SLOT)])
-        bound = self._bound[size]
-        bound.write_slots.update_inplace(write_slots)
-        self._commit.run_with_iobinding(bound.commit)
-        bound.commit.synchronize_outputs()
+        bound = self._moves.get(len(sources)) or self._bind_move(len(sources))
+        bound.sources.update_inplace(sources)
+        bound.targets.update_inplace(targets)
+        self._move.run_with_iobinding(bound.binding)
+        bound.binding.synchronize_outputs()
 
-    def read(self, slots: Slots) -> dict[str, Array]:
+    def read(self, slots: Rows) -> dict[str, Array]:
         """The state in some slots, by name: [B, ...state shape] each, a copy."""
         feeds = {graphs.pool(state): self._pools[state.input_name] for state in self.model.spec.states}
-        feeds[graphs.SLOTS] = self._on_device(slots)
-        names = [graphs.rows(state) for state in self.model.spec.states]
+        feeds[graphs.ROWS] = self._on_device(slots)
+        names = [graphs.content(state) for state in self.model.spec.states]
         values = self._read.run_with_ort_values(names, feeds)
         return {
             state.input_name: value.numpy().copy()
             for state, value in zip(self.model.spec.states, values, strict=True)
         }
 
-    def write(self, slots: Slots, states: dict[str, Array]) -> None:
+    def write(self, slots: Rows, states: dict[str, Array]) -> None:
         """Put state into some slots.
 
         Args:
@@ -150,52 +172,49 @@ class ModelRunner:
             states: by name, [B, ...state shape] of the state's dtype.
         """
         values = {name: self._on_device(np.ascontiguousarray(array)) for name, array in states.items()}
-        binding = self._commit.io_binding()
-        binding.bind_ortvalue_input(graphs.SLOTS, self._on_device(slots))
+        binding = self._write.io_binding()
+        binding.bind_ortvalue_input(graphs.TARGETS, self._on_device(slots))
         for state in self.model.spec.states:
-            binding.bind_ortvalue_input(graphs.rows(state), values[state.input_name])
-        self._bind_pools(binding, update=True)
-        self._commit.run_with_iobinding(binding)
+            binding.bind_ortvalue_input(graphs.content(state), values[state.input_name])
+        self._bind_pools(binding)
+        self._write.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    def _bind(self, size: int) -> _BoundBatch:
-        """Bind every buffer for batches of `size` rows, once."""
+    def _bind_run(self, area: int, size: int) -> _BoundRun:
+        """Bind every buffer for runs of `size` rows from an area, once."""
         spec = self.model.spec
-        read_slots = self._on_device(np.zeros(size, np.int64))
-        write_slots = self._on_device(np.zeros(size, np.int64))
-        inputs = self._on_device(np.zeros((size, *spec.input.shape), self._input_dtype))
-        outputs = np.zeros((size, *spec.output.shape), self._output_dtype)
-
-        run = self._run.io_binding()
-        run.bind_ortvalue_input(graphs.SLOTS, read_slots)
-        run.bind_ortvalue_input(graphs.INPUT, inputs)
-        self._bind_pools(run, update=False)
-        run.bind_output(graphs.OUTPUT, "cpu", 0, outputs.dtype, outputs.shape, outputs.ctypes.data)
-        commit = self._commit.io_binding()
-        commit.bind_ortvalue_input(graphs.SLOTS, write_slots)
-        self._bind_pools(commit, update=True)
+        inputs = self._on_device(_aligned_zeros((size, *spec.input.shape), self._input_dtype))
+        outputs = _aligned_zeros((size, *spec.output.shape), self._output_dtype)
+        binding = self._run.io_binding()
+        binding.bind_ortvalue_input(graphs.INPUT, inputs)
+        binding.bind_output(graphs.OUTPUT, "cpu", 0, outputs.dtype, outputs.shape, outputs.ctypes.data)
         for state in spec.states:
-            # A batch uses the first rows of memory that is there for the largest.
-            shape, pointer = (size, *state.shape), self._next[state.input_name].data_ptr()
-            where = (self.device.kind, self.device.device_id, numpy_dtype(state.dtype), shape, pointer)
-            run.bind_output(graphs.rows(state), *where)
-            commit.bind_input(graphs.rows(state), *where)
-
-        bound = _BoundBatch(run, commit, read_slots, write_slots, inputs, outputs)
-        self._bound[size] = bound
+            pool, row_bytes = self._pools[state.input_name].data_ptr(), _row_bytes(state)
+            where = (self.device.kind, self.device.device_id, numpy_dtype(state.dtype), (size, *state.shape))
+            binding.bind_input(graphs.content(state), *where, pool + self._areas[area] * row_bytes)
+            binding.bind_output(graphs.next_content(state), *where, pool + self._areas[1 - area] * row_bytes)
+        self._runs[area, size] = bound = _BoundRun(binding, inputs, outputs)
         return bound
 
-    def _bind_pools(self, binding: ort.IOBinding, update: bool) -> None:
-        """Bind the pools as inputs and, to update them in place, as outputs on the same memory."""
+    def _bind_move(self, size: int) -> _BoundMove:
+        """Bind every buffer for moves of `size` rows, once."""
+        sources, targets = (
+            self._on_device(np.zeros(size, np.int64)),
+            self._on_device(np.zeros(size, np.int64)),
+        )
+        binding = self._move.io_binding()
+        binding.bind_ortvalue_input(graphs.ROWS, sources)
+        binding.bind_ortvalue_input(graphs.TARGETS, targets)
+        self._bind_pools(binding)
+        self._moves[size] = bound = _BoundMove(binding, sources, targets)
+        return bound
+
+    def _bind_pools(self, binding: ort.IOBinding) -> None:
+        """Bind the pools as inputs and, to change them in place, as outputs on the same memory."""
         for state in self.model.spec.states:
             pool = self._pools[state.input_name]
             binding.bind_ortvalue_input(graphs.pool(state), pool)
-            if update:
-                binding.bind_ortvalue_output(graphs.updated_pool(state), pool)
-
-    def _rows(self, state: model_pb2.StateSpec, num_rows: int) -> ort.OrtValue:
-        """Device memory for so many rows of a state, zero."""
-        return self._on_device(np.zeros((num_rows, *state.shape), numpy_dtype(state.dtype)))
+            binding.bind_ortvalue_output(graphs.updated_pool(state), pool)
 
     def _on_device(self, array: Array) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(array, self.device.kind, self.device.device_id)
@@ -241,14 +260,16 @@ class ModelRunner:
                 return batch_size
         return None
 
-    def _two_steps(self, slots: Slots, inputs: Array, batch_size: int) -> list[Array]:
+    def _two_steps(self, slots: Rows, inputs: Array, batch_size: int) -> list[Array]:
         """Two steps of every slot from the initial state, in batches of one size: outputs and final state."""
         outputs = []
-        for read_slots in (np.full_like(slots, INITIAL_SLOT), slots):
+        for sources in (np.full_like(slots, INITIAL_SLOT), slots):
             for start in range(0, len(slots), batch_size):
                 rows = slice(start, start + batch_size)
-                outputs.append(self.run(read_slots[rows], inputs[rows]).copy())
-                self.commit(slots[rows])
+                seats = np.arange(len(slots[rows]))
+                self.move(sources[rows], self.first_seat + seats)
+                outputs.append(self.run(inputs[rows]).copy())
+                self.move(self.first_seat + seats, slots[rows])
         return [np.concatenate(outputs), *self.read(slots).values()]
 
 
@@ -257,3 +278,19 @@ def _probe_sizes(largest: int) -> list[int]:
     powers = [2**i for i in range(4, math.ceil(math.log2(largest + 1)) + 1)]
     near_powers = {size + offset for size in powers for offset in (-1, 0, 1)}
     return sorted(size for size in {*range(2, 10), *near_powers, largest} if 2 <= size <= largest)
+
+
+def _row_bytes(state: model_pb2.StateSpec) -> int:
+    return math.prod(state.shape) * numpy_dtype(state.dtype).itemsize
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros that begin where vector code likes it; numpy alone promises 16 bytes."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(num_bytes + _ALIGNMENT_BYTES, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT_BYTES
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)

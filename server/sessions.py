@@ -354,7 +354,13 @@ class SessionManager:
         outputs = np.empty((len(inputs), *spec.output.shape), numpy_dtype(spec.output.dtype))
         write_slot = served.slots.take() if len(inputs) else INITIAL_SLOT
         message = Message(
-            session.session_id, session.next_step, inputs, outputs, session.slot, write_slot, wants_state
+            session.session_id,
+            session.next_step,
+            inputs,
+            outputs,
+            session.slot,
+            write_slot,
+            wants_state=wants_state,
         )
         call.message = message
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from server import device, spec
-from server.model_runner import INITIAL_SLOT, NUM_RESERVED_SLOTS, PADDING_SLOT, ModelRunner
+from server.model_runner import INITIAL_SLOT, NUM_RESERVED_SLOTS, ModelRunner
 from tests import step_models
 
 
@@ -19,19 +19,24 @@ def runner_of(tmp_path: Path, content: bytes, kind: device.RequestedDevice = "cp
 
 def steps(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarray:
     """One step of some slots, in place."""
-    outputs = runner.run(np.array(slots), inputs).copy()
-    runner.commit(np.array(slots))
+    outputs = sit_and_run(runner, slots, inputs)
+    runner.move(runner.first_seat + np.arange(len(slots)), np.array(slots))
     return outputs
 
 
-def test_a_commit_writes_the_slots_named_and_no_others(tmp_path: Path) -> None:
+def sit_and_run(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarray:
+    runner.move(np.array(slots), runner.first_seat + np.arange(len(slots)))
+    return runner.run(inputs).copy()
+
+
+def test_a_move_writes_the_slots_named_and_no_others(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.accumulator())
     every_slot = np.arange(16 + NUM_RESERVED_SLOTS)
     before = runner.read(every_slot)["sum"]
     inputs = np.ones((2, 3), np.float32)
 
-    runner.run(np.array([INITIAL_SLOT, 4]), inputs)
-    runner.commit(np.array([7, 9]))
+    sit_and_run(runner, [INITIAL_SLOT, 4], inputs)
+    runner.move(runner.first_seat + np.arange(2), np.array([7, 9]))
 
     expected = before.copy()
     expected[7] = 1
@@ -39,11 +44,11 @@ def test_a_commit_writes_the_slots_named_and_no_others(tmp_path: Path) -> None:
     np.testing.assert_array_equal(runner.read(every_slot)["sum"], expected)
 
 
-def test_a_run_that_is_not_committed_changes_nothing(tmp_path: Path) -> None:
+def test_a_run_changes_no_slot(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.many_layouts())
     before = runner.read(np.arange(16))
 
-    runner.run(np.array([3, 4, 5]), np.ones((3, 3), np.float32))
+    sit_and_run(runner, [3, 4, 5], np.ones((3, 3), np.float32))
 
     for name, value in runner.read(np.arange(16)).items():
         np.testing.assert_array_equal(value, before[name])
@@ -73,23 +78,47 @@ def test_a_step_whose_results_depend_on_the_batchs_size_is_padded_to_one_size(tm
     runner = runner_of(tmp_path, step_models.size_dependent())
     inputs = np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
 
-    together = runner.run(np.full(5, INITIAL_SLOT), inputs).copy()
-    alone = np.concatenate([runner.run(np.array([INITIAL_SLOT]), row[None]).copy() for row in inputs])
+    together = sit_and_run(runner, [INITIAL_SLOT] * 5, inputs)
+    alone = np.concatenate([sit_and_run(runner, [INITIAL_SLOT], row[None]) for row in inputs])
 
     assert runner.is_batch_invariant
     np.testing.assert_array_equal(together, alone)
 
 
-def test_padding_writes_only_the_slot_set_aside_for_it(tmp_path: Path) -> None:
+def test_a_batch_goes_on_from_where_the_last_run_left_it(tmp_path: Path) -> None:
+    runner = runner_of(tmp_path, step_models.delay_line())
+    inputs = np.random.default_rng(1).uniform(-1, 1, (6, 4, 3)).astype(np.float32)
+    runner.move(np.full(4, INITIAL_SLOT), runner.first_seat + np.arange(4))
+
+    outputs = [runner.run(step_inputs).copy() for step_inputs in inputs]
+
+    np.testing.assert_array_equal(outputs, [np.zeros((4, 3)), np.zeros((4, 3)), *inputs[:-2]])
+
+
+def test_a_run_that_fails_spoils_neither_slots_nor_seats(tmp_path: Path) -> None:
+    runner = runner_of(tmp_path, step_models.fragile())
+    sit_and_run(runner, [INITIAL_SLOT] * 3, np.ones((3, 3), np.float32))
+    kept = np.r_[0:18, runner.first_seat + np.arange(3)]
+    before = runner.read(kept)
+
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"out of (bounds|data)"):
+            runner.run(np.full((3, 3), 8, np.float32))
+
+    for name, value in runner.read(kept).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_what_a_failed_session_left_does_not_fail_a_padded_batch(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.size_dependent())
-    every_slot = np.arange(16 + NUM_RESERVED_SLOTS)
-    before = runner.read(every_slot)["sum"]
+    ones = np.ones((2, 3), np.float32)
+    expected = sit_and_run(runner, [INITIAL_SLOT], ones[:1])
+    nothing = {"sum": np.full((1, 3), np.nan, np.float32)}
+    runner.write(np.array([5]), nothing)
+    sit_and_run(runner, [INITIAL_SLOT, 5], ones)
 
-    runner.run(np.array([INITIAL_SLOT]), np.ones((1, 3), np.float32))
-    runner.commit(np.array([5]))
-
-    changed = np.flatnonzero((runner.read(every_slot)["sum"] != before).any(axis=1))
-    assert set(changed.tolist()) <= {5, PADDING_SLOT}
+    np.testing.assert_array_equal(sit_and_run(runner, [INITIAL_SLOT], ones[:1]), expected)
+    assert np.isfinite(runner.read(runner.first_seat + np.arange(8))["sum"]).all()
 
 
 @pytest.mark.gpu

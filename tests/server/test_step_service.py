@@ -313,7 +313,7 @@ async def test_a_batch_that_is_cancelled_takes_out_what_has_not_begun(caller: Ca
     assert [await caller.next_step(f"s{index}") for index in range(3)] == [0, 0, 0]
 
 
-async def test_a_commit_that_fails_answers_every_caller_and_leaves_their_sessions(
+async def test_a_move_that_fails_answers_every_caller_and_leaves_their_sessions(
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = caller.server.sessions.model("accumulator", None).runner
@@ -322,11 +322,11 @@ async def test_a_commit_that_fails_answers_every_caller_and_leaves_their_session
         await caller.create("accumulator", f"s{index}")
         await caller.step(inputs[:1], f"s{index}")
 
-    def fail(write_slots: object) -> None:
+    def fail(sources: object, targets: object) -> None:
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "commit", fail)
+        patch.setattr(runner, "move", fail)
         steps = [asyncio.ensure_future(caller.step(inputs[1:], f"s{index}")) for index in range(2)]
         for step in steps:
             await refused(step, grpc.StatusCode.INTERNAL, "STEP_FAILED")

@@ -12,7 +12,7 @@ Shapes: B batch, K turns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -44,6 +44,8 @@ class Message:
     write_slot: int
     """Where the state goes in the end, and whenever the message must wait for its next turn."""
     wants_state: bool = False
+    on_ended: Callable[[Message], None] | None = None
+    """What whoever submitted it wants done then; the engine only carries it."""
     seat: int | None = None
     state: dict[str, Array] | None = None
     """After the last step, by name, if it was asked for."""
@@ -107,10 +109,11 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name=f"engine {runner.model.label}", daemon=True)
         self._thread.start()
 
-    def submit(self, message: Message) -> None:
-        """Put a message in line."""
+    def submit(self, messages: Sequence[Message]) -> None:
+        """Put messages in line."""
         with self._wake:
-            self._scheduler.add(message)
+            for message in messages:
+                self._scheduler.add(message)
             self._wake.notify()
 
     def withdraw(self, message: Message) -> bool:
@@ -193,11 +196,11 @@ class Engine:
     def _take_turns(self, batch: list[Message], num_turns: int, turn_times_s: list[float]) -> None:
         """Run up to so many turns of a batch, at least one; a message that fails, fails alone."""
         batch = self._sit(batch)
-        spec, size = self._runner.model.spec, len(batch)
-        inputs = np.empty((num_turns, size, *spec.input.shape), batch[0].inputs.dtype)
-        outputs = np.empty((num_turns, size, *spec.output.shape), batch[0].outputs.dtype)
-        for index, message in enumerate(batch):
-            inputs[:, index] = message.inputs[message.steps_done : message.steps_done + num_turns]
+        size = len(batch)
+        pieces = [m.inputs[m.steps_done : m.steps_done + num_turns] for m in batch]
+        inputs = np.concatenate(pieces).reshape(size, num_turns, *pieces[0].shape[1:])
+        inputs = np.ascontiguousarray(inputs.swapaxes(0, 1))
+        outputs = np.empty((num_turns, size, *batch[0].outputs.shape[1:]), batch[0].outputs.dtype)
         num_done, failed = 0, None
         while num_done < num_turns and not (num_done and self._is_wanted()):
             start_s = perf_counter()

@@ -8,17 +8,15 @@ repeat cuts them into messages, and everything that does not fit is refused with
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from ntm.tensor import Array, numpy_dtype
+from ntm.tensor import Array
 from server.errors import InputMismatchError, StepGapError, StepTooOldError
-from server.spec import StepModel
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
+class _Record(NamedTuple):
     """A message that was applied."""
 
     first_step: int
@@ -33,13 +31,19 @@ class _Record:
 class History:
     """The records of one session, for at least the last `window_steps` steps."""
 
-    def __init__(self, model: StepModel, window_steps: int, next_step: int = 0) -> None:
-        """A history that begins at `next_step`, with nothing on record."""
+    def __init__(self, no_outputs: Array, window_steps: int, next_step: int = 0) -> None:
+        """A history that begins at `next_step`, with nothing on record.
+
+        Args:
+            no_outputs: [0, ...output shape], the outputs of no steps.
+            window_steps: steps to keep at least.
+            next_step: the counter.
+        """
         self.next_step = next_step
         """The session's counter: it only grows."""
-        self._model = model
         self._window_steps = window_steps
         self._records: deque[_Record] = deque()
+        self._no_outputs = no_outputs
         self._reset_steps: deque[int] = deque()
 
     @property
@@ -86,14 +90,13 @@ class History:
             StepGapError: it is beyond the counter. StepTooOldError: it is before the window.
             InputMismatchError: a step has run with other bytes.
         """
-        spec = self._model.spec.output
-        known = [np.empty((0, *spec.shape), numpy_dtype(spec.dtype))]
         if first_step is None or first_step == self.next_step:
-            return known[0]
+            return self._no_outputs
         if first_step > self.next_step:
             raise StepGapError(first_step, self.next_step)
         if first_step < self.oldest_step:
             raise StepTooOldError(first_step, self.oldest_step, self.next_step)
+        known = [self._no_outputs]
         end_step = min(first_step + len(inputs), self.next_step)
         for record in self._records:
             start, end = max(first_step, record.first_step), min(end_step, record.end_step)

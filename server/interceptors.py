@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -30,6 +29,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._num_calls = 0
         self._is_stopping = False
         self._all_done = asyncio.Event()
@@ -53,11 +53,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the handler of every rpc."""
-        handler = await continuation(handler_call_details)
+        """Wrap the handler of every rpc, once."""
         method: str = handler_call_details.method
-        if handler is None:
-            return None
+        wrapped = self._handlers.get(method)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            self._handlers[method] = wrapped = self._wrap(method, handler)
+        return wrapped
+
+    def _wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         if not method.startswith("/ntm."):
             return self._cut_when_stopping(handler)
         rpc = method.rpartition("/")[2]
@@ -101,40 +107,61 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _around_unary(self, rpc: str, handle: Any) -> Any:
         async def around(request: Any, context: _Context) -> Any:
-            async with self._call(rpc, context):
-                return await handle(request, context)
+            call = _Call(rpc)
+            try:
+                self._let_in()
+                response = await handle(request, context)
+                call.code = grpc.StatusCode.OK
+            except Exception as error:
+                await call.abort(error, context)
+            finally:
+                self._let_out(call)
+            return response
 
         return around
 
     def _around_stream(self, rpc: str, handle: Any) -> Any:
         async def around(requests: Any, context: _Context) -> AsyncIterator[Any]:
-            async with self._call(rpc, context):
+            call = _Call(rpc)
+            try:
+                self._let_in()
                 async for response in handle(requests, context):
                     yield response
+                call.code = grpc.StatusCode.OK
+            except Exception as error:
+                await call.abort(error, context)
+            finally:
+                self._let_out(call)
 
         return around
 
-    @asynccontextmanager
-    async def _call(self, rpc: str, context: _Context) -> AsyncIterator[None]:
-        """Around one call, whatever becomes of it."""
-        start_s = perf_counter()
-        code = grpc.StatusCode.CANCELLED
+    def _let_in(self) -> None:
         self._num_calls += 1
-        try:
-            if self._is_stopping:
-                raise ServerStoppingError
-            yield
-            code = grpc.StatusCode.OK
-        except Exception as error:
-            told = _tell(rpc, error)
-            code = told.code
-            await _abort(told, context)
-        finally:
-            self._num_calls -= 1
-            if self._is_stopping and not self._num_calls:
-                self._all_done.set()
-            self._metrics.calls.labels(rpc, code.name).inc()
-            self._metrics.call_seconds.labels(rpc).observe(perf_counter() - start_s)
+        if self._is_stopping:
+            raise ServerStoppingError
+
+    def _let_out(self, call: _Call) -> None:
+        self._num_calls -= 1
+        if self._is_stopping and not self._num_calls:
+            self._all_done.set()
+        self._metrics.count_call(call.rpc, call.code.name, perf_counter() - call.start_s)
+
+
+class _Call:
+    """One call: when it began, and what became of it."""
+
+    __slots__ = ("code", "rpc", "start_s")
+
+    def __init__(self, rpc: str) -> None:
+        self.rpc = rpc
+        self.start_s = perf_counter()
+        self.code = grpc.StatusCode.CANCELLED
+
+    async def abort(self, error: Exception, context: _Context) -> NoReturn:
+        """End the call with the status of an error."""
+        told = _tell(self.rpc, error)
+        self.code = told.code
+        await _abort(told, context)
 
 
 def _tell(rpc: str, error: Exception) -> status.Status:

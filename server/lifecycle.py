@@ -59,7 +59,10 @@ class Server:
         models = [self._serve(model) for model in repository.load_all(settings.models)]
         self.sessions = SessionManager(models)
         limits = RequestLimits(
-            settings.max_steps_per_message, settings.max_sessions_per_batch, settings.max_message_bytes
+            settings.max_steps_per_message,
+            settings.retry_window_steps,
+            settings.max_sessions_per_batch,
+            settings.max_message_bytes,
         )
         self._session_service = SessionService(self.sessions, limits)
         self._health = health.aio.HealthServicer()

@@ -20,12 +20,13 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         r = self._registry
-        self.calls = Counter(
+        self._calls = Counter(
             "ntm_calls", "Calls answered, by rpc and status code.", ["rpc", "code"], registry=r
         )
-        self.call_seconds = Histogram(
+        self._call_seconds = Histogram(
             "ntm_call_seconds", "From a call's arrival to its answer.", ["rpc"], buckets=_SECONDS, registry=r
         )
+        self._children: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._steps = Counter("ntm_steps", "Steps run.", ["model"], registry=r)
         self._batch_size = Histogram(
             "ntm_batch_size", "Sessions run together in one step.", ["model"], buckets=_SIZES, registry=r
@@ -45,6 +46,17 @@ class Metrics:
         self._fell_back = Gauge(
             "ntm_device_fell_back", "1: device auto found no CUDA and fell back to the CPU.", registry=r
         )
+
+    def count_call(self, rpc: str, code: str, seconds: float) -> None:
+        """Count a call that was answered."""
+        children = self._children.get((rpc, code))
+        if children is None:
+            children = self._children[rpc, code] = (
+                self._calls.labels(rpc, code),
+                self._call_seconds.labels(rpc),
+            )
+        children[0].inc()
+        children[1].observe(seconds)
 
     def batch_observer(self, model: str) -> Callable[[BatchReport], None]:
         """What to call after each batch of a model."""

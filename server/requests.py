@@ -15,6 +15,7 @@ import numpy as np
 from ntm.tensor import Array, TensorError, numpy_dtype, to_array, type_name
 from ntm.v1 import model_pb2, tensor_pb2
 from server.errors import InvalidInputError
+from server.spec import StepModel
 
 # What a message may weigh beside its tensors: ids, counters, names.
 ENVELOPE_BYTES = 64 * 1024
@@ -29,6 +30,8 @@ class RequestLimits:
     """What one message may ask for."""
 
     max_steps_per_message: int
+    max_unanswered_steps: int
+    """On one stream: no more than a session keeps answers for."""
     max_sessions_per_batch: int
     max_message_bytes: int
 
@@ -43,11 +46,15 @@ def check_id(field: str, value: str, may_be_empty: bool = False) -> str:
     return value
 
 
-def step_inputs(tensor: tensor_pb2.Tensor, spec: model_pb2.TensorSpec, limits: RequestLimits) -> Array:
+def step_inputs(tensor: tensor_pb2.Tensor, model: StepModel, limits: RequestLimits) -> Array:
     """The inputs of one session, [T, ...input shape]."""
-    array = _array(tensor)
-    _check_dtype(tensor.dtype, spec)
-    if array.shape[1:] != tuple(spec.shape) or array.ndim == 0:
+    array, spec = _array(tensor), model.spec.input
+    if array.dtype != model.no_inputs.dtype:
+        raise InvalidInputError(
+            "inputs.dtype",
+            f"{type_name(tensor.dtype)} must be {type_name(spec.dtype)}, the type of input {spec.name!r}",
+        )
+    if array.shape[1:] != model.no_inputs.shape[1:] or array.ndim == 0:
         raise InvalidInputError(
             "inputs.shape",
             f"{list(array.shape)} must be [T, {_join(spec.shape)}]: T steps of input {spec.name!r}",
@@ -74,9 +81,10 @@ def batch_inputs(tensor: tensor_pb2.Tensor, num_sessions: int, limits: RequestLi
     return array
 
 
-def check_batch_fits(inputs: Array, spec: model_pb2.ModelSpec, limits: RequestLimits) -> None:
+def check_batch_fits(inputs: Array, model: StepModel, limits: RequestLimits) -> None:
     """That the inputs [S, T, ...] of a batch fit the model of its sessions, and the answer a message."""
     num_sessions, num_steps = inputs.shape[:2]
+    spec = model.spec
     if inputs.dtype != numpy_dtype(spec.input.dtype):
         raise InvalidInputError("inputs.dtype", f"the sessions' model takes {type_name(spec.input.dtype)}")
     if inputs.shape[2:] != tuple(spec.input.shape):
@@ -84,7 +92,7 @@ def check_batch_fits(inputs: Array, spec: model_pb2.ModelSpec, limits: RequestLi
             "inputs.shape",
             f"{list(inputs.shape)} must be [S, T, {_join(spec.input.shape)}]: T steps of input {spec.input.name!r}",
         )
-    check_answer_size("inputs.shape", num_sessions * num_steps, [], spec, limits, num_items=num_sessions)
+    check_answer_size("inputs.shape", num_sessions * num_steps, [], model, limits, num_items=num_sessions)
 
 
 def check_alike(field: str, spec: model_pb2.ModelSpec, others: model_pb2.ModelSpec) -> None:
@@ -100,6 +108,8 @@ def check_alike(field: str, spec: model_pb2.ModelSpec, others: model_pb2.ModelSp
 
 def check_state_names(field: str, names: Sequence[str], spec: model_pb2.ModelSpec) -> list[str]:
     """Names of state tensors, none twice."""
+    if not names:
+        return []
     known = [state.input_name for state in spec.states]
     for name in names:
         if name not in known:
@@ -115,17 +125,19 @@ def check_answer_size(
     field: str,
     num_steps: int,
     state_names: Sequence[str],
-    spec: model_pb2.ModelSpec,
+    model: StepModel,
     limits: RequestLimits,
     num_items: int = 0,
 ) -> None:
     """That the answer will fit in a message, before anything is run for it; `field` is what can be made less."""
-    output_bytes = num_steps * math.prod(spec.output.shape) * numpy_dtype(spec.output.dtype).itemsize
-    state_bytes = sum(
-        math.prod(state.shape) * numpy_dtype(state.dtype).itemsize
-        for state in spec.states
-        if state.input_name in state_names
-    )
+    output_bytes = num_steps * math.prod(model.no_outputs.shape[1:]) * model.no_outputs.itemsize
+    state_bytes = 0
+    if state_names:
+        state_bytes = sum(
+            math.prod(state.shape) * numpy_dtype(state.dtype).itemsize
+            for state in model.spec.states
+            if state.input_name in state_names
+        )
     other_bytes = ENVELOPE_BYTES + num_items * ITEM_BYTES
     if output_bytes + state_bytes + other_bytes > limits.max_message_bytes:
         raise InvalidInputError(
@@ -149,14 +161,6 @@ def _array(tensor: tensor_pb2.Tensor) -> Array:
         return to_array(tensor)
     except TensorError as error:
         raise InvalidInputError(f"inputs.{error.field}", str(error)) from error
-
-
-def _check_dtype(data_type: tensor_pb2.DataType.ValueType, spec: model_pb2.TensorSpec) -> None:
-    if data_type != spec.dtype:
-        raise InvalidInputError(
-            "inputs.dtype",
-            f"{type_name(data_type)} must be {type_name(spec.dtype)}, the type of input {spec.name!r}",
-        )
 
 
 def _check_steps(num_steps: int, limits: RequestLimits) -> None:

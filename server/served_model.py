@@ -44,25 +44,35 @@ class ServedModel:
         self.slots = slots
         self.num_sessions = 0
         self.num_pending = 0
-        self._calls: dict[Message, Callable[[Message], None]] = {}
+        self._outbox: list[Message] = []
         self._loop = loop
         self.engine = Engine(runner, self._hand_back, on_batch)
 
-    def submit(self, message: Message, on_ended: Callable[[Message], None]) -> None:
-        """Run a message; `on_ended` is called in the event loop when it has ended."""
-        self._calls[message] = on_ended
-        self.engine.submit(message)
+    def submit(self, message: Message) -> None:
+        """Run a message; its `on_ended` is called in the event loop when it has ended.
+
+        Messages that come in one turn of the event loop go to the engine together, so that they run together.
+        """
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox.append(message)
 
     def withdraw(self, message: Message) -> bool:
         """Take a message back that has not begun; says whether it is out."""
-        if not self.engine.withdraw(message):
-            return False
-        del self._calls[message]
-        return True
+        if message in self._outbox:
+            self._outbox.remove(message)
+            return True
+        return self.engine.withdraw(message)
+
+    def _flush(self) -> None:
+        if self._outbox:
+            self.engine.submit(self._outbox)
+            self._outbox = []
 
     def _hand_back(self, messages: list[Message]) -> None:
         self._loop.call_soon_threadsafe(self._end, messages)
 
     def _end(self, messages: list[Message]) -> None:
         for message in messages:
-            self._calls.pop(message)(message)
+            assert message.on_ended is not None
+            message.on_ended(message)

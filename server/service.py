@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -16,7 +18,7 @@ import onnxruntime as ort
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from ntm.tensor import Array, to_message
+from ntm.tensor import Array, fill, to_message
 from ntm.v1 import (
     model_pb2,
     model_service_pb2,
@@ -29,7 +31,7 @@ from server import requests, status
 from server.errors import InvalidInputError, NotBuiltError, ServerStoppingError, ServingError
 from server.requests import RequestLimits
 from server.served_model import ServedModel
-from server.sessions import Session, SessionManager, StepResult
+from server.sessions import Batch, Call, Session, SessionManager, StepResult
 
 log = structlog.get_logger()
 
@@ -108,15 +110,22 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     async def Step(
         self, request: session_service_pb2.StepRequest, context: _Context
     ) -> session_service_pb2.StepResponse:
-        return await self._step(request)
+        entered = self.enter_step(request)
+        answer = session_service_pb2.StepResponse()
+        _fill(answer, entered, await self._sessions.finish(entered.call))
+        return answer
 
     async def StreamSteps(
         self, request_iterator: AsyncIterator[session_service_pb2.StreamStepsRequest], context: _Context
     ) -> AsyncIterator[session_service_pb2.StreamStepsResponse]:
-        incoming = aiter(request_iterator)
-        while (request := await self._next(incoming)) is not None:
-            answer = await self._step(request.step)
-            yield session_service_pb2.StreamStepsResponse(session_id=request.step.session_id, step=answer)
+        ahead = _ReadAhead(self, aiter(request_iterator), self._limits.max_unanswered_steps)
+        try:
+            while (entered := await ahead.next()) is not None:
+                answer = session_service_pb2.StreamStepsResponse(session_id=entered.call.session.session_id)
+                _fill(answer.step, entered, await entered.call.future)
+                yield answer
+        finally:
+            self._sessions.withdraw(ahead.close())
 
     async def BatchStep(
         self, request: session_service_pb2.BatchStepRequest, context: _Context
@@ -133,9 +142,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                 f"{len(request.first_steps)} for {len(ids)} sessions: send one for each, or none",
             )
         inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
-        futures = self._enter_each(ids, request.first_steps, inputs)
-        # A caller who leaves cancels them all, which takes out those that have not begun.
-        return _batch_message(await asyncio.gather(*futures, return_exceptions=True), inputs.shape[1])
+        batch = self._enter_batch(ids, request.first_steps, inputs)
+        return _batch_message(await self._sessions.finish(batch), inputs.shape[1])
 
     async def GetState(
         self, request: session_service_pb2.GetStateRequest, context: _Context
@@ -144,7 +152,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         spec = session.model.model.spec
         names = requests.check_state_names("names", request.names, spec)
         names = names or [state.input_name for state in spec.states]
-        requests.check_answer_size("names", 0, names, spec, self._limits)
+        requests.check_answer_size("names", 0, names, session.model.model, self._limits)
         result = await self._sessions.state(session.session_id)
         return session_service_pb2.GetStateResponse(
             next_step=result.next_step, state=_state_messages(names, result.state, spec)
@@ -171,45 +179,45 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     ) -> session_service_pb2.ImportSessionResponse:
         raise NotBuiltError("ImportSession")
 
-    async def _step(self, request: session_service_pb2.StepRequest) -> session_service_pb2.StepResponse:
+    def enter_step(
+        self, request: session_service_pb2.StepRequest, follows: _Entered | None = None
+    ) -> _Entered:
+        """Check a request and put it in its session's line."""
         requests.check_message_bytes(request.ByteSize(), self._limits)
         session = self._sessions.get(requests.check_id("session_id", request.session_id))
-        spec = session.model.model.spec
-        inputs = requests.step_inputs(request.inputs, spec.input, self._limits)
-        names = requests.check_state_names("include_state", request.include_state, spec)
+        model = session.model.model
+        inputs = requests.step_inputs(request.inputs, model, self._limits)
+        names = requests.check_state_names("include_state", request.include_state, model.spec)
         field = "include_state" if names else "inputs.shape"
-        requests.check_answer_size(field, len(inputs), names, spec, self._limits)
-        first_step = request.first_step if request.HasField("first_step") else None
-        result = await self._sessions.step(session.session_id, inputs, first_step, wants_state=bool(names))
-        return session_service_pb2.StepResponse(
-            outputs=to_message(result.outputs),
-            next_step=result.next_step,
-            state=_state_messages(names, result.state, spec),
+        requests.check_answer_size(field, len(inputs), names, model, self._limits)
+        call = self._sessions.step(
+            session,
+            inputs,
+            request.first_step if request.HasField("first_step") else None,
+            wants_state=bool(names),
+            follows=follows.call if follows else None,
         )
+        return _Entered(call, len(inputs), names)
 
-    def _enter_each(
-        self, ids: Sequence[str], first_steps: Sequence[int], inputs: Array
-    ) -> list[asyncio.Future[StepResult]]:
-        """Enter each session's steps; an item that cannot be entered is a future that failed."""
+    def _enter_batch(self, ids: Sequence[str], first_steps: Sequence[int], inputs: Array) -> Batch:
+        """Enter each session's steps; an item that cannot be entered has its error for a result."""
         sessions = [self._find(session_id) for session_id in ids]
-        specs = [found.model.model.spec for found in sessions if isinstance(found, Session)]
-        if specs:
-            requests.check_batch_fits(inputs, specs[0], self._limits)
-        futures = []
+        models = [found.model.model for found in sessions if isinstance(found, Session)]
+        if models:
+            requests.check_batch_fits(inputs, models[0], self._limits)
+        batch = Batch(len(ids))
         for index, found in enumerate(sessions):
             try:
                 if isinstance(found, ServingError):
                     raise found
-                requests.check_alike("session_ids", found.model.model.spec, specs[0])
+                if found.model.model is not models[0]:
+                    requests.check_alike("session_ids", found.model.model.spec, models[0].spec)
                 first_step = first_steps[index] if first_steps else None
                 # A copy, since the session keeps it on record, and must not keep the whole batch alive with it.
-                row = inputs[index].copy()
-                future = self._sessions.step(found.session_id, row, first_step, wants_state=False)
+                self._sessions.step(found, inputs[index].copy(), first_step, batch=(batch, index))
             except ServingError as error:
-                future = asyncio.get_running_loop().create_future()
-                future.set_exception(error)
-            futures.append(future)
-        return futures
+                batch.settle(index, error)
+        return batch
 
     def _find(self, session_id: str) -> Session | ServingError:
         try:
@@ -217,7 +225,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         except ServingError as error:
             return error
 
-    async def _next(
+    async def next_request(
         self, incoming: AsyncIterator[session_service_pb2.StreamStepsRequest]
     ) -> session_service_pb2.StreamStepsRequest | None:
         """A stream's next message, or None at its end; ServerStoppingError when the server stops meanwhile."""
@@ -235,6 +243,98 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             raise
         finally:
             self._idle_streams.discard(task)
+
+
+@dataclass(eq=False, slots=True)
+class _Entered:
+    """A step request that is in its session's line."""
+
+    call: Call
+    num_steps: int
+    state_names: list[str]
+
+
+class _ReadAhead:
+    """Reads a stream while its earlier messages are at work, so that the engine need not wait for the transport.
+
+    What it reads ahead is bounded, and gRPC's flow control then stops the client. No more steps are unanswered than
+    a session keeps answers for, so that a client whose stream breaks can repeat all of them.
+    """
+
+    _MOST_MESSAGES = 4
+
+    def __init__(
+        self,
+        service: SessionService,
+        incoming: AsyncIterator[session_service_pb2.StreamStepsRequest],
+        max_unanswered_steps: int,
+    ) -> None:
+        self._service = service
+        self._incoming = incoming
+        self._max_unanswered_steps = max_unanswered_steps
+        self._unanswered: deque[_Entered] = deque()
+        self._is_first_handed_out = False
+        self._error: Exception | None = None
+        self._has_ended = False
+        self._arrived = asyncio.Event()
+        self._answered = asyncio.Event()
+        self._task = asyncio.create_task(self._read())
+
+    async def next(self) -> _Entered | None:
+        """The next message in order, the one before it being answered; None at the stream's end.
+
+        Raises:
+            Whatever ended the stream, after all the messages before it.
+        """
+        if self._is_first_handed_out:
+            self._unanswered.popleft()
+            self._is_first_handed_out = False
+            self._answered.set()
+        while not self._unanswered:
+            if self._error is not None:
+                raise self._error
+            if self._has_ended:
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        self._is_first_handed_out = True
+        return self._unanswered[0]
+
+    def close(self) -> list[Call]:
+        """Read no more; returns the calls that are not answered."""
+        self._task.cancel()
+        return [entered.call for entered in self._unanswered]
+
+    async def _read(self) -> None:
+        last: _Entered | None = None
+        try:
+            while (request := await self._service.next_request(self._incoming)) is not None:
+                while self._is_full(request.step):
+                    self._answered.clear()
+                    await self._answered.wait()
+                last = self._service.enter_step(request.step, last)
+                self._unanswered.append(last)
+                self._arrived.set()
+        except Exception as error:  # told by `next`, in its turn
+            self._error = error
+        finally:
+            self._has_ended = True
+            self._arrived.set()
+
+    def _is_full(self, request: session_service_pb2.StepRequest) -> bool:
+        if not self._unanswered:
+            return False
+        num_steps = max(request.inputs.shape[:1], default=0)
+        num_steps += sum(entered.num_steps for entered in self._unanswered)
+        return len(self._unanswered) >= self._MOST_MESSAGES or num_steps > self._max_unanswered_steps
+
+
+def _fill(answer: session_service_pb2.StepResponse, entered: _Entered, result: StepResult) -> None:
+    fill(answer.outputs, result.outputs)
+    answer.next_step = result.next_step
+    if entered.state_names:
+        spec = entered.call.session.model.model.spec
+        answer.state.extend(_state_messages(entered.state_names, result.state, spec))
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
@@ -352,7 +452,7 @@ def _batch_message(
             metadata=told.metadata,
         )
     if outputs is not None:
-        response.outputs.CopyFrom(to_message(outputs))
+        fill(response.outputs, outputs)
     return response
 
 

@@ -17,12 +17,13 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import structlog
 
-from ntm.tensor import Array, numpy_dtype
+from ntm.tensor import Array
 from server.engine import Message
 from server.errors import (
     ModelNotFoundError,
@@ -44,7 +45,7 @@ log = structlog.get_logger()
 RETIREMENT_S = 24 * 3600
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class StepResult:
     """The answer to a message."""
 
@@ -66,7 +67,7 @@ class Session:
     last_use_time_s: float
     history: History
     slot: int = INITIAL_SLOT
-    calls: deque[_Call] = field(default_factory=deque)
+    calls: deque[Call] = field(default_factory=deque)
     """Calls in order of arrival; the first is being served."""
     has_ended: bool = False
 
@@ -77,14 +78,37 @@ class Session:
 
 
 @dataclass(eq=False, slots=True)
-class _Call:
+class Call:
     """One call on one session, waiting or being served."""
 
     session: Session
-    begin: Callable[[_Call], None]
+    begin: Callable[[Call], None]
     """Called when its turn has come; ends the call, or gives it a message to wait for."""
     future: asyncio.Future[Any]
+    """What its caller waits for; several calls can share one."""
+    settle: Callable[[Any], None]
+    """Called with the result, or the exception, unless the caller has left."""
+    follows: Call | None = None
+    """The call before it on its stream: if that one fails, this one is not begun."""
     message: Message | None = None
+    has_failed: bool = False
+
+
+class Batch:
+    """What the caller of several calls waits for: the result or the exception of each, when all have one."""
+
+    def __init__(self, size: int) -> None:
+        self.future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self.calls: list[Call] = []
+        self._results: list[Any] = [None] * size
+        self._num_left = size
+
+    def settle(self, index: int, result: object) -> None:
+        """Note what became of one of them."""
+        self._results[index] = result
+        self._num_left -= 1
+        if not self._num_left and not self.future.done():
+            self.future.set_result(self._results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,18 +192,18 @@ class SessionManager:
         request = _Request(request_id, ("create", model_name, version, session_id))
         return self._repeated(request) or self._add(self.model(model_name, version), session_id, request)
 
-    def fork(
+    async def fork(
         self, source_session_id: str, at_step: int | None, session_id: str, request_id: str
-    ) -> asyncio.Future[Session]:
+    ) -> Session:
         """Copy a session as it is when its turn comes; both hold the same slot until one of them steps.
 
-        Raises (at once or through the future): as `create`; SessionNotFoundError, StepTooOldError, StepGapError,
-            QueueFullError.
+        Raises:
+            As `create`; SessionNotFoundError, StepTooOldError, StepGapError, QueueFullError.
         """
 
         request = _Request(request_id, ("fork", source_session_id, at_step, session_id))
 
-        def begin(call: _Call) -> None:
+        def begin(call: Call) -> None:
             # Once more: the first of two may have waited in this line before the second.
             if repeated := self._repeated(request):
                 return self._end(call, repeated)
@@ -191,8 +215,9 @@ class SessionManager:
             return self._end(call, copy)
 
         if repeated := self._repeated(request):
-            return _done(repeated)
-        return self._enter(self.get(source_session_id), begin)
+            return repeated
+        forked: Session = await self.finish(self._enter(self.get(source_session_id), begin))
+        return forked
 
     async def delete(self, session_id: str, allow_missing: bool) -> None:
         """End a session after the calls that wait on it, and retire its id.
@@ -201,23 +226,24 @@ class SessionManager:
             SessionNotFoundError: unless `allow_missing`. QueueFullError.
         """
 
-        def begin(call: _Call) -> None:
+        def begin(call: Call) -> None:
             self._retire(call.session, SessionNotFoundError)
             self._end(call, None)
 
         try:
-            await self._enter(self.get(session_id), begin)
+            await self.finish(self._enter(self.get(session_id), begin))
         except SessionNotFoundError:
             if not allow_missing:
                 raise
 
-    def reset(self, session_id: str, at_step: int | None) -> asyncio.Future[Session]:
+    async def reset(self, session_id: str, at_step: int | None) -> Session:
         """Put a session back to the initial state; a repeat of a reset made before changes nothing.
 
-        Raises (at once or through the future): SessionNotFoundError, StepTooOldError, StepGapError, QueueFullError.
+        Raises:
+            SessionNotFoundError, StepTooOldError, StepGapError, QueueFullError.
         """
 
-        def begin(call: _Call) -> None:
+        def begin(call: Call) -> None:
             session = call.session
             step = session.next_step if at_step is None else at_step
             if not session.history.was_reset_at(step):
@@ -226,26 +252,33 @@ class SessionManager:
                 session.history.add_reset()
             self._end(call, session)
 
-        return self._enter(self.get(session_id), begin)
+        session: Session = await self.finish(self._enter(self.get(session_id), begin))
+        return session
 
     def step(
-        self, session_id: str, inputs: Array, first_step: int | None, wants_state: bool
-    ) -> asyncio.Future[StepResult]:
-        """Run a message, or answer it from the records where it repeats one.
-
-        Cancelling the future withdraws a message that has not begun; one that has begun runs to its end.
+        self,
+        session: Session,
+        inputs: Array,
+        first_step: int | None,
+        wants_state: bool = False,
+        follows: Call | None = None,
+        batch: tuple[Batch, int] | None = None,
+    ) -> Call:
+        """Run a message, or answer it from the records where it repeats one; `finish` gives its StepResult.
 
         Args:
-            session_id: id of the session.
+            session: the session.
             inputs: [T, ...input shape], T at least 1, checked.
             first_step: index of the first input, or None to run it as the next.
             wants_state: whether to return the state after the last step.
+            follows: the call before it on its stream, if there is one.
+            batch: whose call it is and at which index, if it is not answered by itself.
 
         Raises (at once or through the future): SessionNotFoundError, QueueFullError, StepGapError, StepTooOldError,
             InputMismatchError, StateNotKeptError, StepFailedError, OutputNotFiniteError.
         """
 
-        def begin(call: _Call) -> None:
+        def begin(call: Call) -> None:
             session = call.session
             known = session.history.outputs_of(inputs, first_step)
             new_inputs = inputs[len(known) :]
@@ -257,20 +290,40 @@ class SessionManager:
                     raise StateNotKeptError(end_step - 1, session.next_step)
             return self._run(call, new_inputs, known, wants_state)
 
-        return self._enter(self.get(session_id), begin, needs_device=True)
+        return self._enter(session, begin, needs_device=True, follows=follows, batch=batch)
 
-    def state(self, session_id: str) -> asyncio.Future[StepResult]:
+    async def state(self, session_id: str) -> StepResult:
         """A session's state after the calls that wait before this one: a message of no steps.
 
-        Raises (at once or through the future): SessionNotFoundError, QueueFullError.
+        Raises:
+            SessionNotFoundError, QueueFullError.
         """
 
-        def begin(call: _Call) -> None:
-            spec = call.session.model.model.spec.input
-            no_inputs = np.empty((0, *spec.shape), numpy_dtype(spec.dtype))
-            self._run(call, no_inputs, call.session.history.outputs_of(no_inputs, None), wants_state=True)
+        def begin(call: Call) -> None:
+            model = call.session.model.model
+            self._run(call, model.no_inputs, model.no_outputs, wants_state=True)
 
-        return self._enter(self.get(session_id), begin, needs_device=True)
+        result: StepResult = await self.finish(self._enter(self.get(session_id), begin, needs_device=True))
+        return result
+
+    async def finish(self, waiting: Call | Batch) -> Any:
+        """What became of a call, or of each of a batch; whoever is cancelled here withdraws what has not begun.
+
+        Raises:
+            What the call raises.
+        """
+        try:
+            return await waiting.future
+        except asyncio.CancelledError:
+            self.withdraw([waiting] if isinstance(waiting, Call) else waiting.calls)
+            raise
+
+    def withdraw(self, calls: Iterable[Call]) -> None:
+        """The caller has left: take the calls out that have not begun; the others run to their end."""
+        for call in calls:
+            if not call.future.cancel() and not call.future.cancelled():
+                call.future.exception()  # nobody else will ask, and asyncio would complain
+            self._withdraw(call)
 
     def expire_idle(self) -> None:
         """End the sessions that no call has used for their model's idle limit."""
@@ -284,9 +337,14 @@ class SessionManager:
     # One session's calls, in order.
 
     def _enter(
-        self, session: Session, begin: Callable[[_Call], None], needs_device: bool = False
-    ) -> asyncio.Future[Any]:
-        """Put a call in its session's line; cancelling its future takes it out again if it has not begun.
+        self,
+        session: Session,
+        begin: Callable[[Call], None],
+        needs_device: bool = False,
+        follows: Call | None = None,
+        batch: tuple[Batch, int] | None = None,
+    ) -> Call:
+        """Put a call in its session's line.
 
         A call that neither needs the device nor has to wait for another is never too many.
         """
@@ -295,43 +353,51 @@ class SessionManager:
         if must_wait and served.num_pending >= served.limits.max_pending_messages:
             raise QueueFullError(served.model.label, served.limits.max_pending_messages)
         served.num_pending += 1
-        call = _Call(session, begin, asyncio.get_running_loop().create_future())
-        call.future.add_done_callback(lambda future: self._withdraw(call) if future.cancelled() else None)
+        if batch is None:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            call = Call(session, begin, future, partial(_settle, future), follows)
+        else:
+            call = Call(session, begin, batch[0].future, partial(batch[0].settle, batch[1]), follows)
+            batch[0].calls.append(call)
         session.calls.append(call)
         if len(session.calls) == 1:
             self._serve(session)
-        return call.future
+        return call
 
     def _serve(self, session: Session) -> None:
         """Begin calls until one has a message to wait for."""
         while session.calls and session.calls[0].message is None:
             call = session.calls[0]
-            if call.future.cancelled():
-                self._leave(call, None)
+            if call.future.cancelled() or (call.follows is not None and call.follows.has_failed):
+                call.has_failed = True
+                self._leave(call)
                 continue
             if session.has_ended:
-                self._leave(call, SessionNotFoundError(session.session_id))
+                self._fail(call, SessionNotFoundError(session.session_id))
                 continue
             try:
                 call.begin(call)
             except Exception as error:  # a bug in one call must not keep the others of its session waiting
-                self._leave(call, error)
+                self._fail(call, error)
 
-    def _end(self, call: _Call, result: object) -> None:
+    def _end(self, call: Call, result: object) -> None:
         """Answer the call being served."""
-        self._leave(call, None)
-        if not call.future.done():
-            call.future.set_result(result)
+        self._leave(call)
+        call.settle(result)
 
-    def _leave(self, call: _Call, error: Exception | None) -> None:
-        call.session.calls.popleft()
-        call.session.last_use_time_s = self._now_s()
-        call.session.model.num_pending -= 1
-        if error is not None and not call.future.done():
-            call.future.set_exception(error)
+    def _fail(self, call: Call, error: Exception) -> None:
+        call.has_failed = True
+        self._leave(call)
+        call.settle(error)
 
-    def _withdraw(self, call: _Call) -> None:
-        """The caller has left: take the call out unless it has begun."""
+    def _leave(self, call: Call) -> None:
+        session = call.session
+        session.calls.popleft()
+        call.follows = None  # or a stream would keep all its calls alive
+        session.last_use_time_s = self._now_s()
+        session.model.num_pending -= 1
+
+    def _withdraw(self, call: Call) -> None:
         session = call.session
         if call not in session.calls:
             return
@@ -341,41 +407,42 @@ class SessionManager:
         elif session.model.withdraw(call.message):
             if call.message.write_slot != INITIAL_SLOT:
                 session.model.slots.release(call.message.write_slot)
-            self._leave(call, None)
+            self._leave(call)
             self._serve(session)
 
     # Messages.
 
-    def _run(self, call: _Call, inputs: Array, known_outputs: Array, wants_state: bool) -> None:
+    def _run(self, call: Call, inputs: Array, known_outputs: Array, wants_state: bool) -> None:
         """Send a message for the call; its answer is the outputs known and the new ones."""
         session = call.session
         served = session.model
-        spec = served.model.spec
-        outputs = np.empty((len(inputs), *spec.output.shape), numpy_dtype(spec.output.dtype))
+        no_outputs = served.model.no_outputs
+        outputs = np.empty((len(inputs), *no_outputs.shape[1:]), no_outputs.dtype)
         write_slot = served.slots.take() if len(inputs) else INITIAL_SLOT
-        message = Message(
+
+        def on_ended(message: Message) -> None:
+            if message.error is not None:
+                served.slots.release(write_slot)
+                self._fail(call, message.error)
+            else:
+                if len(inputs):
+                    self._apply(session, message)
+                joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
+                self._end(call, StepResult(joined, session.next_step, message.state or {}))
+            if session.calls:
+                self._serve(session)
+
+        call.message = Message(
             session.session_id,
             session.next_step,
             inputs,
             outputs,
             session.slot,
             write_slot,
-            wants_state=wants_state,
+            wants_state,
+            on_ended,
         )
-        call.message = message
-
-        def on_ended(message: Message) -> None:
-            if message.error is not None:
-                served.slots.release(write_slot)
-                self._leave(call, message.error)
-            else:
-                if len(inputs):
-                    self._apply(session, message)
-                joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
-                self._end(call, StepResult(joined, session.next_step, message.state or {}))
-            self._serve(session)
-
-        served.submit(message, on_ended)
+        served.submit(call.message)
 
     def _apply(self, session: Session, message: Message) -> None:
         """Make a message that ended well part of its session: state, counter and record."""
@@ -411,7 +478,7 @@ class SessionManager:
         if served.num_sessions >= served.limits.max_sessions:
             raise NoFreeSlotError(served.model.label, served.limits.max_sessions)
         now_s = self._now_s()
-        history = History(served.model, served.limits.retry_window_steps, next_step)
+        history = History(served.model.no_outputs, served.limits.retry_window_steps, next_step)
         session = Session(session_id, request.request_id, served, now_s, now_s, history)
         self._sessions[session_id] = session
         served.num_sessions += 1
@@ -436,7 +503,10 @@ class SessionManager:
             self._requests.pop(retired.request_id, None)
 
 
-def _done(result: Any) -> asyncio.Future[Any]:
-    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    future.set_result(result)
-    return future
+def _settle(future: asyncio.Future[Any], result: object) -> None:
+    if future.done():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,16 @@ class StepModel:
     def label(self) -> str:
         """Name and version, as people write them."""
         return f"{self.name}/{self.version}"
+
+    @cached_property
+    def no_inputs(self) -> Array:
+        """The inputs of no steps, [0, ...input shape]."""
+        return np.empty((0, *self.spec.input.shape), numpy_dtype(self.spec.input.dtype))
+
+    @cached_property
+    def no_outputs(self) -> Array:
+        """The outputs of no steps, [0, ...output shape]."""
+        return np.empty((0, *self.spec.output.shape), numpy_dtype(self.spec.output.dtype))
 
     @property
     def state_bytes(self) -> int:

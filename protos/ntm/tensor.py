@@ -57,7 +57,16 @@ def data_type(dtype: npt.DTypeLike) -> tensor_pb2.DataType.ValueType:
 
 def to_message(array: Array) -> tensor_pb2.Tensor:
     """An array as a message; raises TensorError for a dtype that has no wire type."""
-    return tensor_pb2.Tensor(dtype=data_type(array.dtype), shape=array.shape, raw=array.tobytes())
+    message = tensor_pb2.Tensor()
+    fill(message, array)
+    return message
+
+
+def fill(message: tensor_pb2.Tensor, array: Array) -> None:
+    """Put an array into an empty message, such as a field; raises TensorError for a dtype that has no wire type."""
+    message.dtype = data_type(array.dtype)
+    message.shape.extend(array.shape)
+    message.raw = array.tobytes()
 
 
 def to_array(tensor: tensor_pb2.Tensor) -> Array:
@@ -69,7 +78,7 @@ def to_array(tensor: tensor_pb2.Tensor) -> Array:
     """
     dtype = numpy_dtype(tensor.dtype)
     shape = tuple(tensor.shape)
-    if any(length < 0 for length in shape):
+    if min(shape, default=0) < 0:
         raise TensorError("shape", f"shape {list(shape)} has a negative axis")
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(tensor.raw) != expected_bytes:

@@ -33,8 +33,7 @@ class Harness:
     def run(self, *messages: Message) -> None:
         """Run messages that arrive together, and wait until all have ended."""
         with self.engine.device_held():
-            for message in messages:
-                self.engine.submit(message)
+            self.engine.submit(messages)
         for _ in messages:
             assert self._ended.acquire(timeout=30)
 

@@ -255,14 +255,14 @@ async def test_a_call_that_was_cancelled_is_not_begun_when_its_turn_comes(
     served = manager.model("accumulator", None)
     await caller.create("accumulator")
     submitted, submit = [], served.submit
-    monkeypatch.setattr(served, "submit", lambda *call: (submitted.append(call[0]), submit(*call)))
+    monkeypatch.setattr(served, "submit", lambda message: (submitted.append(message), submit(message)))
 
     with caller.hold("accumulator"):
-        first = manager.step("s", random_inputs(1), None, wants_state=False)
-        second = manager.step("s", random_inputs(1, 9), None, wants_state=False)
+        first = manager.step(manager.get("s"), random_inputs(1), None)
+        second = manager.step(manager.get("s"), random_inputs(1, 9), None)
         # Taking the first out of line makes it the second's turn, before the second is taken out itself.
-        first.cancel()
-        second.cancel()
+        second.future.cancel()
+        manager.withdraw([first, second])
         await pending(caller, "accumulator", 0)
 
     assert len(submitted) == 1

@@ -1,12 +1,12 @@
 """Engine: the loop that owns one model's device. Schedule, run, hand back.
 
 One thread takes a batch from the scheduler, runs it on the model runner, and reports the messages that have
-ended. As long as nobody else waits and no message has ended, the same batch goes on from turn to turn, each message
-in its seat (`model_runner.py` says what that is). A message is whole or nothing: it begins from the slot its session
-has and ends in another, which the session takes over only when every turn has succeeded (`sessions.py` does that), so
-there is nothing to undo.
+ended. As long as nobody else waits and no message has ended, the same batch goes on from turn to turn, each session
+in its seat (`model_runner.py` says what that is). A message is whole or nothing for each of its sessions: it begins
+from the slot that the session has and ends in another, which the session takes over only when every turn has succeeded
+(`sessions.py` does that), so there is nothing to undo.
 
-Shapes: B batch, K turns.
+Shapes: S sessions of a message, T steps of it, R rows of a batch (all sessions of its messages), K turns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import cast
 
 import numpy as np
 import structlog
@@ -31,47 +30,55 @@ log = structlog.get_logger()
 
 @dataclass(eq=False, slots=True)
 class Message:
-    """T steps of one session, T at least 0, and a look at the state after them if asked for."""
+    """T steps of S sessions, T at least 0, and a look at the state after them if asked for."""
 
-    session_id: str
-    first_step: int
+    session_ids: list[str]
+    first_steps: list[int]
     inputs: Array
-    """[T, ...input shape]."""
+    """[S, T, ...input shape]."""
     outputs: Array
-    """[T, ...output shape], filled turn by turn."""
-    slot: int
-    """Where the state is when the message has no seat: the session's slot, or `write_slot` after the first turn."""
-    write_slot: int
-    """Where the state goes in the end, and whenever the message must wait for its next turn."""
+    """[S, T, ...output shape], filled turn by turn."""
+    slots: list[int]
+    """Where each state is while it has no seat: the session's slot, and `write_slots` after the first turn."""
+    write_slots: list[int]
+    """Where each state goes in the end, and whenever the message must wait for its next turn."""
     wants_state: bool = False
     on_ended: Callable[[Message], None] | None = None
     """What whoever submitted it wants done then; the engine only carries it."""
-    seat: int | None = None
+    seats: list[int] | None = None
+    """Ascending."""
     state: dict[str, Array] | None = None
-    """After the last step, by name, if it was asked for."""
-    error: ServingError | None = None
+    """After the last step, by name, [S, ...state shape] each, if it was asked for."""
+    errors: dict[int, ServingError] = field(default_factory=dict)
+    """By index, of the sessions whose steps failed."""
     steps_done: int = 0
     is_started: bool = False
     has_ended: bool = False
-    """All its turns are done, or one failed."""
+    """All its turns are done, or every session has failed."""
     submit_time_s: float = field(default_factory=perf_counter)
+
+    @property
+    def num_rows(self) -> int:
+        """S."""
+        return len(self.slots)
 
     @property
     def num_left(self) -> int:
         """Steps that are not done."""
-        return len(self.inputs) - self.steps_done
+        num_steps: int = self.inputs.shape[1]
+        return num_steps - self.steps_done
 
-    def fail(self, error: ServingError) -> None:
-        """End without a result."""
-        self.error = error
-        self.has_ended = True
+    def fail(self, row: int, error: ServingError) -> None:
+        """One session gets no result; its first error counts."""
+        self.errors.setdefault(row, error)
+        self.has_ended = len(self.errors) == self.num_rows
 
 
 @dataclass(frozen=True)
 class BatchReport:
     """What one batch did, for metrics."""
 
-    size: int
+    num_rows: int
     turn_times_s: list[float]
     """For each turn: its inputs to the device, the run, its outputs back."""
     queue_times_s: list[float]
@@ -166,7 +173,9 @@ class Engine:
         except Exception as error:  # ONNX Runtime raises types of its own
             log.error("a batch failed", model=self._runner.model.label, size=len(messages), exc_info=error)
             for message in messages:
-                message.fail(StepFailedError(self._runner.model.label))
+                for row in range(message.num_rows):
+                    message.errors[row] = StepFailedError(self._runner.model.label)
+                message.has_ended = True
 
     def _run(self, batch: list[Message]) -> None:
         """Run turns of a batch until somebody else waits or a message has ended."""
@@ -174,6 +183,7 @@ class Engine:
         queue_times_s = [start_s - message.submit_time_s for message in batch if message.steps_done == 0]
         turn_times_s: list[float] = []
         stepping = [message for message in batch if message.num_left and not message.has_ended]
+        num_rows = sum(message.num_rows for message in stepping)
         # Each piece is twice the last: one that a newcomer is likely to cut short is small.
         num_turns = 1
         while stepping:
@@ -184,109 +194,125 @@ class Engine:
             num_turns *= 2
         for message in batch:
             message.has_ended = message.has_ended or not message.num_left
-        ended = [message for message in batch if message.has_ended and message.error is None]
-        self._stand([message for message in ended if message.seat is not None])
-        self._look([message for message in ended if message.wants_state])
-        self._report(BatchReport(len(stepping), turn_times_s, queue_times_s))
+        ended = [message for message in batch if message.has_ended]
+        self._stand(ended)
+        self._look([message for message in ended if message.wants_state and not message.errors])
+        self._report(BatchReport(num_rows, turn_times_s, queue_times_s))
 
     def _is_wanted(self) -> bool:
         """Whether the loop has something else to attend to; a glance, without the lock."""
         return bool(len(self._scheduler) or self._num_holds or self._is_abandoned)
 
     def _take_turns(self, batch: list[Message], num_turns: int, turn_times_s: list[float]) -> None:
-        """Run up to so many turns of a batch, at least one; a message that fails, fails alone."""
-        batch = self._sit(batch)
-        size = len(batch)
-        pieces = [m.inputs[m.steps_done : m.steps_done + num_turns] for m in batch]
-        inputs = np.concatenate(pieces).reshape(size, num_turns, *pieces[0].shape[1:])
-        inputs = np.ascontiguousarray(inputs.swapaxes(0, 1))
-        outputs = np.empty((num_turns, size, *batch[0].outputs.shape[1:]), batch[0].outputs.dtype)
-        num_done, failed = 0, None
-        while num_done < num_turns and not (num_done and self._is_wanted()):
+        """Run up to so many turns of a batch, at least one; a session that fails, fails alone."""
+        seats = self._sit(batch)
+        num_rows, no_outputs = len(seats), self._runner.model.no_outputs
+        pieces = [m.inputs[:, m.steps_done : m.steps_done + num_turns] for m in batch]
+        together = np.concatenate(pieces).swapaxes(0, 1)
+        inputs = np.empty(together.shape, together.dtype)
+        inputs[:, seats] = together
+        outputs = np.empty((num_turns, num_rows, *no_outputs.shape[1:]), no_outputs.dtype)
+        num_done, failed = 0, False
+        while num_done < num_turns and not failed and not (num_done and self._is_wanted()):
             start_s = perf_counter()
             try:
                 outputs[num_done] = self._runner.run(inputs[num_done])
-            except Exception as error:  # ONNX Runtime raises types of its own for what a model does
-                failed = error
-                break
-            num_done += 1
-            turn_times_s.append(perf_counter() - start_s)
-        if not np.isfinite(outputs[:num_done]).all():
-            self._fail_not_finite(batch, outputs[:num_done])
-        for index, message in enumerate(batch):
-            if message.error is None:
-                message.outputs[message.steps_done : message.steps_done + num_done] = outputs[
-                    :num_done, index
-                ]
-                message.steps_done += num_done
-        if failed is not None:
-            self._take_turn_alone([message for message in batch if message.error is None], failed)
+            except Exception:  # ONNX Runtime raises types of its own for what a model does
+                failed = True
+            else:
+                num_done += 1
+                turn_times_s.append(perf_counter() - start_s)
+        done = outputs[:num_done, seats].swapaxes(0, 1)
+        are_finite = bool(np.isfinite(done).all())
+        first_row = 0
+        for message in batch:
+            rows = done[first_row : first_row + message.num_rows]
+            first_row += message.num_rows
+            message.outputs[:, message.steps_done : message.steps_done + num_done] = rows
+            if not are_finite:
+                self._fail_not_finite(message, rows)
+            message.steps_done += num_done
+        if failed:
+            self._take_turn_alone([message for message in batch if not message.has_ended])
 
-    def _fail_not_finite(self, batch: list[Message], outputs: Array) -> None:
-        """Fail the messages whose outputs, [K, B, ...], are not finite, each at the first such step."""
+    def _fail_not_finite(self, message: Message, outputs: Array) -> None:
+        """Fail the sessions whose next outputs, [S, K, ...], are not finite, each at the first such step."""
         is_finite: Array = np.asarray(np.isfinite(outputs).reshape(*outputs.shape[:2], -1).all(axis=2))
-        for index, message in enumerate(batch):
-            if not is_finite[:, index].all():
-                step = message.first_step + message.steps_done + int(is_finite[:, index].argmin())
-                message.fail(OutputNotFiniteError(self._runner.model.label, step))
+        for row in np.flatnonzero(~is_finite.all(axis=1)).tolist():
+            step = message.first_steps[row] + message.steps_done + int(is_finite[row].argmin())
+            message.fail(row, OutputNotFiniteError(self._runner.model.label, step))
 
-    def _take_turn_alone(self, batch: list[Message], error: Exception) -> None:
-        """Run the next step of each by itself: one session's inputs must not fail another's step."""
-        if len(batch) > 1:
-            self._stand(batch)
-            for message in batch:
-                self._take_turns([message], 1, [])
-                if message.error is None:
-                    self._stand([message])
-            return
-        [message] = batch
-        log.error(
-            "a step failed",
-            model=self._runner.model.label,
-            session_id=message.session_id,
-            step=message.first_step + message.steps_done,
-            exc_info=error,
-        )
-        message.fail(StepFailedError(self._runner.model.label))
+    def _take_turn_alone(self, batch: list[Message]) -> None:
+        """Run the next step of each session by itself: one session's inputs must not fail another's step."""
+        self._stand(batch)
+        for message in batch:
+            step = message.steps_done
+            for row in range(message.num_rows):
+                self._runner.move(np.array([message.slots[row]]), np.array([self._runner.first_seat]))
+                try:
+                    outputs = self._runner.run(np.ascontiguousarray(message.inputs[row : row + 1, step]))
+                except Exception as error:  # as above
+                    log.error(
+                        "a step failed",
+                        model=self._runner.model.label,
+                        session_id=message.session_ids[row],
+                        step=message.first_steps[row] + step,
+                        exc_info=error,
+                    )
+                    message.fail(row, StepFailedError(self._runner.model.label))
+                    continue
+                message.outputs[row, step] = outputs[0]
+                self._runner.move(np.array([self._runner.first_seat]), np.array([message.write_slots[row]]))
+            self._fail_not_finite(message, message.outputs[:, step : step + 1])
+            message.steps_done += 1
 
-    def _sit(self, batch: list[Message]) -> list[Message]:
-        """Give every message of a batch a seat, so that no seat between them is empty; returns them in that order.
+    def _sit(self, batch: list[Message]) -> list[int]:
+        """Give every session of a batch a seat, so that no seat between them is empty; returns the seats.
 
-        Those who have one keep it if they can, and the others take what is free: few move from turn to turn.
+        Messages that have theirs keep them if they can, and the others take what is free: few move from turn to turn.
         """
-        seated: list[Message | None] = [None] * len(batch)
+        num_rows = sum(message.num_rows for message in batch)
+        free = set(range(num_rows))
         moving = []
         for message in batch:
-            if message.seat is not None and message.seat < len(batch):
-                seated[message.seat] = message
+            if message.seats is not None and message.seats[-1] < num_rows:
+                free.difference_update(message.seats)
             else:
                 moving.append(message)
         if moving:
             first = self._runner.first_seat
-            sources = [m.slot if m.seat is None else first + m.seat for m in moving]
-            free = [seat for seat, message in enumerate(seated) if message is None]
-            self._runner.move(np.array(sources), np.array(free) + first)
-            for message, seat in zip(moving, free, strict=True):
-                seated[seat], message.seat = message, seat
-        return cast(list[Message], seated)
+            sources = [
+                source
+                for m in moving
+                for source in (m.slots if m.seats is None else [first + seat for seat in m.seats])
+            ]
+            targets = sorted(free)
+            self._runner.move(np.array(sources), np.array(targets) + first)
+            for message in moving:
+                message.seats, targets = targets[: message.num_rows], targets[message.num_rows :]
+        return [seat for message in batch for seat in message.seats or []]
 
     def _stand(self, messages: list[Message]) -> None:
-        """Put the state of messages into their slots, and free their seats."""
+        """Put the state of messages that have seats into their slots, and free the seats."""
+        messages = [message for message in messages if message.seats is not None]
         if not messages:
             return
-        first = self._runner.first_seat
-        seats, slots = zip(*((cast(int, m.seat), m.write_slot) for m in messages), strict=True)
-        self._runner.move(np.array(seats) + first, np.array(slots))
+        seats = [seat for message in messages for seat in message.seats or []]
+        slots = [slot for message in messages for slot in message.write_slots]
+        self._runner.move(np.array(seats) + self._runner.first_seat, np.array(slots))
         for message in messages:
-            message.seat, message.slot = None, message.write_slot
+            message.seats, message.slots = None, message.write_slots
 
     def _look(self, wanting: list[Message]) -> None:
         """Give messages that ended well the state they asked for."""
         if not wanting:
             return
-        states = self._runner.read(np.array([message.slot for message in wanting]))
-        for index, message in enumerate(wanting):
-            message.state = {name: values[index] for name, values in states.items()}
+        states = self._runner.read(np.array([slot for message in wanting for slot in message.slots]))
+        first_row = 0
+        for message in wanting:
+            rows = slice(first_row, first_row + message.num_rows)
+            message.state = {name: values[rows] for name, values in states.items()}
+            first_row = rows.stop
 
     def _report(self, report: BatchReport) -> None:
         try:

@@ -64,9 +64,9 @@ class Metrics:
         run_seconds, queue_seconds = self._run_seconds.labels(model), self._queue_seconds.labels(model)
 
         def observe(report: BatchReport) -> None:
-            steps.inc(report.size * len(report.turn_times_s))
+            steps.inc(report.num_rows * len(report.turn_times_s))
             for turn_s in report.turn_times_s:
-                sizes.observe(report.size)
+                sizes.observe(report.num_rows)
                 run_seconds.observe(turn_s)
             for wait_s in report.queue_times_s:
                 queue_seconds.observe(wait_s)

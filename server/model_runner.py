@@ -145,7 +145,8 @@ class ModelRunner:
 
         Args:
             sources: [B].
-            targets: [B], none twice and none of the sources. If this raises, what is in them is undefined.
+            targets: [B], none twice; what is there is read before it is overwritten. If this raises, what is in
+                them is undefined.
         """
         bound = self._moves.get(len(sources)) or self._bind_move(len(sources))
         bound.sources.update_inplace(sources)

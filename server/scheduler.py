@@ -1,6 +1,6 @@
 """Scheduler: who runs next. Continuous batching with fair turns, and no tensors.
 
-Whenever the device is free it takes at most one step of each waiting message, in turn, up to the batch size.
+Whenever the device is free it takes one step of each waiting message, in turn, as many as fit into the batch.
 A message with T steps takes T turns, and after each goes to the end of the line, so a long message never
 holds up a short one. `engine.py` runs what this decides.
 """
@@ -17,12 +17,16 @@ class Schedulable(Protocol):
     is_started: bool
     """Its first turn was taken: it runs to its end."""
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows of a batch it takes, at most a batch of them."""
+
 
 M = TypeVar("M", bound=Schedulable)
 
 
 class Scheduler(Generic[M]):
-    """A line of messages, each of another session (a session has at most one here)."""
+    """A line of messages, each of other sessions (a session has at most one here)."""
 
     def __init__(self, max_batch_size: int) -> None:
         self._max_batch_size = max_batch_size
@@ -44,9 +48,13 @@ class Scheduler(Generic[M]):
 
     def next_batch(self) -> list[M]:
         """Take the messages whose turn it is, out of the line; empty when nobody waits."""
-        batch = [self._line.popleft() for _ in range(min(len(self._line), self._max_batch_size))]
-        for message in batch:
+        batch: list[M] = []
+        num_free = self._max_batch_size
+        while self._line and self._line[0].num_rows <= num_free:
+            message = self._line.popleft()
             message.is_started = True
+            num_free -= message.num_rows
+            batch.append(message)
         return batch
 
     def put_back(self, unfinished: list[M]) -> None:

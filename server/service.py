@@ -32,6 +32,7 @@ from server.errors import InvalidInputError, NotBuiltError, ServerStoppingError,
 from server.requests import RequestLimits
 from server.served_model import ServedModel
 from server.sessions import Batch, Call, Session, SessionManager, StepResult
+from server.spec import StepModel
 
 log = structlog.get_logger()
 
@@ -201,23 +202,21 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
 
     def _enter_batch(self, ids: Sequence[str], first_steps: Sequence[int], inputs: Array) -> Batch:
         """Enter each session's steps; an item that cannot be entered has its error for a result."""
-        sessions = [self._find(session_id) for session_id in ids]
-        models = [found.model.model for found in sessions if isinstance(found, Session)]
+        found = [self._find(session_id) for session_id in ids]
+        models = [session.model.model for session in found if isinstance(session, Session)]
         if models:
             requests.check_batch_fits(inputs, models[0], self._limits)
-        batch = Batch(len(ids))
-        for index, found in enumerate(sessions):
+        if any(model is not models[0] for model in models):
+            found = [self._if_alike(session, models[0]) for session in found]
+        return self._sessions.step_each(found, inputs, first_steps)
+
+    def _if_alike(self, session: Session | ServingError, model: StepModel) -> Session | ServingError:
+        if isinstance(session, Session):
             try:
-                if isinstance(found, ServingError):
-                    raise found
-                if found.model.model is not models[0]:
-                    requests.check_alike("session_ids", found.model.model.spec, models[0].spec)
-                first_step = first_steps[index] if first_steps else None
-                # A copy, since the session keeps it on record, and must not keep the whole batch alive with it.
-                self._sessions.step(found, inputs[index].copy(), first_step, batch=(batch, index))
+                requests.check_alike("session_ids", session.model.model.spec, model.spec)
             except ServingError as error:
-                batch.settle(index, error)
-        return batch
+                return error
+        return session
 
     def _find(self, session_id: str) -> Session | ServingError:
         try:

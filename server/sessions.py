@@ -15,10 +15,10 @@ import secrets
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import structlog
@@ -30,6 +30,7 @@ from server.errors import (
     NoFreeSlotError,
     QueueFullError,
     RequestIdReusedError,
+    ServingError,
     SessionExistsError,
     SessionExpiredError,
     SessionIdRetiredError,
@@ -67,7 +68,7 @@ class Session:
     last_use_time_s: float
     history: History
     slot: int = INITIAL_SLOT
-    calls: deque[Call] = field(default_factory=deque)
+    calls: deque[Call | _Group] = field(default_factory=deque)
     """Calls in order of arrival; the first is being served."""
     has_ended: bool = False
 
@@ -94,12 +95,20 @@ class Call:
     has_failed: bool = False
 
 
+@dataclass(eq=False, slots=True)
+class _Group:
+    """The part of a batch whose sessions have no other calls, so that they can share one message."""
+
+    sessions: list[Session]
+    message: Message
+
+
 class Batch:
     """What the caller of several calls waits for: the result or the exception of each, when all have one."""
 
     def __init__(self, size: int) -> None:
         self.future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self.calls: list[Call] = []
+        self.calls: list[Call | _Group] = []
         self._results: list[Any] = [None] * size
         self._num_left = size
 
@@ -292,6 +301,38 @@ class SessionManager:
 
         return self._enter(session, begin, needs_device=True, follows=follows, batch=batch)
 
+    def step_each(
+        self, sessions: Sequence[Session | ServingError], inputs: Array, first_steps: Sequence[int]
+    ) -> Batch:
+        """Run the steps of several sessions, each as `step` does; `finish` gives each one's result or exception.
+
+        Args:
+            sessions: S sessions, none twice; where there is none, why.
+            inputs: [S, T, ...input shape], T at least 1, checked.
+            first_steps: for each session the index of its first input, or empty.
+        """
+        batch = Batch(len(sessions))
+        together: dict[ServedModel, list[int]] = {}
+        for index, session in enumerate(sessions):
+            if not isinstance(session, Session):
+                batch.settle(index, session)
+                continue
+            served, first_step = session.model, first_steps[index] if first_steps else None
+            is_next = first_step is None or first_step == session.history.next_step
+            if is_next and not session.calls and served.num_pending < served.limits.max_pending_messages:
+                served.num_pending += 1
+                together.setdefault(served, []).append(index)
+                continue
+            try:
+                self.step(session, inputs[index].copy(), first_step, batch=(batch, index))
+            except ServingError as error:
+                batch.settle(index, error)
+        for served, indices in together.items():
+            size = served.runner.max_batch_size
+            for start in range(0, len(indices), size):
+                self._run_together(batch, served, indices[start : start + size], sessions, inputs)
+        return batch
+
     async def state(self, session_id: str) -> StepResult:
         """A session's state after the calls that wait before this one: a message of no steps.
 
@@ -318,9 +359,12 @@ class SessionManager:
             self.withdraw([waiting] if isinstance(waiting, Call) else waiting.calls)
             raise
 
-    def withdraw(self, calls: Iterable[Call]) -> None:
+    def withdraw(self, calls: Iterable[Call | _Group]) -> None:
         """The caller has left: take the calls out that have not begun; the others run to their end."""
         for call in calls:
+            if isinstance(call, _Group):
+                self._withdraw_group(call)
+                continue
             if not call.future.cancel() and not call.future.cancelled():
                 call.future.exception()  # nobody else will ask, and asyncio would complain
             self._withdraw(call)
@@ -366,8 +410,8 @@ class SessionManager:
 
     def _serve(self, session: Session) -> None:
         """Begin calls until one has a message to wait for."""
-        while session.calls and session.calls[0].message is None:
-            call = session.calls[0]
+        while session.calls and (call := session.calls[0]).message is None:
+            assert isinstance(call, Call)
             if call.future.cancelled() or (call.follows is not None and call.follows.has_failed):
                 call.has_failed = True
                 self._leave(call)
@@ -405,10 +449,27 @@ class SessionManager:
             session.calls.remove(call)
             session.model.num_pending -= 1
         elif session.model.withdraw(call.message):
-            if call.message.write_slot != INITIAL_SLOT:
-                session.model.slots.release(call.message.write_slot)
+            session.model.slots.release(call.message.write_slots[0])
             self._leave(call)
             self._serve(session)
+
+    def _withdraw_group(self, group: _Group) -> None:
+        served = group.sessions[0].model
+        if group.message.has_ended or not served.withdraw(group.message):
+            return
+        for slot in group.message.write_slots:
+            served.slots.release(slot)
+        self._disband(group)
+
+    def _disband(self, group: _Group) -> None:
+        """The message of a group has ended or is withdrawn: it is the turn of who waits behind it."""
+        now_s = self._now_s()
+        group.sessions[0].model.num_pending -= len(group.sessions)
+        for session in group.sessions:
+            session.calls.popleft()
+            session.last_use_time_s = now_s
+            if session.calls:
+                self._serve(session)
 
     # Messages.
 
@@ -421,33 +482,82 @@ class SessionManager:
         write_slot = served.slots.take() if len(inputs) else INITIAL_SLOT
 
         def on_ended(message: Message) -> None:
-            if message.error is not None:
+            if message.errors:
                 served.slots.release(write_slot)
-                self._fail(call, message.error)
+                self._fail(call, message.errors[0])
             else:
                 if len(inputs):
-                    self._apply(session, message)
+                    self._apply(session, write_slot, inputs, outputs)
                 joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
-                self._end(call, StepResult(joined, session.next_step, message.state or {}))
+                state = {name: values[0] for name, values in (message.state or {}).items()}
+                self._end(call, StepResult(joined, session.next_step, state))
             if session.calls:
                 self._serve(session)
 
         call.message = Message(
-            session.session_id,
-            session.next_step,
-            inputs,
-            outputs,
-            session.slot,
-            write_slot,
+            [session.session_id],
+            [session.history.next_step],
+            inputs[np.newaxis],
+            outputs[np.newaxis],
+            [session.slot],
+            [write_slot],
             wants_state,
             on_ended,
         )
         served.submit(call.message)
 
-    def _apply(self, session: Session, message: Message) -> None:
+    def _run_together(
+        self,
+        batch: Batch,
+        served: ServedModel,
+        indices: list[int],
+        all_sessions: Sequence[Session | ServingError],
+        all_inputs: Array,
+    ) -> None:
+        """Send one message for the sessions of a batch at these indices, which have no other calls."""
+        sessions = [cast(Session, all_sessions[index]) for index in indices]
+        inputs = all_inputs[indices]
+        no_outputs = served.model.no_outputs
+        outputs = np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype)
+        write_slots = [served.slots.take() for _ in sessions]
+
+        def on_ended(message: Message) -> None:
+            results: list[StepResult | ServingError] = []
+            for row, (session, write_slot) in enumerate(zip(sessions, write_slots, strict=True)):
+                if row in message.errors:
+                    served.slots.release(write_slot)
+                    results.append(message.errors[row])
+                    continue
+                # Copies, since the session keeps them on record, and must not keep the whole batch alive with them.
+                row_outputs = outputs[row].copy()
+                self._apply(session, write_slot, inputs[row].copy(), row_outputs)
+                results.append(StepResult(row_outputs, session.history.next_step, {}))
+            # Only now, since whose turn it is next sees what has become of the session.
+            self._disband(group)
+            for index, result in zip(indices, results, strict=True):
+                batch.settle(index, result)
+
+        group = _Group(
+            sessions,
+            Message(
+                [session.session_id for session in sessions],
+                [session.history.next_step for session in sessions],
+                inputs,
+                outputs,
+                [session.slot for session in sessions],
+                write_slots,
+                on_ended=on_ended,
+            ),
+        )
+        for session in sessions:
+            session.calls.append(group)
+        batch.calls.append(group)
+        served.submit(group.message)
+
+    def _apply(self, session: Session, slot: int, inputs: Array, outputs: Array) -> None:
         """Make a message that ended well part of its session: state, counter and record."""
-        self._move(session, message.write_slot)
-        session.history.add(message.inputs, message.outputs)
+        self._move(session, slot)
+        session.history.add(inputs, outputs)
 
     def _move(self, session: Session, slot: int) -> None:
         session.model.slots.release(session.slot)

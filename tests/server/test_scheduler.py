@@ -17,6 +17,7 @@ class Steps:
 
     name: str
     num_left: int
+    num_rows: int = 1
     is_started: bool = False
 
 
@@ -81,3 +82,11 @@ def test_nobody_waits_longer_than_a_round_of_the_line(lengths: list[int], size: 
         for first, second in pairwise(positions):
             between = turns[first + 1 : second]
             assert len(set(between)) == len(between)
+
+
+def test_messages_of_several_sessions_run_together_as_far_as_they_fit() -> None:
+    scheduler = scheduler_of(
+        Steps("a", 1, num_rows=3), Steps("b", 2, num_rows=2), Steps("c", 1), Steps("d", 1), max_batch_size=4
+    )
+
+    assert run(scheduler) == [["a"], ["b", "c", "d"], ["b"]]

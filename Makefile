@@ -9,7 +9,7 @@ BUF := $(VENV)/buf/node_modules/.bin/buf
 PROTOS := $(wildcard protos/ntm/v1/*.proto)
 PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
 generate_into = --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
-CODE := client export server training protos/ntm demo.py tests
+CODE := benchmarks client export server training protos/ntm demo.py tests
 
 .DEFAULT_GOAL := help
 
@@ -29,7 +29,7 @@ test: $(VENV)/.dev ## Run the tests.
 check: $(VENV)/.dev $(BUF) ## Check format, lint, types and protos.
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@$(BIN)/ruff check --quiet $(CODE)
-	@$(BIN)/mypy client export server training protos/ntm demo.py
+	@$(BIN)/mypy benchmarks client export server training protos/ntm demo.py
 	@$(BUF) lint
 	@rm -rf $(VENV)/generated && cp -r protos $(VENV)/generated
 	@$(PROTOC) $(call generate_into,$(VENV)/generated) $(PROTOS)

@@ -14,81 +14,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.step import Step
 from training.model import NTMCell
 from training.model.controller import LSTMController
 
 
-class TextbookStep(nn.Module):
-    """One step of a cell with an LSTM controller."""
+class TextbookStep(Step):
+    """One step of a cell with an LSTM controller, its memory as [B, N, M]."""
 
     def __init__(self, cell: NTMCell) -> None:
         """Take the weights of `cell`."""
-        super().__init__()
+        super().__init__(cell)
         assert isinstance(cell.controller, LSTMController)
         self.num_heads_of_kind = [cell.num_read_heads, cell.num_write_heads]
         self.row_width = cell.heads.row_width
         self.controller = _lstm_cell(cell.controller)
-        self.output = cell.output
 
         every, num_heads = cell.heads.linear, sum(self.num_heads_of_kind)
         num_written = cell.num_write_heads * self.row_width
-        addresses, erase, add = torch.arange(len(every.bias)).split(
-            [len(every.bias) - 2 * num_written, num_written, num_written]
+        addresses, erase, add = torch.split(
+            torch.arange(len(every.bias)), [len(every.bias) - 2 * num_written, num_written, num_written]
         )
         by_head = addresses.reshape(num_heads, -1)
         num_shifts = by_head.shape[1] - self.row_width - 3
-        parts = by_head.split([self.row_width, num_shifts, 1, 1, 1], dim=1)
+        parts = torch.split(by_head, [self.row_width, num_shifts, 1, 1, 1], dim=1)
         self.key, self.kernel, self.strength, self.sharpness, self.gate = (
             _rows(every, part.flatten()) for part in parts
         )
         self.erase, self.add = _rows(every, erase), _rows(every, add)
 
-    def forward(
-        self,
-        inputs: Tensor,
-        memory: Tensor,
-        read_weightings: Tensor,
-        write_weightings: Tensor,
-        read_vectors: Tensor,
-        hidden: Tensor,
-        cell: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """One step.
+    def initial_state(self, batch_size: int) -> dict[str, Tensor]:
+        """As the cell's, but for the memory's axes."""
+        state = super().initial_state(batch_size)
+        return state | {"memory": state["memory"].mT.contiguous()}
 
-        Args:
-            inputs: [B, I].
-            memory: [B, N, M].
-            read_weightings: [B, R, N].
-            write_weightings: [B, W, N].
-            read_vectors: [B, R, M].
-            hidden: [B, C].
-            cell: [B, C].
-
-        Returns:
-            [B, O] the output, in (0, 1), and the next state in the same order.
-        """
+    def forward(self, inputs: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """As `Step.forward`."""
+        memory, read_weightings, write_weightings, read_vectors, hidden, cell = states
         hidden, cell = self.controller(torch.cat([inputs, read_vectors.flatten(1)], dim=-1), (hidden, cell))
         previous = torch.cat([read_weightings, write_weightings], dim=1)
-        read_weightings, write_weightings = self._address(hidden, memory, previous).split(
-            self.num_heads_of_kind, dim=1
+        read_weightings, write_weightings = torch.split(
+            self._address(hidden, memory, previous), self.num_heads_of_kind, dim=1
         )
-        by_column = (self.row_width, -1)
-        erase, add = (
-            torch.sigmoid(self.erase(hidden)).unflatten(1, by_column),
-            self.add(hidden).unflatten(1, by_column),
-        )
+        by_column = (len(hidden), self.row_width, -1)
+        erase = torch.sigmoid(self.erase(hidden)).reshape(by_column)
+        add = self.add(hidden).reshape(by_column)
         for head in range(write_weightings.shape[1]):  # eq. 3
             memory = memory * (1 - write_weightings[:, head, :, None] * erase[:, None, :, head])
         for head in range(write_weightings.shape[1]):  # eq. 4
             memory = memory + write_weightings[:, head, :, None] * add[:, None, :, head]
         read_vectors = read_weightings @ memory  # eq. 2
-        outputs = torch.sigmoid(self.output(torch.cat([hidden, read_vectors.flatten(1)], dim=-1)))
+        outputs = torch.sigmoid(self.cell.output(torch.cat([hidden, read_vectors.flatten(1)], dim=-1)))
         return outputs, memory, read_weightings, write_weightings, read_vectors, hidden, cell
 
     def _address(self, hidden: Tensor, memory: Tensor, previous: Tensor) -> Tensor:
         """The weightings [B, H, N] of all heads (eq. 5 to 9)."""
-        by_head = (sum(self.num_heads_of_kind), -1)
-        key, kernel = self.key(hidden).unflatten(1, by_head), self.kernel(hidden).unflatten(1, by_head)
+        by_head = (len(hidden), sum(self.num_heads_of_kind), -1)
+        key, kernel = self.key(hidden).reshape(by_head), self.kernel(hidden).reshape(by_head)
         strength = F.softplus(self.strength(hidden)).unsqueeze(2)
         sharpness = 1 + F.softplus(self.sharpness(hidden)).unsqueeze(2)
         gate = torch.sigmoid(self.gate(hidden)).unsqueeze(2)
@@ -96,7 +78,7 @@ class TextbookStep(nn.Module):
         similarity = _normalised(key) @ _normalised(memory).mT  # eq. 6
         by_content = torch.softmax(strength * similarity, dim=-1)  # eq. 5
         gated = gate * by_content + (1 - gate) * previous  # eq. 7
-        entries = torch.softmax(kernel, dim=-1).split(1, dim=-1)
+        entries = torch.split(torch.softmax(kernel, dim=-1), 1, dim=-1)
         turned = [entry * gated.roll(len(entries) // 2 - i, dims=-1) for i, entry in enumerate(entries)]
         shifted = sum(turned[1:], start=turned[0])  # eq. 8
         powers = (shifted + 1e-16) ** sharpness
@@ -104,7 +86,8 @@ class TextbookStep(nn.Module):
 
 
 def _normalised(vectors: Tensor) -> Tensor:
-    return vectors / (vectors.norm(dim=-1, keepdim=True) + 1e-8)
+    normalised: Tensor = vectors / (vectors.norm(dim=-1, keepdim=True) + 1e-8)
+    return normalised
 
 
 def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:

@@ -28,7 +28,7 @@ BATCH_AXIS = "batch"
 
 def write_onnx(step: Step, spec: model_pb2.ModelSpec, path: Path) -> None:
     """Write the step as one self-contained ONNX file."""
-    model = rewriter.rewrite(_trace(step), [_NORMALISE])
+    model = tidy(trace(step))
     _strip_source(model)
     model.producer_name, model.producer_version = "ntm.export", ""
     onnx.helper.set_model_props(model, {METADATA_KEY: json_format.MessageToJson(spec, indent=None)})
@@ -54,7 +54,14 @@ def _lp_normalization(op: Any, x: Any, **_: Any) -> Any:
 _NORMALISE = pattern.RewriteRule(_divided_by_norm, _lp_normalization)
 
 
-def _trace(step: Step) -> onnx.ModelProto:
+def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Put one node where the exporter made several of what ONNX has an operator for."""
+    tidied: onnx.ModelProto = rewriter.rewrite(model, [_NORMALISE])
+    return tidied
+
+
+def trace(step: Step) -> onnx.ModelProto:
+    """What the exporter makes of a step, for any batch size."""
     # A batch of 1 would be taken for a constant.
     example = [torch.zeros(2, step.cell.input_size), *step.initial_state(2).values()]
     batch = torch.export.Dim(BATCH_AXIS)

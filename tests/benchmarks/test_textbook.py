@@ -16,8 +16,7 @@ def test_the_textbook_step_and_the_cell_are_the_same_over_many_steps(heads):
     torch.manual_seed(0)
     cell = NTMCell(input_size=3, output_size=2, memory_rows=8, row_width=4, controller_size=6, **heads)
     step, textbook = Step(cell), TextbookStep(cell)
-    state = [*step.initial_state(5).values()]
-    books = [state[0].mT, *state[1:]]
+    state, books = [*step.initial_state(5).values()], [*textbook.initial_state(5).values()]
 
     with torch.no_grad():
         for inputs in torch.randn(30, 5, 3):

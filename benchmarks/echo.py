@@ -11,6 +11,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import grpc
 import numpy as np
 
 from ntm.tensor import to_message
+from ntm.v1 import session_pb2
 from ntm.v1 import session_service_pb2 as pb
 
 FLAVOURS = ("asyncio", "uvloop", "threads")
@@ -42,22 +44,26 @@ _NUM_THREADS = 256
 
 
 @contextmanager
-def running(flavour: str) -> Iterator[str]:
-    """An echo server in a process of its own; gives its address."""
+def running(flavour: str) -> Iterator[tuple[str, list[int]]]:
+    """An echo server in a process of its own; gives its address and the process's id."""
     command = [sys.executable, "-m", "benchmarks.echo", "--flavour", flavour]
     process = subprocess.Popen(  # noqa: S603
         command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
+        yield f"127.0.0.1:{int(process.stdout.readline())}", [process.pid]
     finally:
         process.terminate()
         process.communicate(timeout=30)
 
 
-def step(request: pb.StepRequest, context: object) -> pb.StepResponse:
+def create_session(request: pb.CreateSessionRequest, context: object) -> pb.CreateSessionResponse:
     """For threads, as the others without `_async`."""
+    return pb.CreateSessionResponse(session=session_pb2.Session(session_id=uuid.uuid4().hex))
+
+
+def step(request: pb.StepRequest, context: object) -> pb.StepResponse:
     return _step_response(*request.inputs.shape[:1])
 
 
@@ -72,8 +78,12 @@ def batch_step(request: pb.BatchStepRequest, context: object) -> pb.BatchStepRes
     return _batch_response(*request.inputs.shape[:2])
 
 
-async def step_async(request: pb.StepRequest, context: object) -> pb.StepResponse:
+async def create_session_async(request: pb.CreateSessionRequest, context: object) -> pb.CreateSessionResponse:
     """For an event loop, as the others with `_async`."""
+    return create_session(request, context)
+
+
+async def step_async(request: pb.StepRequest, context: object) -> pb.StepResponse:
     return _step_response(*request.inputs.shape[:1])
 
 
@@ -88,9 +98,14 @@ async def batch_step_async(request: pb.BatchStepRequest, context: object) -> pb.
     return _batch_response(*request.inputs.shape[:2])
 
 
-def _handlers(step: Any, stream_steps: Any, batch_step: Any) -> tuple[grpc.GenericRpcHandler]:
+def _handlers(
+    create_session: Any, step: Any, stream_steps: Any, batch_step: Any
+) -> tuple[grpc.GenericRpcHandler]:
     unary, stream = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
     handlers: dict[str, Any] = {
+        "CreateSession": unary(
+            create_session, pb.CreateSessionRequest.FromString, pb.CreateSessionResponse.SerializeToString
+        ),
         "Step": unary(step, pb.StepRequest.FromString, pb.StepResponse.SerializeToString),
         "StreamSteps": stream(
             stream_steps, pb.StreamStepsRequest.FromString, pb.StreamStepsResponse.SerializeToString
@@ -124,7 +139,9 @@ def _outputs(*leading_axes: int) -> Any:
 
 async def _serve_in_loop(listen: str) -> None:
     server = grpc.aio.server(options=_OPTIONS)
-    server.add_generic_rpc_handlers(_handlers(step_async, stream_steps_async, batch_step_async))
+    server.add_generic_rpc_handlers(
+        _handlers(create_session_async, step_async, stream_steps_async, batch_step_async)
+    )
     port = server.add_insecure_port(listen)
     await server.start()
     stopping = asyncio.Event()
@@ -140,7 +157,7 @@ def _serve_with_threads(listen: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     server = grpc.server(ThreadPoolExecutor(_NUM_THREADS), options=_OPTIONS)
-    server.add_generic_rpc_handlers(_handlers(step, stream_steps, batch_step))
+    server.add_generic_rpc_handlers(_handlers(create_session, step, stream_steps, batch_step))
     port = server.add_insecure_port(listen)
     server.start()
     print(port, flush=True)

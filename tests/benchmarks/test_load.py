@@ -30,7 +30,7 @@ NOT_FOUND, UNIMPLEMENTED = 5, 12
 
 @pytest.fixture(scope="module", params=["asyncio", "threads"])
 def echo_address(request: pytest.FixtureRequest) -> Iterator[str]:
-    with echo.running(request.param) as address:
+    with echo.running(request.param) as (address, _):
         yield address
 
 

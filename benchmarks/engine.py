@@ -1,0 +1,90 @@
+"""Engine: the engine by itself, without sessions and without gRPC.
+
+Whoever is told that a message has ended submits the next at once, in the engine's own thread, so that nothing but
+the engine's work is measured.
+
+Shapes: S sessions, T steps of a message.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.bare import CPU
+from benchmarks.measuring import Metrics
+from ntm.tensor import Array
+from server.engine import Engine, Message
+from server.model_runner import NUM_RESERVED_SLOTS, ModelRunner
+from server.spec import load
+
+
+class EngineAlone:
+    """An engine that runs one message after another of the same sessions."""
+
+    def __init__(self, model: Path, num_sessions: int, num_steps: int, together: bool = True) -> None:
+        """Take a model file.
+
+        Args:
+            model: the file.
+            num_sessions: S; the largest batch has as many rows.
+            num_steps: T.
+            together: the sessions share a message, as those of a BatchStep do; else each has its own.
+        """
+        self._runner = ModelRunner(load(model, "copy", 1), CPU, 2 * num_sessions, num_sessions)
+        self._groups = (
+            [range(num_sessions)] if together else [range(row, row + 1) for row in range(num_sessions)]
+        )
+        self._num_sessions, self._num_steps = num_sessions, num_steps
+
+    def measure(self, duration_s: float) -> Metrics:
+        """Run messages for about so long."""
+        num_done, is_over, all_ended = 0, False, threading.Event()
+        num_unanswered = len(self._groups)
+
+        def on_ended(messages: list[Message]) -> None:
+            nonlocal num_done, num_unanswered
+            for message in messages:
+                assert not message.errors
+                num_done += message.num_rows * self._num_steps
+            if is_over:
+                num_unanswered -= len(messages)
+                if not num_unanswered:
+                    all_ended.set()
+                return
+            engine.submit([self._message(message.slots, message.inputs) for message in messages])
+
+        engine = Engine(self._runner, on_ended)
+        inputs = np.random.default_rng(0).integers(0, 2, (self._num_sessions, self._num_steps, 9))
+        inputs = inputs.astype(np.float32)
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        engine.submit(
+            [
+                self._message([NUM_RESERVED_SLOTS + row for row in group], inputs[group.start : group.stop])
+                for group in self._groups
+            ]
+        )
+        time.sleep(duration_s)
+        is_over = True
+        all_ended.wait()
+        wall_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+        engine.close()
+        return {
+            "steps_per_s": num_done / wall_s,
+            "us_per_turn": wall_s / num_done * self._num_sessions * 1e6,
+            "cpu_us_per_step": cpu_s / num_done * 1e6,
+        }
+
+    def _message(self, slots: list[int], inputs: Array) -> Message:
+        """A message of the sessions in these slots; each session has another one, a batch further on or back."""
+        others = [
+            slot + self._num_sessions
+            if slot < NUM_RESERVED_SLOTS + self._num_sessions
+            else slot - self._num_sessions
+            for slot in slots
+        ]
+        outputs = np.empty((*inputs.shape[:2], *self._runner.model.no_outputs.shape[1:]), np.float32)
+        return Message([""] * len(slots), [0] * len(slots), inputs, outputs, slots, others)

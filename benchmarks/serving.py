@@ -1,0 +1,225 @@
+"""Serving: what the server reaches through gRPC, beside the bare step, an empty service and the peers.
+
+All servers run at once, each in processes of its own, and take turns within a round; the load is generated in yet
+another process. A case is named by what it does, such as "StreamSteps, 64 sessions, T=32".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+
+import numpy as np
+import psutil
+
+from benchmarks import echo
+from benchmarks.bare import BareLoop
+from benchmarks.engine import EngineAlone
+from benchmarks.load import Call, Kind, LoadReport, closed_loop, in_own_process, open_loop
+from benchmarks.measuring import Case, Figures, Metrics, side_by_side
+from benchmarks.peers import naive, triton
+from benchmarks.server_process import MODELS, Sessions, Shape, serving
+
+MODEL = MODELS / "copy" / "1" / "model.onnx"
+NUM_SESSIONS = (1, 8, 64, 512)
+MAX_BATCH_SIZE = 64
+
+# What Triton can do as well: one step a message.
+STREAMS_OF_SINGLE_STEPS = Shape("StreamSteps", 32, 1, in_flight=4)
+STREAMS_OF_CHUNKS = Shape("StreamSteps", 64, 32, in_flight=4)
+# The naive service runs one step after another, for however many streams; with few, it answers within a round.
+FEW_STREAMS_OF_CHUNKS = Shape("StreamSteps", 4, 32)
+OFFERED_PER_S = (250, 500, 1000, 2000)
+
+Servers = Callable[[], AbstractContextManager[tuple[str, list[int]]]]
+"""Starts a server; gives its address and the ids of its processes."""
+
+
+def compare(num_rounds: int, duration_s: float) -> Figures:
+    """Measure everything; raises TritonUnavailableError without Triton."""
+    with _cases(duration_s) as cases:
+        for num_sessions in NUM_SESSIONS:
+            if num_sessions <= MAX_BATCH_SIZE:
+                cases.add_bare(num_sessions)
+                cases.add_engine(num_sessions, 1)
+                cases.add_engine(num_sessions, 32)
+            for num_steps in (1, 32):
+                cases.add_ours(Shape("BatchStep", num_sessions, num_steps))
+            for num_steps in (1, 8, 32):
+                cases.add_ours(Shape("StreamSteps", num_sessions, num_steps, in_flight=4))
+            cases.add_ours(Shape("Step", num_sessions, 1))
+        cases.add_ours(STREAMS_OF_SINGLE_STEPS)
+        for flavour in echo.FLAVOURS:
+            cases.add_echo(flavour, STREAMS_OF_SINGLE_STEPS)
+            cases.add_echo(flavour, Shape("Step", 64, 1))
+        cases.add_echo("asyncio", STREAMS_OF_CHUNKS)
+        cases.add_echo("asyncio", Shape("BatchStep", 64, 1))
+        cases.add_naive(STREAMS_OF_SINGLE_STEPS)
+        cases.add_naive(FEW_STREAMS_OF_CHUNKS)
+        cases.add_triton("stream", 32, in_flight=4)
+        cases.add_triton("stream", 64, in_flight=4)
+        cases.add_triton("unary", 64)
+        return side_by_side(cases.by_name, num_rounds)
+
+
+def compare_main(num_rounds: int, duration_s: float) -> Figures:
+    """Measure what `make bench-quick` holds against its floors, all but the peer that has to be installed."""
+    with _cases(duration_s) as cases:
+        cases.add_bare(64)
+        cases.add_engine(64, 32)
+        for shape in (
+            Shape("BatchStep", 64, 32),
+            Shape("BatchStep", 64, 1),
+            STREAMS_OF_CHUNKS,
+            STREAMS_OF_SINGLE_STEPS,
+        ):
+            cases.add_ours(shape)
+        cases.add_echo("asyncio", STREAMS_OF_SINGLE_STEPS)
+        cases.add_naive(FEW_STREAMS_OF_CHUNKS)
+        return side_by_side(cases.by_name, num_rounds)
+
+
+def compare_latency(num_rounds: int, duration_s: float) -> Figures:
+    """Measure latency at equal offered load, this server's and Triton's: single steps at random times, 32 streams."""
+    with _cases(duration_s) as cases:
+        for per_s in OFFERED_PER_S:
+            cases.add_ours(STREAMS_OF_SINGLE_STEPS, per_s)
+            cases.add_triton("stream", 32, messages_per_s=per_s)
+        return side_by_side(cases.by_name, num_rounds)
+
+
+def name(shape: Shape, server: str = "", messages_per_s: float | None = None) -> str:
+    """The name of a case."""
+    offered = f", {messages_per_s:g} messages/s offered" if messages_per_s else ""
+    who = f"{server}: " if server else ""
+    return f"{who}{shape.rpc}, {shape.num_sessions} sessions, T={shape.num_steps}{offered}"
+
+
+@contextmanager
+def _cases(duration_s: float) -> Iterator[_Cases]:
+    with ExitStack() as stack:
+        yield _Cases(stack, duration_s)
+
+
+class _Cases:
+    """Cases by name, and the servers they need, each started when the first case needs it."""
+
+    def __init__(self, stack: ExitStack, duration_s: float) -> None:
+        self.by_name: dict[str, Case] = {}
+        self._stack = stack
+        self._duration_s = duration_s
+        self._running: dict[str, tuple[str, list[int]]] = {}
+
+    def add_bare(self, batch_size: int) -> None:
+        loop = BareLoop(MODEL.read_bytes(), batch_size)
+        self.by_name[f"bare, batch {batch_size}"] = partial(loop.measure, self._duration_s)
+
+    def add_engine(self, num_sessions: int, num_steps: int) -> None:
+        for together, how in ((True, "in one message"), (False, "in a message each")):
+            engine = EngineAlone(MODEL, num_sessions, num_steps, together)
+            case = f"engine, {num_sessions} sessions {how}, T={num_steps}"
+            self.by_name[case] = partial(engine.measure, self._duration_s)
+
+    def add_ours(self, shape: Shape, messages_per_s: float | None = None) -> None:
+        self._add_shape(shape, "", partial(serving, MODELS, "--max-sessions", "8192"), messages_per_s)
+
+    def add_naive(self, shape: Shape) -> None:
+        self._add_shape(shape, "naive", naive.serving)
+
+    def add_echo(self, flavour: str, shape: Shape) -> None:
+        self._add_shape(shape, f"echo with {flavour}", partial(echo.running, flavour))
+
+    def add_triton(
+        self, kind: Kind, num_sequences: int, in_flight: int = 1, messages_per_s: float | None = None
+    ) -> None:
+        address, pids = self._server("Triton", _triton_with_sequences)
+        shape = Shape("StreamSteps" if kind == "stream" else "Step", num_sequences, 1, in_flight)
+        lanes = _triton_lanes(kind, range(1, num_sequences + 1))
+        load = _Load(address, pids, shape, lambda: lanes, self._duration_s, messages_per_s)
+        self.by_name[name(shape, "Triton", messages_per_s)] = load.measure
+
+    def _add_shape(
+        self, shape: Shape, server: str, start: Servers, messages_per_s: float | None = None
+    ) -> None:
+        address, pids = self._server(server, start)
+        sessions = Sessions(address, shape)
+        load = _Load(address, pids, shape, sessions.lanes, self._duration_s, messages_per_s, sessions.advance)
+        self.by_name[name(shape, server, messages_per_s)] = load.measure
+
+    def _server(self, server: str, start: Servers) -> tuple[str, list[int]]:
+        if server not in self._running:
+            self._running[server] = self._stack.enter_context(start())
+        return self._running[server]
+
+
+class _Load:
+    """A load on a server, and what it costs there."""
+
+    def __init__(
+        self,
+        address: str,
+        pids: list[int],
+        shape: Shape,
+        lanes: Callable[[], list[Call]],
+        duration_s: float,
+        messages_per_s: float | None = None,
+        on_report: Callable[[LoadReport], None] = lambda _: None,
+    ) -> None:
+        self._address, self._processes = address, [psutil.Process(pid) for pid in pids]
+        self._shape, self._lanes, self._on_report = shape, lanes, on_report
+        self._duration_s, self._messages_per_s = duration_s, messages_per_s
+
+    def measure(self) -> Metrics:
+        """Run the load once."""
+        start_cpu_s = self._cpu_s()
+        if self._messages_per_s is None:
+            report = in_own_process(
+                closed_loop,
+                self._address,
+                self._lanes(),
+                self._shape.kind,
+                in_flight=self._shape.in_flight,
+                duration_s=self._duration_s,
+            )
+        else:
+            report = in_own_process(
+                open_loop,
+                self._address,
+                self._lanes(),
+                self._shape.kind,
+                messages_per_s=self._messages_per_s,
+                duration_s=self._duration_s,
+                poisson_seed=0,
+            )
+        self._on_report(report)
+        return {
+            "steps_per_s": report.steps_per_s,
+            "messages_per_s": report.messages_per_s,
+            "p50_ms": report.p50_ms,
+            "p99_ms": report.p99_ms,
+            "cpu_us_per_step": (self._cpu_s() - start_cpu_s) / report.num_steps * 1e6,
+            "generator_cpu_share": report.generator_cpu_share,
+        }
+
+    def _cpu_s(self) -> float:
+        """Processor time of the server's processes."""
+        return sum(sum(process.cpu_times()[:2]) for process in self._processes)
+
+
+@contextmanager
+def _triton_with_sequences() -> Iterator[tuple[str, list[int]]]:
+    """Triton with 64 sequences begun."""
+    with triton.serving(num_sequences=64) as (address, pids):
+        lanes = _triton_lanes("stream", range(1, 65), start=True)
+        in_own_process(closed_loop, address, lanes, "stream", num_messages=1)
+        yield address, pids
+
+
+def _triton_lanes(kind: Kind, sequence_ids: range, start: bool = False) -> list[Call]:
+    bits = np.random.default_rng(0).integers(0, 2, (len(sequence_ids), naive.INPUT_SIZE)).astype(np.float32)
+    method = triton.STREAM_METHOD if kind == "stream" else triton.UNARY_METHOD
+    return [
+        Call(method, triton.step_message(sequence_id, inputs, start=start), is_numbered=False)
+        for sequence_id, inputs in zip(sequence_ids, bits, strict=True)
+    ]

@@ -3,62 +3,70 @@
 It is what makes a repeated message safe: the steps that have run already are answered from here, however the
 repeat cuts them into messages, and everything that does not fit is refused with the session's counter.
 `sessions.py` keeps one for each session.
+
+Shapes: T steps of a message, W steps of the window.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
 
 import numpy as np
 
 from ntm.tensor import Array
 from server.errors import InputMismatchError, StepGapError, StepTooOldError
 
-
-class _Record(NamedTuple):
-    """A message that was applied."""
-
-    first_step: int
-    inputs: Array
-    outputs: Array
-
-    @property
-    def end_step(self) -> int:
-        return self.first_step + len(self.inputs)
+# Steps there is room for at first; it doubles up to the window.
+_FIRST_CAPACITY = 16
 
 
 class History:
-    """The records of one session, for at least the last `window_steps` steps."""
+    """The inputs and outputs of one session's last W steps, or of all, where there were fewer.
 
-    def __init__(self, no_outputs: Array, window_steps: int, next_step: int = 0) -> None:
+    Step k has row k mod the capacity of two arrays, which grow up to W rows: no object for each message, of which there
+    can be a thousand in every session.
+    """
+
+    def __init__(self, no_inputs: Array, no_outputs: Array, window_steps: int, next_step: int = 0) -> None:
         """A history that begins at `next_step`, with nothing on record.
 
         Args:
+            no_inputs: [0, ...input shape], the inputs of no steps.
             no_outputs: [0, ...output shape], the outputs of no steps.
-            window_steps: steps to keep at least.
+            window_steps: W.
             next_step: the counter.
         """
         self.next_step = next_step
         """The session's counter: it only grows."""
+        self._first_step = next_step
         self._window_steps = window_steps
-        self._records: deque[_Record] = deque()
-        self._no_outputs = no_outputs
+        self._inputs = no_inputs
+        self._outputs = no_outputs
         self._reset_steps: deque[int] = deque()
 
     @property
     def oldest_step(self) -> int:
         """The first step whose answer is still recorded."""
-        return self._records[0].first_step if self._records else self.next_step
+        return max(self._first_step, self.next_step - self._window_steps)
 
     def add(self, inputs: Array, outputs: Array) -> None:
-        """Record a message that was applied, and forget what is older than the window."""
-        self._records.append(_Record(self.next_step, inputs, outputs))
-        self.next_step += len(inputs)
-        while self._records[0].end_step <= self.next_step - self._window_steps:
-            self._records.popleft()
-        while self._reset_steps and self._reset_steps[0] < self.oldest_step:
-            self._reset_steps.popleft()
+        """Record a message that was applied, T at most W, and forget what is older than the window."""
+        end_step = self.next_step + len(inputs)
+        capacity = len(self._inputs)
+        if capacity < self._window_steps and capacity < end_step - self._first_step:
+            capacity = self._grow(end_step - self._first_step)
+        start = self.next_step % capacity
+        end = start + len(inputs)
+        if end <= capacity:
+            self._inputs[start:end] = inputs
+            self._outputs[start:end] = outputs
+        else:
+            rows = np.arange(start, end) % capacity
+            self._inputs[rows] = inputs
+            self._outputs[rows] = outputs
+        self.next_step = end_step
+        if self._reset_steps and self._reset_steps[0] < self.oldest_step:
+            self._reset_steps = deque(step for step in self._reset_steps if step >= self.oldest_step)
 
     def add_reset(self) -> None:
         """Record a reset at the present step."""
@@ -91,21 +99,28 @@ class History:
             InputMismatchError: a step has run with other bytes.
         """
         if first_step is None or first_step == self.next_step:
-            return self._no_outputs
+            return self._outputs[:0]
         if first_step > self.next_step:
             raise StepGapError(first_step, self.next_step)
         if first_step < self.oldest_step:
             raise StepTooOldError(first_step, self.oldest_step, self.next_step)
-        known = [self._no_outputs]
         end_step = min(first_step + len(inputs), self.next_step)
-        for record in self._records:
-            start, end = max(first_step, record.first_step), min(end_step, record.end_step)
-            if start >= end:
-                continue
-            sent = inputs[start - first_step : end - first_step]
-            ran = record.inputs[start - record.first_step : end - record.first_step]
-            for step, row, row_that_ran in zip(range(start, end), sent, ran, strict=True):
-                if row.tobytes() != row_that_ran.tobytes():
-                    raise InputMismatchError(step, self.next_step)
-            known.append(record.outputs[start - record.first_step : end - record.first_step])
-        return np.concatenate(known)
+        rows = np.arange(first_step, end_step) % len(self._inputs)
+        for step, row, row_that_ran in zip(
+            range(first_step, end_step), inputs, self._inputs[rows], strict=False
+        ):
+            if row.tobytes() != row_that_ran.tobytes():
+                raise InputMismatchError(step, self.next_step)
+        return np.asarray(self._outputs[rows])
+
+    def _grow(self, num_steps: int) -> int:
+        """Make room for so many steps since the first, or for the window; returns the capacity."""
+        capacity = min(self._window_steps, max(2 * len(self._inputs), num_steps, _FIRST_CAPACITY))
+        steps = np.arange(self.oldest_step, self.next_step)
+        for name in ("_inputs", "_outputs"):
+            old = getattr(self, name)
+            new = np.zeros((capacity, *old.shape[1:]), old.dtype)
+            if len(steps):
+                new[steps % capacity] = old[steps % len(old)]
+            setattr(self, name, new)
+        return capacity

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import numpy as np
 import onnxruntime as ort
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -31,7 +30,7 @@ from server import requests, status
 from server.errors import InvalidInputError, NotBuiltError, ServerStoppingError, ServingError
 from server.requests import RequestLimits
 from server.served_model import ServedModel
-from server.sessions import Batch, Call, Session, SessionManager, StepResult
+from server.sessions import Batch, BatchResult, Call, Session, SessionManager, StepResult
 from server.spec import StepModel
 
 log = structlog.get_logger()
@@ -144,7 +143,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             )
         inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
         batch = self._enter_batch(ids, request.first_steps, inputs)
-        return _batch_message(await self._sessions.finish(batch), inputs.shape[1])
+        return _batch_message(await self._sessions.finish(batch))
 
     async def GetState(
         self, request: session_service_pb2.GetStateRequest, context: _Context
@@ -425,24 +424,12 @@ def _state_messages(
     ]
 
 
-def _batch_message(
-    results: list[StepResult | BaseException], num_steps: int
-) -> session_service_pb2.BatchStepResponse:
-    response = session_service_pb2.BatchStepResponse()
-    good = [result for result in results if isinstance(result, StepResult)]
-    outputs: Array | None = None
-    if good:
-        outputs = np.zeros((len(results), num_steps, *good[0].outputs.shape[1:]), good[0].outputs.dtype)
-    for index, result in enumerate(results):
-        if isinstance(result, StepResult):
-            assert outputs is not None
-            outputs[index] = result.outputs
-            response.next_steps.append(result.next_step)
-            continue
-        if not isinstance(result, ServingError):
-            log.error("an item of a batch failed unexpectedly", index=index, exc_info=result)
-        told = status.of(result)
-        response.next_steps.append(0)
+def _batch_message(result: BatchResult) -> session_service_pb2.BatchStepResponse:
+    response = session_service_pb2.BatchStepResponse(next_steps=result.next_steps)
+    for index, error in sorted(result.errors.items()):
+        if not isinstance(error, ServingError):
+            log.error("an item of a batch failed unexpectedly", index=index, exc_info=error)
+        told = status.of(error)
         response.errors.add(
             index=index,
             code=told.code.value[0],
@@ -450,8 +437,8 @@ def _batch_message(
             message=told.message,
             metadata=told.metadata,
         )
-    if outputs is not None:
-        fill(response.outputs, outputs)
+    if result.outputs is not None:
+        fill(response.outputs, result.outputs)
     return response
 
 

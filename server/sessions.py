@@ -15,7 +15,7 @@ import secrets
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -96,28 +96,87 @@ class Call:
 
 
 @dataclass(eq=False, slots=True)
-class _Group:
-    """The part of a batch whose sessions have no other calls, so that they can share one message."""
+class BatchResult:
+    """What became of the steps of several sessions."""
 
-    sessions: list[Session]
-    message: Message
+    outputs: Array | None
+    """[S, T, ...output shape], zeros where a session failed; None if all did."""
+    next_steps: list[int]
+    """0 where a session failed."""
+    errors: dict[int, BaseException]
+    """By index."""
 
 
 class Batch:
-    """What the caller of several calls waits for: the result or the exception of each, when all have one."""
+    """What the caller of several sessions' steps waits for: what became of each, when all have ended."""
 
-    def __init__(self, size: int) -> None:
-        self.future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+    def __init__(self, num_sessions: int, num_steps: int) -> None:
+        self.future: asyncio.Future[BatchResult] = asyncio.get_running_loop().create_future()
         self.calls: list[Call | _Group] = []
-        self._results: list[Any] = [None] * size
-        self._num_left = size
+        self._size = (num_sessions, num_steps)
+        self._result = BatchResult(None, [0] * num_sessions, {})
+        self._num_left = num_sessions
+
+    def call(self, session: Session, begin: Callable[[Call], None], index: int) -> Call:
+        """A call for one of the sessions."""
+        call = Call(session, begin, self.future, partial(self.settle, index))
+        self.calls.append(call)
+        return call
 
     def settle(self, index: int, result: object) -> None:
-        """Note what became of one of them."""
-        self._results[index] = result
-        self._num_left -= 1
+        """Note what became of one session's steps."""
+        if isinstance(result, StepResult):
+            self._outputs_like(result.outputs)[index] = result.outputs
+            self._result.next_steps[index] = result.next_step
+        else:
+            assert isinstance(result, BaseException)
+            self._result.errors[index] = result
+        self._end(1)
+
+    def settle_group(self, group: _Group, outputs: Array, errors: Mapping[int, ServingError]) -> None:
+        """Note what became of a group's steps: outputs [its sessions, T, ...output shape], and errors by row."""
+        if not errors and len(group.indices) == self._size[0]:
+            self._result.outputs = outputs
+            self._result.next_steps = [session.next_step for session in group.sessions]
+            return self._end(len(group.indices))
+        for row, (index, session) in enumerate(zip(group.indices, group.sessions, strict=True)):
+            if row in errors:
+                self._result.errors[index] = errors[row]
+            else:
+                self._outputs_like(outputs[row])[index] = outputs[row]
+                self._result.next_steps[index] = session.next_step
+        return self._end(len(group.indices))
+
+    def _outputs_like(self, outputs: Array) -> Array:
+        if self._result.outputs is None:
+            self._result.outputs = np.zeros((*self._size, *outputs.shape[1:]), outputs.dtype)
+        return self._result.outputs
+
+    def _end(self, num_sessions: int) -> None:
+        self._num_left -= num_sessions
         if not self._num_left and not self.future.done():
-            self.future.set_result(self._results)
+            self.future.set_result(self._result)
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """Sessions of a batch that are served together, in one message, since nothing else is to be served before.
+
+    It stands in the line of each of them: alone, or behind the same other group.
+    """
+
+    batch: Batch
+    served: ServedModel
+    indices: list[int]
+    """Where the sessions stand in the batch."""
+    sessions: list[Session]
+    inputs: Array
+    """[sessions, T, ...input shape]."""
+    first_steps: Sequence[int]
+    """As its caller says, or empty."""
+    num_waiting: int = 0
+    """Sessions whose turn has not come."""
+    message: Message | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,50 +346,46 @@ class SessionManager:
             InputMismatchError, StateNotKeptError, StepFailedError, OutputNotFiniteError.
         """
 
-        def begin(call: Call) -> None:
-            session = call.session
-            known = session.history.outputs_of(inputs, first_step)
-            new_inputs = inputs[len(known) :]
-            if len(new_inputs) == 0:
-                end_step = (first_step or 0) + len(inputs)
-                if not wants_state:
-                    return self._end(call, StepResult(known, end_step, {}))
-                if end_step != session.next_step or session.history.was_reset_at(end_step):
-                    raise StateNotKeptError(end_step - 1, session.next_step)
-            return self._run(call, new_inputs, known, wants_state)
-
+        begin = self._stepping(inputs, first_step, wants_state)
         return self._enter(session, begin, needs_device=True, follows=follows, batch=batch)
 
     def step_each(
         self, sessions: Sequence[Session | ServingError], inputs: Array, first_steps: Sequence[int]
     ) -> Batch:
-        """Run the steps of several sessions, each as `step` does; `finish` gives each one's result or exception.
+        """Run the steps of several sessions, each as `step` does; `finish` gives a BatchResult.
 
         Args:
             sessions: S sessions, none twice; where there is none, why.
             inputs: [S, T, ...input shape], T at least 1, checked.
             first_steps: for each session the index of its first input, or empty.
         """
-        batch = Batch(len(sessions))
-        together: dict[ServedModel, list[int]] = {}
+        batch = Batch(len(sessions), inputs.shape[1])
+        together: dict[tuple[ServedModel, _Group | None], list[int]] = {}
         for index, session in enumerate(sessions):
             if not isinstance(session, Session):
                 batch.settle(index, session)
                 continue
-            served, first_step = session.model, first_steps[index] if first_steps else None
-            is_next = first_step is None or first_step == session.history.next_step
-            if is_next and not session.calls and served.num_pending < served.limits.max_pending_messages:
+            served, last = session.model, session.calls[-1] if session.calls else None
+            if isinstance(last, Call):
+                self._step_alone(batch, index, session, inputs, first_steps)
+            elif served.num_pending >= served.limits.max_pending_messages:
+                batch.settle(index, _queue_full(served))
+            else:
                 served.num_pending += 1
-                together.setdefault(served, []).append(index)
-                continue
-            try:
-                self.step(session, inputs[index].copy(), first_step, batch=(batch, index))
-            except ServingError as error:
-                batch.settle(index, error)
-        for served, indices in together.items():
+                together.setdefault((served, last), []).append(index)
+        for (served, _), indices in together.items():
             size = served.runner.max_batch_size
             for start in range(0, len(indices), size):
-                self._run_together(batch, served, indices[start : start + size], sessions, inputs)
+                part = indices[start : start + size]
+                group = _Group(
+                    batch,
+                    served,
+                    part,
+                    [cast(Session, sessions[index]) for index in part],
+                    inputs[part],
+                    [first_steps[index] for index in part] if first_steps else (),
+                )
+                self._enter_group(group)
         return batch
 
     async def state(self, session_id: str) -> StepResult:
@@ -395,23 +450,26 @@ class SessionManager:
         served = session.model
         must_wait = needs_device or session.calls
         if must_wait and served.num_pending >= served.limits.max_pending_messages:
-            raise QueueFullError(served.model.label, served.limits.max_pending_messages)
+            raise _queue_full(served)
         served.num_pending += 1
         if batch is None:
             future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             call = Call(session, begin, future, partial(_settle, future), follows)
         else:
-            call = Call(session, begin, batch[0].future, partial(batch[0].settle, batch[1]), follows)
-            batch[0].calls.append(call)
+            call = batch[0].call(session, begin, batch[1])
         session.calls.append(call)
         if len(session.calls) == 1:
             self._serve(session)
         return call
 
     def _serve(self, session: Session) -> None:
-        """Begin calls until one has a message to wait for."""
+        """Begin calls until one has a message to wait for; to be called when another has become the first."""
         while session.calls and (call := session.calls[0]).message is None:
-            assert isinstance(call, Call)
+            if isinstance(call, _Group):
+                call.num_waiting -= 1
+                if not call.num_waiting:
+                    self._begin_group(call)
+                return
             if call.future.cancelled() or (call.follows is not None and call.follows.has_failed):
                 call.has_failed = True
                 self._leave(call)
@@ -454,17 +512,22 @@ class SessionManager:
             self._serve(session)
 
     def _withdraw_group(self, group: _Group) -> None:
-        served = group.sessions[0].model
-        if group.message.has_ended or not served.withdraw(group.message):
-            return
-        for slot in group.message.write_slots:
-            served.slots.release(slot)
-        self._disband(group)
+        if group.message is None:
+            behind = [session for session in group.sessions if session.calls[0] is group]
+            group.served.num_pending -= len(group.sessions)
+            for session in group.sessions:
+                session.calls.remove(group)
+            for session in behind:
+                self._serve(session)
+        elif not group.message.has_ended and group.served.withdraw(group.message):
+            for slot in group.message.write_slots:
+                group.served.slots.release(slot)
+            self._disband(group)
 
     def _disband(self, group: _Group) -> None:
         """The message of a group has ended or is withdrawn: it is the turn of who waits behind it."""
         now_s = self._now_s()
-        group.sessions[0].model.num_pending -= len(group.sessions)
+        group.served.num_pending -= len(group.sessions)
         for session in group.sessions:
             session.calls.popleft()
             session.last_use_time_s = now_s
@@ -472,6 +535,25 @@ class SessionManager:
                 self._serve(session)
 
     # Messages.
+
+    def _stepping(
+        self, inputs: Array, first_step: int | None, wants_state: bool = False
+    ) -> Callable[[Call], None]:
+        """How a call begins that runs some steps, or answers them from the records."""
+
+        def begin(call: Call) -> None:
+            session = call.session
+            known = session.history.outputs_of(inputs, first_step)
+            new_inputs = inputs[len(known) :]
+            if len(new_inputs) == 0:
+                end_step = (first_step or 0) + len(inputs)
+                if not wants_state:
+                    return self._end(call, StepResult(known, end_step, {}))
+                if end_step != session.next_step or session.history.was_reset_at(end_step):
+                    raise StateNotKeptError(end_step - 1, session.next_step)
+            return self._run(call, new_inputs, known, wants_state)
+
+        return begin
 
     def _run(self, call: Call, inputs: Array, known_outputs: Array, wants_state: bool) -> None:
         """Send a message for the call; its answer is the outputs known and the new ones."""
@@ -506,52 +588,85 @@ class SessionManager:
         )
         served.submit(call.message)
 
-    def _run_together(
+    def _step_alone(
         self,
         batch: Batch,
-        served: ServedModel,
-        indices: list[int],
-        all_sessions: Sequence[Session | ServingError],
-        all_inputs: Array,
+        index: int,
+        session: Session,
+        inputs: Array,
+        first_steps: Sequence[int],
     ) -> None:
-        """Send one message for the sessions of a batch at these indices, which have no other calls."""
-        sessions = [cast(Session, all_sessions[index]) for index in indices]
-        inputs = all_inputs[indices]
+        """Enter a call for one session of a batch, behind other calls."""
+        try:
+            self.step(
+                session, inputs[index], first_steps[index] if first_steps else None, batch=(batch, index)
+            )
+        except ServingError as error:
+            batch.settle(index, error)
+
+    def _enter_group(self, group: _Group) -> None:
+        group.batch.calls.append(group)
+        for session in group.sessions:
+            group.num_waiting += bool(session.calls)
+            session.calls.append(group)
+        if not group.num_waiting:
+            self._begin_group(group)
+
+    def _begin_group(self, group: _Group) -> None:
+        """Send a group's message; a session that is not where the steps begin is served by itself."""
+        elsewhere = [
+            row
+            for row, (session, first_step) in enumerate(zip(group.sessions, group.first_steps, strict=False))
+            if first_step != session.next_step
+        ]
+        others = self._split_off(group, elsewhere) if elsewhere else []
+        if group.sessions:
+            self._run_group(group)
+        else:
+            group.batch.calls.remove(group)
+        for session in others:
+            self._serve(session)
+
+    def _split_off(self, group: _Group, rows: list[int]) -> list[Session]:
+        """Put calls of their own in the place of the group for some of its sessions; returns these."""
+        apart = set(rows)
+        for row in rows:
+            first_step = group.first_steps[row] if group.first_steps else None
+            session, begin = group.sessions[row], self._stepping(group.inputs[row], first_step)
+            session.calls[0] = group.batch.call(session, begin, group.indices[row])
+        others = [group.sessions[row] for row in rows]
+        kept = [row for row in range(len(group.sessions)) if row not in apart]
+        group.sessions = [group.sessions[row] for row in kept]
+        group.indices = [group.indices[row] for row in kept]
+        group.inputs = group.inputs[kept]
+        return others
+
+    def _run_group(self, group: _Group) -> None:
+        served, sessions, inputs = group.served, group.sessions, group.inputs
         no_outputs = served.model.no_outputs
         outputs = np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype)
         write_slots = [served.slots.take() for _ in sessions]
 
         def on_ended(message: Message) -> None:
-            results: list[StepResult | ServingError] = []
-            for row, (session, write_slot) in enumerate(zip(sessions, write_slots, strict=True)):
-                if row in message.errors:
-                    served.slots.release(write_slot)
-                    results.append(message.errors[row])
-                    continue
-                # Copies, since the session keeps them on record, and must not keep the whole batch alive with them.
-                row_outputs = outputs[row].copy()
-                self._apply(session, write_slot, inputs[row].copy(), row_outputs)
-                results.append(StepResult(row_outputs, session.history.next_step, {}))
+            errors = message.errors
+            for row, (session, slot) in enumerate(zip(sessions, write_slots, strict=True)):
+                if row in errors:
+                    served.slots.release(slot)
+                else:
+                    self._apply(session, slot, inputs[row], outputs[row])
+            group.batch.settle_group(group, outputs, errors)
             # Only now, since whose turn it is next sees what has become of the session.
             self._disband(group)
-            for index, result in zip(indices, results, strict=True):
-                batch.settle(index, result)
 
-        group = _Group(
-            sessions,
-            Message(
-                [session.session_id for session in sessions],
-                [session.history.next_step for session in sessions],
-                inputs,
-                outputs,
-                [session.slot for session in sessions],
-                write_slots,
-                on_ended=on_ended,
-            ),
+        group.message = Message(
+            [session.session_id for session in sessions],
+            [session.next_step for session in sessions],
+            inputs,
+            outputs,
+            [session.slot for session in sessions],
+            write_slots,
+            on_ended=on_ended,
         )
-        for session in sessions:
-            session.calls.append(group)
-        batch.calls.append(group)
         served.submit(group.message)
 
     def _apply(self, session: Session, slot: int, inputs: Array, outputs: Array) -> None:
@@ -588,7 +703,8 @@ class SessionManager:
         if served.num_sessions >= served.limits.max_sessions:
             raise NoFreeSlotError(served.model.label, served.limits.max_sessions)
         now_s = self._now_s()
-        history = History(served.model.no_outputs, served.limits.retry_window_steps, next_step)
+        model = served.model
+        history = History(model.no_inputs, model.no_outputs, served.limits.retry_window_steps, next_step)
         session = Session(session_id, request.request_id, served, now_s, now_s, history)
         self._sessions[session_id] = session
         served.num_sessions += 1
@@ -611,6 +727,10 @@ class SessionManager:
                 return
             del self._retired[session_id]
             self._requests.pop(retired.request_id, None)
+
+
+def _queue_full(served: ServedModel) -> QueueFullError:
+    return QueueFullError(served.model.label, served.limits.max_pending_messages)
 
 
 def _settle(future: asyncio.Future[Any], result: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -287,16 +288,85 @@ async def test_a_call_cancelled_behind_another_of_its_session_leaves_the_order_o
     np.testing.assert_array_equal(np.concatenate([await first, await third]), accumulated(inputs))
 
 
-async def test_a_record_does_not_keep_the_whole_batch_alive(caller: Caller) -> None:
+def a_batch(
+    caller: Caller, ids: str, inputs: np.ndarray, first_steps: list[int] | None = None
+) -> asyncio.Task[Any]:
+    """A BatchStep that is sent and not waited for; sessions have names of one letter."""
+    request = pb.BatchStepRequest(session_ids=list(ids), inputs=to_message(inputs), first_steps=first_steps)
+
+    async def answer() -> pb.BatchStepResponse:
+        return await caller.stub.BatchStep(request)
+
+    return asyncio.ensure_future(answer())
+
+
+async def test_batches_of_the_same_sessions_that_wait_for_one_another_run_in_order(caller: Caller) -> None:
+    inputs = np.stack([random_inputs(9, seed) for seed in range(2)])
     await caller.create("accumulator", "a")
     await caller.create("accumulator", "b")
-    inputs = to_message(np.zeros((2, 1, 3), np.float32))
 
-    await caller.stub.BatchStep(pb.BatchStepRequest(session_ids=["a", "b"], inputs=inputs))
+    with caller.hold("accumulator"):
+        first = a_batch(caller, "ab", inputs[:, :2])
+        await pending(caller, "accumulator", 2)
+        second = a_batch(caller, "ab", inputs[:, 2:5], [2, 2])
+        await pending(caller, "accumulator", 4)
+        alone = asyncio.ensure_future(caller.step(inputs[1, 5:], "b"))
+        await pending(caller, "accumulator", 5)
+        third = a_batch(caller, "a", inputs[:1, 5:])
+        await pending(caller, "accumulator", 6)
 
-    recorded = caller.server.sessions.get("a").history._records[0].inputs
-    owner = recorded if recorded.base is None else recorded.base
-    assert owner.nbytes == recorded.nbytes
+    outputs = [to_array((await batch).outputs) for batch in (first, second, third)]
+    for row in range(2):
+        expected = accumulated(inputs[row])
+        np.testing.assert_array_equal(outputs[0][row], expected[:2])
+        np.testing.assert_array_equal(outputs[1][row], expected[2:5])
+        np.testing.assert_array_equal(outputs[2][0] if row == 0 else await alone, expected[5:])
+
+
+async def test_a_batch_that_waits_serves_alone_a_session_that_is_not_where_the_others_are(
+    caller: Caller,
+) -> None:
+    inputs = np.stack([random_inputs(4, seed) for seed in range(3)])
+    for name in "abc":
+        await caller.create("accumulator", name)
+
+    with caller.hold("accumulator"):
+        first = a_batch(caller, "abc", inputs[:, :2])
+        await pending(caller, "accumulator", 3)
+        # For b a repeat in part, for c a gap.
+        later = np.stack([inputs[0, 2:4], inputs[1, 1:3], inputs[2, 2:4]])
+        second = a_batch(caller, "abc", later, [2, 1, 7])
+        await pending(caller, "accumulator", 6)
+
+    await first
+    answer = await second
+    outputs = to_array(answer.outputs)
+    np.testing.assert_array_equal(outputs[0], accumulated(inputs[0])[2:4])
+    np.testing.assert_array_equal(outputs[1], accumulated(inputs[1])[1:3])
+    assert list(answer.next_steps) == [4, 3, 0]
+    assert [(error.index, error.reason) for error in answer.errors] == [(2, "STEP_GAP")]
+    assert [await caller.next_step(name) for name in "abc"] == [4, 3, 2]
+
+
+async def test_a_waiting_batch_that_is_cancelled_leaves_its_place_to_the_next(caller: Caller) -> None:
+    inputs = np.stack([random_inputs(4, seed) for seed in range(2)])
+    await caller.create("accumulator", "a")
+    await caller.create("accumulator", "b")
+
+    with caller.hold("accumulator"):
+        first = a_batch(caller, "ab", inputs[:, :2])
+        await pending(caller, "accumulator", 2)
+        second = a_batch(caller, "ab", inputs[:, :1])
+        await pending(caller, "accumulator", 4)
+        third = a_batch(caller, "ab", inputs[:, 2:4])
+        await pending(caller, "accumulator", 6)
+        second.cancel()
+        await pending(caller, "accumulator", 4)
+
+    await first
+    outputs = to_array((await third).outputs)
+    for row in range(2):
+        np.testing.assert_array_equal(outputs[row], accumulated(inputs[row])[2:4])
 
 
 async def test_a_batch_that_is_cancelled_takes_out_what_has_not_begun(caller: Caller) -> None:

@@ -55,7 +55,7 @@ class EngineAlone:
                 if not num_unanswered:
                     all_ended.set()
                 return
-            engine.submit([self._message(message.slots, message.inputs) for message in messages])
+            engine.submit([self._message(message.write_slots, message.inputs) for message in messages])
 
         engine = Engine(self._runner, on_ended)
         inputs = np.random.default_rng(0).integers(0, 2, (self._num_sessions, self._num_steps, 9))

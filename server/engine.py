@@ -6,6 +6,9 @@ in its seat (`model_runner.py` says what that is). A message is whole or nothing
 from the slot that the session has and ends in another, which the session takes over only when every turn has succeeded
 (`sessions.py` does that), so there is nothing to undo.
 
+State is copied as late as possible: what a message leaves in a seat stays there, although it belongs to a slot, until
+somebody else needs the seat (`lodgers.py`). Sessions that step again and again in the same company never move.
+
 Shapes: S sessions of a message, T steps of it, R rows of a batch (all sessions of its messages), K turns.
 """
 
@@ -22,6 +25,7 @@ import structlog
 
 from ntm.tensor import Array
 from server.errors import OutputNotFiniteError, ServingError, StepFailedError
+from server.lodgers import Lodgers
 from server.model_runner import ModelRunner
 from server.scheduler import Scheduler
 
@@ -39,14 +43,15 @@ class Message:
     outputs: Array
     """[S, T, ...output shape], filled turn by turn."""
     slots: list[int]
-    """Where each state is while it has no seat: the session's slot, and `write_slots` after the first turn."""
+    """Where each state is at first: the session's slot."""
     write_slots: list[int]
     """Where each state goes in the end, and whenever the message must wait for its next turn."""
+    shared_slots: frozenset[int] = frozenset()
+    """Those of `slots` that somebody else holds as well, and will need when this message has ended."""
     wants_state: bool = False
     on_ended: Callable[[Message], None] | None = None
     """What whoever submitted it wants done then; the engine only carries it."""
     seats: list[int] | None = None
-    """Ascending."""
     state: dict[str, Array] | None = None
     """After the last step, by name, [S, ...state shape] each, if it was asked for."""
     errors: dict[int, ServingError] = field(default_factory=dict)
@@ -61,6 +66,11 @@ class Message:
     def num_rows(self) -> int:
         """S."""
         return len(self.slots)
+
+    @property
+    def present_slots(self) -> list[int]:
+        """Where each state is while it has no seat."""
+        return self.write_slots if self.steps_done else self.slots
 
     @property
     def num_left(self) -> int:
@@ -106,6 +116,7 @@ class Engine:
             on_batch: called in the loop's thread after every batch.
         """
         self._runner = runner
+        self._lodgers = Lodgers(runner)
         self._on_ended = on_ended
         self._on_batch = on_batch
         self._scheduler: Scheduler[Message] = Scheduler(runner.max_batch_size)
@@ -205,6 +216,9 @@ class Engine:
 
     def _take_turns(self, batch: list[Message], num_turns: int, turn_times_s: list[float]) -> None:
         """Run up to so many turns of a batch, at least one; a session that fails, fails alone."""
+        for message in batch:
+            if not message.steps_done:
+                self._lodgers.forget(message.write_slots)  # whose they were before has no use for them
         seats = self._sit(batch)
         num_rows, no_outputs = len(seats), self._runner.model.no_outputs
         pieces = [m.inputs[:, m.steps_done : m.steps_done + num_turns] for m in batch]
@@ -215,6 +229,7 @@ class Engine:
         num_done, failed = 0, False
         while num_done < num_turns and not failed and not (num_done and self._is_wanted()):
             start_s = perf_counter()
+            self._lodgers.make_room_for_run(num_rows)
             try:
                 outputs[num_done] = self._runner.run(inputs[num_done])
             except Exception:  # ONNX Runtime raises types of its own for what a model does
@@ -245,10 +260,11 @@ class Engine:
     def _take_turn_alone(self, batch: list[Message]) -> None:
         """Run the next step of each session by itself: one session's inputs must not fail another's step."""
         self._stand(batch)
+        self._lodgers.move_out()
         for message in batch:
-            step = message.steps_done
+            step, slots = message.steps_done, message.present_slots
             for row in range(message.num_rows):
-                self._runner.move(np.array([message.slots[row]]), np.array([self._runner.first_seat]))
+                self._runner.move(np.array([slots[row]]), np.array([self._runner.first_seat]))
                 try:
                     outputs = self._runner.run(np.ascontiguousarray(message.inputs[row : row + 1, step]))
                 except Exception as error:  # as above
@@ -269,14 +285,19 @@ class Engine:
     def _sit(self, batch: list[Message]) -> list[int]:
         """Give every session of a batch a seat, so that no seat between them is empty; returns the seats.
 
-        Messages that have theirs keep them if they can, and the others take what is free: few move from turn to turn.
+        Messages that have theirs keep them if they can, those whose state lodges in one take it, and the others take
+        what is free.
         """
         num_rows = sum(message.num_rows for message in batch)
         free = set(range(num_rows))
         moving = []
         for message in batch:
-            if message.seats is not None and message.seats[-1] < num_rows:
-                free.difference_update(message.seats)
+            seats = (
+                message.seats if message.seats is not None else self._lodgers.seats_of(message.present_slots)
+            )
+            if seats is not None and free.issuperset(seats):
+                free.difference_update(seats)
+                message.seats = seats
             else:
                 moving.append(message)
         if moving:
@@ -284,30 +305,38 @@ class Engine:
             sources = [
                 source
                 for m in moving
-                for source in (m.slots if m.seats is None else [first + seat for seat in m.seats])
+                for source in (
+                    map(self._lodgers.row_of, m.present_slots)
+                    if m.seats is None
+                    else [first + seat for seat in m.seats]
+                )
             ]
             targets = sorted(free)
-            self._runner.move(np.array(sources), np.array(targets) + first)
+            self._lodgers.move_in(sources, targets)
             for message in moving:
                 message.seats, targets = targets[: message.num_rows], targets[message.num_rows :]
         return [seat for message in batch for seat in message.seats or []]
 
     def _stand(self, messages: list[Message]) -> None:
-        """Put the state of messages that have seats into their slots, and free the seats."""
-        messages = [message for message in messages if message.seats is not None]
-        if not messages:
-            return
-        seats = [seat for message in messages for seat in message.seats or []]
-        slots = [slot for message in messages for slot in message.write_slots]
-        self._runner.move(np.array(seats) + self._runner.first_seat, np.array(slots))
+        """Free the seats of messages; the state they have come to belongs to their slots from here on."""
         for message in messages:
-            message.seats, message.slots = None, message.write_slots
+            if message.seats is not None and message.steps_done:
+                self._lodgers.add(message.seats, message.write_slots)
+            message.seats = None
+            if message.has_ended and message.steps_done:
+                self._lodgers.forget(
+                    slot
+                    for row, slot in enumerate(message.slots)
+                    if row not in message.errors and slot not in message.shared_slots
+                )
 
     def _look(self, wanting: list[Message]) -> None:
         """Give messages that ended well the state they asked for."""
         if not wanting:
             return
-        states = self._runner.read(np.array([slot for message in wanting for slot in message.slots]))
+        slots = [slot for message in wanting for slot in message.present_slots]
+        self._lodgers.move_out(slots)
+        states = self._runner.read(np.array(slots))
         first_row = 0
         for message in wanting:
             rows = slice(first_row, first_row + message.num_rows)

@@ -90,7 +90,7 @@ class ModelRunner:
         self._input_dtype = numpy_dtype(spec.input.dtype)
         self._output_dtype = numpy_dtype(spec.output.dtype)
         step = math.lcm(*(_ALIGNMENT_BYTES // math.gcd(_row_bytes(s), _ALIGNMENT_BYTES) for s in spec.states))
-        num_seats = _round_up(max_batch_size, step)
+        self.num_seats = num_seats = _round_up(max_batch_size, step)
         first = _round_up(num_slots + NUM_RESERVED_SLOTS, step)
         self._areas = (first, first + num_seats)
         self._pools = {
@@ -114,6 +114,11 @@ class ModelRunner:
     def first_seat(self) -> int:
         """The row that the next run reads first; every run that succeeds changes it."""
         return self._areas[self._area]
+
+    @property
+    def next_first_seat(self) -> int:
+        """The row that the next run writes first."""
+        return self._areas[1 - self._area]
 
     def run(self, inputs: Array) -> Array:
         """Run one step of the sessions whose state is in the first B seats. If this raises, no row has changed.

@@ -583,6 +583,7 @@ class SessionManager:
             outputs[np.newaxis],
             [session.slot],
             [write_slot],
+            served.slots.shared([session.slot]),
             wants_state,
             on_ended,
         )
@@ -663,8 +664,9 @@ class SessionManager:
             [session.next_step for session in sessions],
             inputs,
             outputs,
-            [session.slot for session in sessions],
+            slots := [session.slot for session in sessions],
             write_slots,
+            served.slots.shared(slots),
             on_ended=on_ended,
         )
         served.submit(group.message)

@@ -7,6 +7,8 @@ slot that two sessions hold is a copy that costs nothing until one of them steps
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from server.model_runner import INITIAL_SLOT, NUM_RESERVED_SLOTS
 
 
@@ -33,6 +35,11 @@ class SlotPool:
         if slot != INITIAL_SLOT:
             self._holders[slot] += 1
         return slot
+
+    def shared(self, slots: Iterable[int]) -> frozenset[int]:
+        """Those of some slots that are held more than once."""
+        holders = self._holders
+        return frozenset([slot for slot in slots if holders.get(slot, 1) > 1])
 
     def release(self, slot: int) -> None:
         """Hold a slot once less."""

@@ -15,6 +15,7 @@ from server import device, spec
 from server.engine import BatchReport, Engine, Message
 from server.errors import StepFailedError
 from server.model_runner import INITIAL_SLOT, ModelRunner
+from server.slots import SlotPool
 from tests import step_models
 from tests.server.helpers import accumulated, random_inputs
 
@@ -32,6 +33,14 @@ class Harness:
     def message(self, number: int, inputs: np.ndarray, slot: int = INITIAL_SLOT) -> Message:
         outputs = np.empty_like(inputs)
         return Message([str(number)], [0], inputs[None], outputs[None], [slot], write_slots=[1 + number])
+
+    def state(self, slots: list[int]) -> dict[str, np.ndarray]:
+        """The state in some slots, asked for as a caller does: by a message of no steps."""
+        nothing = np.empty((len(slots), 0, 3), np.float32)
+        look = Message([""] * len(slots), [0] * len(slots), nothing, nothing, slots, slots, wants_state=True)
+        self.run(look)
+        assert look.state is not None
+        return look.state
 
     def run(self, *messages: Message) -> None:
         """Run messages that arrive together, and wait until all have ended."""
@@ -58,12 +67,12 @@ def test_state_ends_in_the_slot_of_the_message_and_not_before(tmp_path: Path) ->
     message = harness.message(0, random_inputs(7))
 
     harness.run(message)
-    harness.engine.close()
 
-    assert (message.seats, message.slots) == (None, message.write_slots)
+    assert message.seats is None
     np.testing.assert_array_equal(
-        harness.runner.read(np.array(message.write_slots))["sum"][0], accumulated(message.inputs[0])[-1]
+        harness.state(message.write_slots)["sum"][0], accumulated(message.inputs[0])[-1]
     )
+    harness.engine.close()
 
 
 @settings(max_examples=25, deadline=None)
@@ -127,12 +136,11 @@ def test_a_message_of_several_sessions_gives_what_each_gives_alone(
         )
 
     harness.run(*messages)
-    harness.engine.close()
 
     for message in messages:
         np.testing.assert_array_equal(message.outputs, [accumulated(inputs) for inputs in message.inputs])
-        state = harness.runner.read(np.array(message.write_slots))["sum"]
-        np.testing.assert_array_equal(state, message.outputs[:, -1])
+        np.testing.assert_array_equal(harness.state(message.write_slots)["sum"], message.outputs[:, -1])
+    harness.engine.close()
 
 
 @pytest.mark.parametrize("make", [step_models.fragile, step_models.logarithm])
@@ -153,3 +161,96 @@ def test_in_a_message_of_several_sessions_one_that_fails_fails_alone(
     alone.run(other)
     alone.engine.close()
     np.testing.assert_array_equal(message.outputs[[0, 2]], [other.outputs[0]] * 2)
+
+
+def test_sessions_that_go_on_in_the_same_company_are_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=4)
+    inputs = [random_inputs(6, seed=number) for number in range(3)]
+    slots = [[1, 11], [2, 12], [3, 13]]
+    harness.run(*(harness.message(number, inputs[number][:1]) for number in range(3)))
+    moves: list[int] = []
+    move = harness.runner.move
+    monkeypatch.setattr(harness.runner, "move", lambda a, b: (moves.append(len(a)), move(a, b)))
+
+    for step in range(1, 6):
+        messages = [
+            Message(
+                [""],
+                [step],
+                inputs[n][None, step : step + 1],
+                np.empty((1, 1, 3), np.float32),
+                [read],
+                [write],
+            )
+            for n, (read, write) in enumerate(slots)
+        ]
+        harness.run(*messages)
+        slots = [[write, read] for read, write in slots]
+        for n, message in enumerate(messages):
+            np.testing.assert_array_equal(message.outputs[0, 0], accumulated(inputs[n])[step])
+
+    harness.engine.close()
+    assert moves == []
+
+
+# A session's life in the engine: a step or several, alone or with others, one that fails, a fork, an end.
+lives = st.lists(
+    st.tuples(
+        st.sampled_from(["step", "step", "step", "fail", "fork", "reset"]),
+        st.sets(st.integers(0, 5), min_size=1, max_size=6),
+        st.integers(1, 3),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lives=lives, max_batch_size=st.integers(1, 6))
+def test_every_slot_has_the_state_it_should_whatever_happened_to_others(
+    tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[str, set[int], int]], max_batch_size: int
+) -> None:
+    """Slots are taken and released as sessions do it, the last released first, so that they change hands at once."""
+    harness = Harness(tmp_path_factory.mktemp("models"), step_models.logarithm(), max_batch_size)
+    pool = SlotPool(63)
+    slot_of = [INITIAL_SLOT] * 6
+    expected = [np.ones(3, np.float32)] * 6
+    randomness = np.random.default_rng(0)
+
+    for what, sessions, num_steps in lives:
+        if what == "reset":
+            for session in sessions:
+                pool.release(slot_of[session])
+                slot_of[session], expected[session] = INITIAL_SLOT, np.ones(3, np.float32)
+            continue
+        if what == "fork":
+            source = min(sessions)
+            for session in sessions - {source}:
+                pool.release(slot_of[session])
+                slot_of[session], expected[session] = pool.hold(slot_of[source]), expected[source]
+            continue
+        messages = []
+        for session in sorted(sessions):
+            inputs = randomness.uniform(0.5, 1, (1, num_steps, 3)).astype(np.float32)
+            if what == "fail" and session == max(sessions):
+                inputs[0, -1] = -1000
+            slots = [slot_of[session]]
+            messages.append(
+                Message([""], [0], inputs, np.empty_like(inputs), slots, [pool.take()], pool.shared(slots))
+            )
+        harness.run(*messages)
+        for session, message in zip(sorted(sessions), messages, strict=True):
+            assert bool(message.errors) == (what == "fail" and session == max(sessions))
+            if message.errors:
+                pool.release(message.write_slots[0])
+                continue
+            pool.release(slot_of[session])
+            slot_of[session] = message.write_slots[0]
+            expected[session] = expected[session] + message.inputs[0].sum(0)
+
+    for session in range(6):
+        np.testing.assert_allclose(
+            harness.state([slot_of[session]])["sum"][0], expected[session], rtol=1e-5, err_msg=str(session)
+        )
+    harness.engine.close()

@@ -397,7 +397,9 @@ async def test_a_move_that_fails_answers_every_caller_and_leaves_their_sessions(
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "move", fail)
-        steps = [asyncio.ensure_future(caller.step(inputs[1:], f"s{index}")) for index in range(2)]
+        with caller.hold("accumulator"):
+            steps = [asyncio.ensure_future(caller.step(inputs[1:], f"s{index}")) for index in range(2)]
+            await pending(caller, "accumulator", 2)
         for step in steps:
             await refused(step, grpc.StatusCode.INTERNAL, "STEP_FAILED")
 

@@ -118,6 +118,7 @@ class Engine:
         self._runner = runner
         self._lodgers = Lodgers(runner)
         self._on_ended = on_ended
+        self._ended: list[Message] = []
         self._on_batch = on_batch
         self._scheduler: Scheduler[Message] = Scheduler(runner.max_batch_size)
         self._wake = threading.Condition()
@@ -165,6 +166,7 @@ class Engine:
             with self._wake:
                 self._scheduler.put_back(unfinished)
                 while self._num_holds or not len(self._scheduler) or self._is_abandoned:
+                    self._hand_back()
                     if self._is_abandoned or (self._is_closing and not self._num_holds):
                         return
                     self._wake.wait()
@@ -172,10 +174,18 @@ class Engine:
                 must_wait = unfinished if len(self._scheduler) else []
             self._attempt(self._stand, _without(must_wait, batch))
             self._attempt(self._run, batch)
-            ended = [message for message in batch if message.has_ended]
+            self._ended += [message for message in batch if message.has_ended]
             unfinished = [message for message in batch if not message.has_ended]
-            if ended:
-                self._on_ended(ended)
+
+    def _hand_back(self) -> None:
+        """Hand back what has ended: at once when nothing is to be run, else when the next run begins.
+
+        Whoever takes it is then busy with it while the run has no use for the interpreter, and not while the
+        next batch is being made ready.
+        """
+        if self._ended:
+            ended, self._ended = self._ended, []
+            self._on_ended(ended)
 
     def _attempt(self, work: Callable[[list[Message]], None], messages: list[Message]) -> None:
         """Do something for some messages; whatever goes wrong, nobody is left waiting."""
@@ -230,6 +240,7 @@ class Engine:
         while num_done < num_turns and not failed and not (num_done and self._is_wanted()):
             start_s = perf_counter()
             self._lodgers.make_room_for_run(num_rows)
+            self._hand_back()
             try:
                 outputs[num_done] = self._runner.run(inputs[num_done])
             except Exception:  # ONNX Runtime raises types of its own for what a model does

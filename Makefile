@@ -25,6 +25,14 @@ demo: $(VENV)/.demo ## See a trained NTM recall sequences through the server.
 test: $(VENV)/.dev ## Run the tests.
 	@$(BIN)/python -m pytest --numprocesses 2
 
+.PHONY: bench
+bench: $(VENV)/.dev ## Measure everything beside its limits and its peers, into benchmarks/results; a quarter of an hour.
+	@$(BIN)/python -m benchmarks
+
+.PHONY: bench-quick
+bench-quick: $(VENV)/.dev ## Hold the main ratios to their floors, in under a minute.
+	@$(BIN)/python -m benchmarks --quick
+
 .PHONY: check
 check: $(VENV)/.dev $(BUF) ## Check format, lint, types and protos.
 	@$(BIN)/ruff format --check --quiet $(CODE)
@@ -46,7 +54,7 @@ proto: $(VENV)/.dev ## Generate the code from the protos.
 
 .PHONY: train
 train: $(VENV)/.train ## Train the shipped model again, in runs/copy.
-	@$(BIN)/python -m training copy --seed 2 --run-dir runs/copy
+	@$(BIN)/python -m training copy --seed 13 --run-dir runs/copy
 
 .PHONY: audit
 audit: ## Look for known vulnerabilities in the pinned versions; needs the package index's advisories.

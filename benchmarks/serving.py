@@ -46,6 +46,7 @@ def compare(num_rounds: int, duration_s: float) -> Figures:
                 cases.add_engine(num_sessions, 32)
             for num_steps in (1, 32):
                 cases.add_ours(Shape("BatchStep", num_sessions, num_steps))
+                cases.add_ours(Shape("BatchStep", num_sessions, num_steps, in_flight=4))
             for num_steps in (1, 8, 32):
                 cases.add_ours(Shape("StreamSteps", num_sessions, num_steps, in_flight=4))
             cases.add_ours(Shape("Step", num_sessions, 1))
@@ -70,7 +71,7 @@ def compare_main(num_rounds: int, duration_s: float) -> Figures:
         cases.add_engine(64, 32)
         for shape in (
             Shape("BatchStep", 64, 32),
-            Shape("BatchStep", 64, 1),
+            Shape("BatchStep", 64, 1, in_flight=4),
             STREAMS_OF_CHUNKS,
             STREAMS_OF_SINGLE_STEPS,
         ):
@@ -93,7 +94,8 @@ def name(shape: Shape, server: str = "", messages_per_s: float | None = None) ->
     """The name of a case."""
     offered = f", {messages_per_s:g} messages/s offered" if messages_per_s else ""
     who = f"{server}: " if server else ""
-    return f"{who}{shape.rpc}, {shape.num_sessions} sessions, T={shape.num_steps}{offered}"
+    depth = f", {shape.in_flight} in flight" if shape.in_flight > 1 and shape.rpc != "StreamSteps" else ""
+    return f"{who}{shape.rpc}, {shape.num_sessions} sessions, T={shape.num_steps}{depth}{offered}"
 
 
 @contextmanager
@@ -136,15 +138,14 @@ class _Cases:
         address, pids = self._server("Triton", _triton_with_sequences)
         shape = Shape("StreamSteps" if kind == "stream" else "Step", num_sequences, 1, in_flight)
         lanes = _triton_lanes(kind, range(1, num_sequences + 1))
-        load = _Load(address, pids, shape, lambda: lanes, self._duration_s, messages_per_s)
+        load = LoadCase(address, pids, shape, lambda: lanes, self._duration_s, messages_per_s)
         self.by_name[name(shape, "Triton", messages_per_s)] = load.measure
 
     def _add_shape(
         self, shape: Shape, server: str, start: Servers, messages_per_s: float | None = None
     ) -> None:
         address, pids = self._server(server, start)
-        sessions = Sessions(address, shape)
-        load = _Load(address, pids, shape, sessions.lanes, self._duration_s, messages_per_s, sessions.advance)
+        load = LoadCase.on_sessions(address, pids, shape, self._duration_s, messages_per_s)
         self.by_name[name(shape, server, messages_per_s)] = load.measure
 
     def _server(self, server: str, start: Servers) -> tuple[str, list[int]]:
@@ -153,8 +154,21 @@ class _Cases:
         return self._running[server]
 
 
-class _Load:
+class LoadCase:
     """A load on a server, and what it costs there."""
+
+    @classmethod
+    def on_sessions(
+        cls,
+        address: str,
+        pids: list[int],
+        shape: Shape,
+        duration_s: float,
+        messages_per_s: float | None = None,
+    ) -> LoadCase:
+        """A load on new sessions of a server that has the project's API."""
+        sessions = Sessions(address, shape)
+        return cls(address, pids, shape, sessions.lanes, duration_s, messages_per_s, sessions.advance)
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class TextbookStep(Step):
         read_weightings, write_weightings = torch.split(
             self._address(hidden, memory, previous), self.num_heads_of_kind, dim=1
         )
-        by_column = (len(hidden), self.row_width, -1)
+        by_column = (-1, self.row_width, self.num_heads_of_kind[1])
         erase = torch.sigmoid(self.erase(hidden)).reshape(by_column)
         add = self.add(hidden).reshape(by_column)
         for head in range(write_weightings.shape[1]):  # eq. 3
@@ -69,8 +69,9 @@ class TextbookStep(Step):
 
     def _address(self, hidden: Tensor, memory: Tensor, previous: Tensor) -> Tensor:
         """The weightings [B, H, N] of all heads (eq. 5 to 9)."""
-        by_head = (len(hidden), sum(self.num_heads_of_kind), -1)
-        key, kernel = self.key(hidden).reshape(by_head), self.kernel(hidden).reshape(by_head)
+        num_heads = sum(self.num_heads_of_kind)
+        key = self.key(hidden).reshape(-1, num_heads, self.row_width)
+        kernel = self.kernel(hidden).reshape(-1, num_heads, self.kernel.out_features // num_heads)
         strength = F.softplus(self.strength(hidden)).unsqueeze(2)
         sharpness = 1 + F.softplus(self.sharpness(hidden)).unsqueeze(2)
         gate = torch.sigmoid(self.gate(hidden)).unsqueeze(2)

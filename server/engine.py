@@ -166,7 +166,9 @@ class Engine:
             with self._wake:
                 self._scheduler.put_back(unfinished)
                 while self._num_holds or not len(self._scheduler) or self._is_abandoned:
-                    self._hand_back()
+                    if self._ended:
+                        self._hand_back()
+                        continue  # whoever took it may have put something in line
                     if self._is_abandoned or (self._is_closing and not self._num_holds):
                         return
                     self._wake.wait()

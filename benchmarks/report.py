@@ -1,0 +1,138 @@
+"""Report: what is measured, which ratios are drawn from it, and where the results go.
+
+`full` writes `results/*.json` and the plots; `quick` prints the main ratios and holds them to floors, which lie well
+below what is measured, so that only a regression falls under them and not a busy machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import growth, plots, serving, step_graph
+from benchmarks.measuring import Figures, machine, ratio
+from benchmarks.peers import triton
+from benchmarks.server_process import Shape
+from benchmarks.serving import FEW_STREAMS_OF_CHUNKS, STREAMS_OF_CHUNKS, STREAMS_OF_SINGLE_STEPS, name
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One case by another, in steps/s."""
+
+    case: str
+    reference: str
+    target: float | None = None
+    floor: float | None = None
+    """None: not measured by `quick`."""
+
+
+_BARE = "bare, batch 64"
+_GRAPH = step_graph.SHIPPED_SIZE
+RATIOS = (
+    Ratio(f"exported, {_GRAPH}, batch 1", f"textbook, {_GRAPH}, batch 1", 1.3, 1.1),
+    Ratio(f"exported, {_GRAPH}, batch 64", f"textbook, {_GRAPH}, batch 64", 2.0, 1.5),
+    Ratio("engine, 64 sessions in one message, T=32", _BARE, 1 / 1.15, 0.6),
+    Ratio("engine, 64 sessions in a message each, T=32", _BARE, 1 / 1.15, 0.5),
+    Ratio("engine, 64 sessions in one message, T=1", _BARE),
+    Ratio(name(Shape("BatchStep", 64, 32)), _BARE, 0.8, 0.5),
+    Ratio(name(Shape("BatchStep", 64, 1, in_flight=4)), _BARE, 0.45, 0.15),
+    Ratio(name(STREAMS_OF_CHUNKS), _BARE, 0.8, 0.25),
+    Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "echo with asyncio"), 0.75, 0.15),
+    Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "Triton"), 0.8),
+    Ratio(name(STREAMS_OF_CHUNKS), name(Shape("StreamSteps", 64, 1), "Triton"), 5.0),
+    Ratio(name(STREAMS_OF_CHUNKS), name(FEW_STREAMS_OF_CHUNKS, "naive"), 10.0, 10.0),
+)
+
+
+def full(console: Console) -> int:
+    """Measure everything, write it down, draw it; returns the exit code."""
+    try:
+        triton.install()
+    except triton.TritonUnavailableError as error:
+        console.print(f"[red]{error}[/red]")
+        return 1
+    RESULTS.mkdir(exist_ok=True)
+    figures: Figures = {}
+    parts: dict[str, Callable[[], Figures]] = {
+        "step_graph": partial(step_graph.compare, num_rounds=7, duration_s=0.5),
+        "serving": partial(serving.compare, num_rounds=5, duration_s=1.0),
+        "latency": partial(serving.compare_latency, num_rounds=5, duration_s=2.0),
+        "growth": partial(growth.compare, num_rounds=5, duration_s=0.7),
+    }
+    for what, measure in parts.items():
+        with console.status(f"measuring {what}"):
+            found = measure()
+        _write(what, found)
+        console.print(_table_of(what, found))
+        figures |= found
+    plots.draw(figures, RESULTS)
+    console.print(_table_of_ratios(figures, [ratio for ratio in RATIOS if ratio.case in figures]))
+    return 0
+
+
+def quick(console: Console) -> int:
+    """Measure the main ratios; returns 1 if one is under its floor."""
+    with console.status("measuring"):
+        figures = step_graph.compare(num_rounds=3, duration_s=0.2, only_shipped=True)
+        figures |= serving.compare_main(num_rounds=3, duration_s=0.5)
+    held = [ratio for ratio in RATIOS if ratio.floor is not None]
+    console.print(_table_of_ratios(figures, held))
+    return int(any(ratio(figures, r.case, r.reference) < (r.floor or 0) for r in held))
+
+
+def _write(what: str, figures: Figures) -> None:
+    content = {
+        "measured": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "figures": {
+            case: {metric: asdict(figure) for metric, figure in metrics.items()}
+            for case, metrics in figures.items()
+        },
+    }
+    (RESULTS / f"{what}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _table_of(what: str, figures: Figures) -> Table:
+    table = Table("case", "steps/s", "lowest to highest", "p50 ms", "p99 ms", "CPU µs a step", title=what)
+    for case, metrics in figures.items():
+        speed = metrics["steps_per_s"]
+        latencies = [f"{metrics[m].median:.2f}" if m in metrics else "" for m in ("p50_ms", "p99_ms")]
+        table.add_row(
+            case,
+            f"{speed.median:,.0f}",
+            f"{speed.lowest:,.0f} – {speed.highest:,.0f}",
+            *latencies,
+            f"{metrics['cpu_us_per_step'].median:.1f}",
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _table_of_ratios(figures: Figures, ratios: list[Ratio]) -> Table:
+    table = Table(
+        "case", "held against", "ratio", "target", "floor", "CPU µs a step, both", title="ratios of steps/s"
+    )
+    for r in ratios:
+        reached = ratio(figures, r.case, r.reference)
+        cpu_us = [figures[case]["cpu_us_per_step"].median for case in (r.case, r.reference)]
+        colour = "red" if reached < (r.floor or 0) else "green" if reached >= (r.target or 0) else "yellow"
+        table.add_row(
+            r.case,
+            r.reference,
+            f"[{colour}]{reached:.2f}[/{colour}]",
+            f"{r.target:.2f}" if r.target else "",
+            f"{r.floor:.2f}" if r.floor else "",
+            f"{cpu_us[0]:.1f}, {cpu_us[1]:.1f}",
+        )
+    return table

@@ -33,6 +33,8 @@ class Device:
     kind: Literal["cpu", "cuda"]
     device_id: int
     fell_back: bool
+    memory_limit_mib: int | None = None
+    """What ONNX Runtime's arena for one graph may grow to, on CUDA."""
 
     @property
     def provider(self) -> str:
@@ -52,8 +54,7 @@ class Device:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
-        provider_options: dict[str, Any] = {"device_id": self.device_id} if self.kind == "cuda" else {}
-        session = ort.InferenceSession(model, options, providers=[(self.provider, provider_options)])
+        session = ort.InferenceSession(model, options, providers=[(self.provider, self._provider_options())])
         active = session.get_providers()
         if active[0] != self.provider:
             raise DeviceError(
@@ -62,9 +63,23 @@ class Device:
             )
         return session
 
+    def _provider_options(self) -> dict[str, Any]:
+        if self.kind == "cpu":
+            return {}
+        # Every run of a size asks for the same memory: an arena that doubled would hold what nobody uses.
+        options: dict[str, Any] = {"device_id": self.device_id, "arena_extend_strategy": "kSameAsRequested"}
+        if self.memory_limit_mib is not None:
+            options["gpu_mem_limit"] = self.memory_limit_mib * 2**20
+        return options
 
-def choose(requested: RequestedDevice, device_id: int) -> Device:
+
+def choose(requested: RequestedDevice, device_id: int, memory_limit_mib: int | None = None) -> Device:
     """The device for a setting: `auto` takes CUDA where it works, and says so when it falls back.
+
+    Args:
+        requested: what was asked for.
+        device_id: index of the CUDA device.
+        memory_limit_mib: what ONNX Runtime's arena for one graph may grow to, on CUDA.
 
     Raises:
         DeviceError: `cuda` was asked for and cannot be had, or two builds of ONNX Runtime are installed.
@@ -72,7 +87,7 @@ def choose(requested: RequestedDevice, device_id: int) -> Device:
     _refuse_two_builds()
     if requested == "cpu":
         return Device(requested, "cpu", 0, fell_back=False)
-    cuda = Device(requested, "cuda", device_id, fell_back=False)
+    cuda = Device(requested, "cuda", device_id, fell_back=False, memory_limit_mib=memory_limit_mib)
     missing = _what_cuda_misses(cuda)
     if missing is None:
         return cuda

@@ -54,7 +54,7 @@ class Server:
         """
         self._settings = settings
         self._metrics = Metrics()
-        self._device = device.choose(settings.device, settings.device_id)
+        self._device = device.choose(settings.device, settings.device_id, settings.device_memory_limit_mib)
         self._metrics.report_device(self._device)
         models = [self._serve(model) for model in repository.load_all(settings.models)]
         self.sessions = SessionManager(models)

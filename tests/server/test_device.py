@@ -50,3 +50,29 @@ def test_two_builds_of_onnx_runtime_are_refused(monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(DeviceError, match="both installed"):
         device.choose("cpu", 0)
+
+
+def test_cuda_gets_the_device_the_limit_and_an_arena_that_grows_by_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+
+    class Session:
+        def __init__(self, model: bytes, options: object, providers: list[tuple[str, dict[str, object]]]) -> None:
+            given.extend(providers)
+
+        def get_providers(self) -> list[str]:
+            return [given[-1][0]]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+
+    chosen = device.choose("cuda", 1, memory_limit_mib=512)
+    chosen.session(b"")
+
+    options = {"device_id": 1, "arena_extend_strategy": "kSameAsRequested", "gpu_mem_limit": 512 * 2**20}
+    assert (chosen.kind, chosen.fell_back) == ("cuda", False)
+    assert given == [("CUDAExecutionProvider", options)] * 2

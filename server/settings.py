@@ -47,8 +47,8 @@ class ServerSettings(BaseSettings):
     device_id: Annotated[int, Field(ge=0)] = 0
     """Index of the CUDA device."""
     device_memory_limit_mib: Count | None = None
-    """MiB that each graph of a model may take on the CUDA device for its work, beside the sessions' states. Not set: what
-    there is."""
+    """MiB that each graph of a model may take on the CUDA device for its work, beside the sessions' states. Not set:
+    what there is."""
     max_sessions: Count = 1024
     """Live sessions of one model at most; memory for twice as many states is set aside on the device."""
     max_batch_size: Count = 64

@@ -28,7 +28,9 @@ def figures_at(share_of_floor: float) -> Figures:
 
 
 def _metrics(steps_per_s: float) -> dict[str, Figure]:
-    return {name: Figure(steps_per_s, steps_per_s, steps_per_s) for name in ("steps_per_s", "cpu_us_per_step")}
+    return {
+        name: Figure(steps_per_s, steps_per_s, steps_per_s) for name in ("steps_per_s", "cpu_us_per_step")
+    }
 
 
 @pytest.mark.parametrize(("share_of_floor", "code"), [(1.1, 0), (0.9, 1)])

@@ -58,7 +58,9 @@ def test_cuda_gets_the_device_the_limit_and_an_arena_that_grows_by_what_is_asked
     given = []
 
     class Session:
-        def __init__(self, model: bytes, options: object, providers: list[tuple[str, dict[str, object]]]) -> None:
+        def __init__(
+            self, model: bytes, options: object, providers: list[tuple[str, dict[str, object]]]
+        ) -> None:
             given.extend(providers)
 
         def get_providers(self) -> list[str]:

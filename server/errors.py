@@ -5,7 +5,8 @@ ServingError
 │   ├── ModelRepositoryError          no models directory, an empty one, or files that cannot be served
 │   ├── ModelFileError                one file: corrupt, without a spec, or its spec and graph disagree
 │   ├── DeviceError                   the device asked for cannot be had
-│   └── ListenError                   the address cannot be listened on
+│   ├── ListenError                   the address cannot be listened on
+│   └── StoreSettingsError            the store cannot be used as asked
 ├── InvalidInputError                 a field of a request is wrong
 ├── ModelNotFoundError
 ├── SessionNotFoundError
@@ -18,10 +19,24 @@ ServingError
 │   ├── StepTooOldError
 │   ├── InputMismatchError
 │   └── StateNotKeptError
+├── ModelMismatchError                a session's state comes from another model file
+├── ModelNotLoadedError               a session's model is not in service
+├── RecoveryError                     a session cannot be brought back as it was
+│   ├── SessionCorruptError
+│   ├── SessionQuarantinedError
+│   └── RecoveryNotExactError
+├── SessionMovedError                 another replica has, or wants, the session
+│   └── WrongReplicaError
 ├── NoFreeSlotError
 ├── QueueFullError
 ├── StepFailedError                   the model failed on a message's inputs
 │   └── OutputNotFiniteError
+├── EngineFailedError                 a batch failed, whatever the inputs
+├── StoreError                        the store did not do what it was asked; nothing was answered as done
+│   ├── StoreUnavailableError
+│   ├── StoreFullError
+│   └── StoreCorruptError
+├── LeaseLapsedError                  this replica's lease has run out
 ├── ServerStoppingError
 └── NotBuiltError                     an rpc that this version does not have yet
 """
@@ -241,3 +256,131 @@ class NotBuiltError(ServingError):
 
     def __init__(self, rpc: str) -> None:
         super().__init__(f"{rpc} is not served by this version: see CHANGELOG.md for what is")
+
+
+class StoreSettingsError(StartupError):
+    """The store cannot be used as asked: its URL, its place or its settings; the message says what to change."""
+
+
+class StoreError(ServingError):
+    """The store did not do what it was asked."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store cannot be reached, or did not answer in time."""
+
+    def __init__(self, cause: object = "") -> None:
+        super().__init__(
+            "the session store cannot be reached: repeat the call" + (f" ({cause})" if cause else "")
+        )
+
+
+class StoreFullError(StoreError):
+    """The store has no room; nothing was changed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the session store is full, and nothing was changed: delete sessions, or give the store more room"
+        )
+
+
+class StoreCorruptError(StoreError):
+    """The store, or what it keeps of a session, is damaged."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} is damaged in the store: restore the store from a backup, or delete the session"
+        )
+
+
+class LeaseLapsedError(ServingError):
+    """This replica's lease has run out, so that others may have taken its sessions over."""
+
+    def __init__(self) -> None:
+        super().__init__("this replica was cut off from the session store for too long: repeat the call")
+
+
+class ModelMismatchError(ServingError):
+    """A session's state comes from another model file than the one that is served under its name and version."""
+
+    def __init__(self, model: str, digest: str, served_digest: str) -> None:
+        super().__init__(
+            f"the state comes from another file of model {model!r} (digest {digest[:12]}) than is served "
+            f"({served_digest[:12]}): serve that file, under a version of its own, or create a new session"
+        )
+
+
+class ModelNotLoadedError(ServingError):
+    """A session's version of its model is not in service."""
+
+    def __init__(self, session_id: str, model: str) -> None:
+        super().__init__(
+            f"session {session_id!r} belongs to model {model!r}, which is not in service: put it back into the models "
+            "directory, or delete the session"
+        )
+
+
+class RecoveryError(ServingError):
+    """A session cannot be brought back as it was."""
+
+
+class SessionCorruptError(RecoveryError):
+    """What the store keeps of a session is damaged."""
+
+    def __init__(self, session_id: str, problem: str) -> None:
+        super().__init__(
+            f"what the store keeps of session {session_id!r} is damaged ({problem}): restore the store from a backup, "
+            "or delete the session and replay its inputs in a new one"
+        )
+
+
+class SessionQuarantinedError(RecoveryError):
+    """A session's recovery failed too often; it is not tried again."""
+
+    def __init__(self, session_id: str, num_attempts: int) -> None:
+        super().__init__(
+            f"session {session_id!r} is quarantined: bringing it back failed {num_attempts} times; the server's log has "
+            "the cause; delete the session and replay its inputs in a new one"
+        )
+
+
+class RecoveryNotExactError(RecoveryError):
+    """A session's records were written on another machine or build, so a replay could differ in the last bits."""
+
+    def __init__(self, session_id: str, theirs: str, ours: str) -> None:
+        super().__init__(
+            f"session {session_id!r} ran on another machine or build ({theirs}; here: {ours}), and to replay its steps "
+            "could change its last bits: start a server there, or allow it with --recovery approximate"
+        )
+
+
+class SessionMovedError(ServingError):
+    """Another replica has the session, or is being given it."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"session {session_id!r} is moving to another replica: repeat the call")
+
+
+class WrongReplicaError(SessionMovedError):
+    """An item of a batch belongs to another replica."""
+
+    def __init__(self, session_id: str, owner: str) -> None:
+        Exception.__init__(
+            self,
+            f"session {session_id!r} is on another replica: send its steps in a call with its own ntm-routing-key",
+        )
+        self.owner = owner
+
+    @property
+    def details(self) -> dict[str, str]:
+        """The replica: items with the same one can be sent together."""
+        return {"replica": self.owner}
+
+
+class EngineFailedError(ServingError):
+    """A batch failed, whatever its inputs; every session in it is as it was."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"a batch of model {model!r} failed; its sessions are as they were, and the server's log has the cause"
+        )

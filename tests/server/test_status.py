@@ -20,7 +20,7 @@ def all_errors() -> list[type[errors.ServingError]]:
 
 def test_every_error_that_a_caller_can_meet_has_a_row() -> None:
     bases = {base for error in all_errors() for base in error.__bases__}
-    never_sent = {errors.ServingError, errors.StepOrderError}
+    never_sent = {errors.ServingError, errors.StepOrderError, errors.StoreError, errors.RecoveryError}
     expected = {
         error
         for error in all_errors()
@@ -47,9 +47,7 @@ def test_the_error_tree_at_the_top_of_the_module_names_every_error() -> None:
     "reason", sorted(set(re.findall(r"\(([A-Z]+_[A-Z_]+)\)", (PROTOS / "session_service.proto").read_text())))
 )
 def test_every_reason_that_the_protos_promise_exists(reason: str) -> None:
-    promised_for_later = {"MODEL_MISMATCH"}
-
-    assert reason in {known for _, known in status._TABLE.values()} | promised_for_later
+    assert reason in {known for _, known in status._TABLE.values()}
 
 
 def test_an_error_of_ours_keeps_its_words_and_a_bug_tells_nothing_of_its_inside() -> None:

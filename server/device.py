@@ -6,9 +6,13 @@ is compared with what a session really has, and a difference is an error or is s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
+from pathlib import Path
+from platform import machine
 from typing import Any, Literal
 
 import onnxruntime as ort
@@ -40,6 +44,11 @@ class Device:
     def provider(self) -> str:
         """The execution provider, by ONNX Runtime's name."""
         return _CUDA_PROVIDER if self.kind == "cuda" else _CPU_PROVIDER
+
+    @cached_property
+    def processor(self) -> str:
+        """What it is made of: elsewhere the same graph may round differently."""
+        return _cpu() if self.kind == "cpu" else _gpu(self.device_id)
 
     def session(self, model: bytes) -> ort.InferenceSession:
         """A session for one graph on this device.
@@ -95,6 +104,26 @@ def choose(requested: RequestedDevice, device_id: int, memory_limit_mib: int | N
         raise DeviceError(f"--device cuda cannot be had: {missing}")
     log.warning("device auto fell back to the CPU", reason=missing)
     return Device(requested, "cpu", 0, fell_back=True)
+
+
+def _cpu() -> str:
+    """The processor's model, and which of its vector units can be used: these choose the kernels."""
+    facts = dict.fromkeys(("model name", "flags", "Features"), "")
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if facts.get(name.strip()) == "":
+            facts[name.strip()] = value.strip()
+    units = " ".join(sorted((facts["flags"] or facts["Features"]).split()))
+    return f"{facts['model name'] or machine()} ({hashlib.sha256(units.encode()).hexdigest()[:8]})"
+
+
+def _gpu(device_id: int) -> str:
+    """The model of a CUDA device, as the driver names it."""
+    told = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    for line in told[device_id].read_text(encoding="utf-8").splitlines() if device_id < len(told) else []:
+        if line.startswith("Model:"):
+            return line.removeprefix("Model:").strip()
+    return f"CUDA device {device_id}"
 
 
 def _refuse_two_builds() -> None:

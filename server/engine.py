@@ -24,7 +24,7 @@ import numpy as np
 import structlog
 
 from ntm.tensor import Array
-from server.errors import OutputNotFiniteError, ServingError, StepFailedError
+from server.errors import EngineFailedError, OutputNotFiniteError, ServingError, StepFailedError
 from server.lodgers import Lodgers
 from server.model_runner import ModelRunner
 from server.scheduler import Scheduler
@@ -48,6 +48,8 @@ class Message:
     """Where each state goes in the end, and whenever the message must wait for its next turn."""
     shared_slots: frozenset[int] = frozenset()
     """Those of `slots` that somebody else holds as well, and will need when this message has ended."""
+    load_state: dict[str, Array] | None = None
+    """By name, [S, ...state shape] each: what is to be put into `slots` before the first turn."""
     wants_state: bool = False
     on_ended: Callable[[Message], None] | None = None
     """What whoever submitted it wants done then; the engine only carries it."""
@@ -197,11 +199,12 @@ class Engine:
             log.error("a batch failed", model=self._runner.model.label, size=len(messages), exc_info=error)
             for message in messages:
                 for row in range(message.num_rows):
-                    message.errors[row] = StepFailedError(self._runner.model.label)
+                    message.errors[row] = EngineFailedError(self._runner.model.label)
                 message.has_ended = True
 
     def _run(self, batch: list[Message]) -> None:
         """Run turns of a batch until somebody else waits or a message has ended."""
+        self._load([message for message in batch if message.load_state is not None])
         start_s = perf_counter()
         queue_times_s = [start_s - message.submit_time_s for message in batch if message.steps_done == 0]
         turn_times_s: list[float] = []
@@ -221,6 +224,19 @@ class Engine:
         self._stand(ended)
         self._look([message for message in ended if message.wants_state and not message.errors])
         self._report(BatchReport(num_rows, turn_times_s, queue_times_s))
+
+    def _load(self, messages: list[Message]) -> None:
+        """Put the states that messages bring along into their slots."""
+        if not messages:
+            return
+        slots = [slot for message in messages for slot in message.slots]
+        self._lodgers.forget(slots)  # whose they were before has no use for them
+        states = [message.load_state for message in messages if message.load_state is not None]
+        self._runner.write(
+            np.array(slots), {name: np.concatenate([state[name] for state in states]) for name in states[0]}
+        )
+        for message in messages:
+            message.load_state = None
 
     def _is_wanted(self) -> bool:
         """Whether the loop has something else to attend to; a glance, without the lock."""

@@ -37,8 +37,7 @@ ServingError
 │   ├── StoreFullError
 │   └── StoreCorruptError
 ├── LeaseLapsedError                  this replica's lease has run out
-├── ServerStoppingError
-└── NotBuiltError                     an rpc that this version does not have yet
+└── ServerStoppingError
 """
 
 from __future__ import annotations
@@ -204,12 +203,12 @@ class StateNotKeptError(StepOrderError):
 
 
 class NoFreeSlotError(ServingError):
-    """Every slot of the model holds a session."""
+    """Every slot of the model holds a session, and there is no store to put one away."""
 
     def __init__(self, model: str, max_sessions: int) -> None:
         super().__init__(
-            f"all {max_sessions} slots of model {model!r} hold a session: delete one, try again later, or raise "
-            "--max-sessions"
+            f"all {max_sessions} slots of model {model!r} hold a session: delete one, try again later, raise "
+            "--max-resident-sessions, or keep sessions in a store"
         )
 
 
@@ -242,6 +241,7 @@ class OutputNotFiniteError(StepFailedError):
             f"model {model!r} gave an output that is not finite at step {step}; the session is as it was before "
             "this message: send other inputs, or reset it",
         )
+        self.step = step
 
 
 class ServerStoppingError(ServingError):
@@ -249,13 +249,6 @@ class ServerStoppingError(ServingError):
 
     def __init__(self) -> None:
         super().__init__("the server is stopping: connect again and repeat the call")
-
-
-class NotBuiltError(ServingError):
-    """An rpc that the contract has and this version of the server does not."""
-
-    def __init__(self, rpc: str) -> None:
-        super().__init__(f"{rpc} is not served by this version: see CHANGELOG.md for what is")
 
 
 class StoreSettingsError(StartupError):
@@ -339,8 +332,8 @@ class SessionQuarantinedError(RecoveryError):
 
     def __init__(self, session_id: str, num_attempts: int) -> None:
         super().__init__(
-            f"session {session_id!r} is quarantined: bringing it back failed {num_attempts} times; the server's log has "
-            "the cause; delete the session and replay its inputs in a new one"
+            f"session {session_id!r} is quarantined: bringing it back failed {num_attempts} times; the log has the "
+            "cause; delete the session and replay its inputs in a new one"
         )
 
 

@@ -10,6 +10,7 @@ Shapes: T steps of a message, W steps of the window.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -27,7 +28,14 @@ class History:
     can be a thousand in every session.
     """
 
-    def __init__(self, no_inputs: Array, no_outputs: Array, window_steps: int, next_step: int = 0) -> None:
+    def __init__(
+        self,
+        no_inputs: Array,
+        no_outputs: Array,
+        window_steps: int,
+        next_step: int = 0,
+        reset_steps: Iterable[int] = (),
+    ) -> None:
         """A history that begins at `next_step`, with nothing on record.
 
         Args:
@@ -35,6 +43,7 @@ class History:
             no_outputs: [0, ...output shape], the outputs of no steps.
             window_steps: W.
             next_step: the counter.
+            reset_steps: where the session was reset, as far as that is on record.
         """
         self.next_step = next_step
         """The session's counter: it only grows."""
@@ -42,12 +51,17 @@ class History:
         self._window_steps = window_steps
         self._inputs = no_inputs
         self._outputs = no_outputs
-        self._reset_steps: deque[int] = deque()
+        self._reset_steps: deque[int] = deque(reset_steps)
 
     @property
     def oldest_step(self) -> int:
         """The first step whose answer is still recorded."""
         return max(self._first_step, self.next_step - self._window_steps)
+
+    @property
+    def reset_steps(self) -> tuple[int, ...]:
+        """Where the session was reset, as far as that is on record."""
+        return tuple(self._reset_steps)
 
     def add(self, inputs: Array, outputs: Array) -> None:
         """Record a message that was applied, T at most W, and forget what is older than the window."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from server.engine import BatchReport, Engine, Message
 from server.model_runner import ModelRunner
+from server.records import fingerprint
+from server.room import Room
 from server.slots import SlotPool
 from server.spec import StepModel
 
@@ -20,7 +23,7 @@ from server.spec import StepModel
 class SessionLimits:
     """What sessions of one model may take."""
 
-    max_sessions: int
+    max_resident_sessions: int
     max_pending_messages: int
     retry_window_steps: int
     idle_limit_s: float | None = None
@@ -42,11 +45,17 @@ class ServedModel:
         self.runner = runner
         self.limits = limits
         self.slots = slots
-        self.num_sessions = 0
+        self.room: Room[Any] = Room(limits.max_resident_sessions)
+        self.fingerprint = fingerprint(runner.model, runner.device, runner.padded_batch_size)
         self.num_pending = 0
         self._outbox: list[Message] = []
         self._loop = loop
         self.engine = Engine(runner, self._hand_back, on_batch)
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions in memory."""
+        return self.room.num_taken
 
     def submit(self, message: Message) -> None:
         """Run a message; its `on_ended` is called in the event loop when it has ended.

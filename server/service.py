@@ -27,15 +27,21 @@ from ntm.v1 import (
     session_service_pb2_grpc,
 )
 from server import requests, status
-from server.errors import InvalidInputError, NotBuiltError, ServerStoppingError, ServingError
+from server.errors import InvalidInputError, ServerStoppingError, ServingError
 from server.requests import RequestLimits
 from server.served_model import ServedModel
-from server.sessions import Batch, BatchResult, Call, Session, SessionManager, StepResult
-from server.spec import StepModel
+from server.session import Batch, BatchResult, Call, Session, StepResult
+from server.sessions import SessionInfo, SessionManager
+from server.spec import StepModel, to_api
+from server.store import Durability
 
 log = structlog.get_logger()
 
-STORE = "none"
+_DURABILITY_LEVELS = {
+    Durability.VOLATILE: model_service_pb2.DURABILITY_LEVEL_VOLATILE,
+    Durability.PROCESS: model_service_pb2.DURABILITY_LEVEL_PROCESS,
+    Durability.POWER: model_service_pb2.DURABILITY_LEVEL_POWER,
+}
 _MAX_PAGE_SIZE = 1000
 _DEFAULT_PAGE_SIZE = 100
 
@@ -60,19 +66,19 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     async def CreateSession(
         self, request: session_service_pb2.CreateSessionRequest, context: _Context
     ) -> session_service_pb2.CreateSessionResponse:
-        session = self._sessions.create(
+        session = await self._sessions.create(
             request.model_name,
             request.model_version if request.HasField("model_version") else None,
             requests.check_id("session_id", request.session_id, may_be_empty=True),
             requests.check_id("request_id", request.request_id, may_be_empty=True),
         )
-        return session_service_pb2.CreateSessionResponse(session=_session_message(session))
+        return session_service_pb2.CreateSessionResponse(session=self._message(session))
 
     async def GetSession(
         self, request: session_service_pb2.GetSessionRequest, context: _Context
     ) -> session_service_pb2.GetSessionResponse:
-        session = self._sessions.get(requests.check_id("session_id", request.session_id))
-        return session_service_pb2.GetSessionResponse(session=_session_message(session))
+        session = await self._sessions.get(requests.check_id("session_id", request.session_id))
+        return session_service_pb2.GetSessionResponse(session=self._message(session))
 
     async def ListSessions(
         self, request: session_service_pb2.ListSessionsRequest, context: _Context
@@ -81,13 +87,13 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             raise InvalidInputError(
                 "page_size", f"{request.page_size} must be 1 to {_MAX_PAGE_SIZE}, or 0 for 100"
             )
-        page, has_more = self._sessions.page(
+        page, has_more = await self._sessions.page(
             _decode_page_token(request.page_token),
             request.page_size or _DEFAULT_PAGE_SIZE,
             request.model_name,
         )
         return session_service_pb2.ListSessionsResponse(
-            sessions=[_session_message(session) for session in page],
+            sessions=[self._message(session) for session in page],
             next_page_token=_encode_page_token(page[-1].session_id) if has_more else "",
         )
 
@@ -105,12 +111,12 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         session = await self._sessions.reset(
             session_id, request.at_step if request.HasField("at_step") else None
         )
-        return session_service_pb2.ResetSessionResponse(session=_session_message(session))
+        return session_service_pb2.ResetSessionResponse(session=self._message(session))
 
     async def Step(
         self, request: session_service_pb2.StepRequest, context: _Context
     ) -> session_service_pb2.StepResponse:
-        entered = self.enter_step(request)
+        entered = await self.enter_step(request)
         answer = session_service_pb2.StepResponse()
         _fill(answer, entered, await self._sessions.finish(entered.call))
         return answer
@@ -142,20 +148,29 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                 f"{len(request.first_steps)} for {len(ids)} sessions: send one for each, or none",
             )
         inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
-        batch = self._enter_batch(ids, request.first_steps, inputs)
-        return _batch_message(await self._sessions.finish(batch))
+        found = await self._find_each(ids)
+        batch = self._enter_batch(found, request.first_steps, inputs)
+        response = _batch_message(await self._sessions.finish(batch))
+        response.approximate.extend(
+            index
+            for index, session in enumerate(found)
+            if isinstance(session, Session) and session.about.is_approximate
+        )
+        return response
 
     async def GetState(
         self, request: session_service_pb2.GetStateRequest, context: _Context
     ) -> session_service_pb2.GetStateResponse:
-        session = self._sessions.get(requests.check_id("session_id", request.session_id))
+        session = await self._find(request.session_id)
         spec = session.model.model.spec
         names = requests.check_state_names("names", request.names, spec)
         names = names or [state.input_name for state in spec.states]
         requests.check_answer_size("names", 0, names, session.model.model, self._limits)
-        result = await self._sessions.state(session.session_id)
+        result = await self._sessions.state(session)
         return session_service_pb2.GetStateResponse(
-            next_step=result.next_step, state=_state_messages(names, result.state, spec)
+            next_step=result.next_step,
+            state=_state_messages(names, result.state, spec),
+            approximate=session.about.is_approximate,
         )
 
     async def ForkSession(
@@ -167,24 +182,33 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             requests.check_id("session_id", request.session_id, may_be_empty=True),
             requests.check_id("request_id", request.request_id, may_be_empty=True),
         )
-        return session_service_pb2.ForkSessionResponse(session=_session_message(session))
+        return session_service_pb2.ForkSessionResponse(session=self._message(session))
 
     async def ExportSession(
         self, request: session_service_pb2.ExportSessionRequest, context: _Context
     ) -> session_service_pb2.ExportSessionResponse:
-        raise NotBuiltError("ExportSession")
+        session = await self._find(request.session_id)
+        names = [state.input_name for state in session.model.model.spec.states]
+        requests.check_answer_size("session_id", 0, names, session.model.model, self._limits)
+        return session_service_pb2.ExportSessionResponse(snapshot=await self._sessions.export(session))
 
     async def ImportSession(
         self, request: session_service_pb2.ImportSessionRequest, context: _Context
     ) -> session_service_pb2.ImportSessionResponse:
-        raise NotBuiltError("ImportSession")
+        requests.check_message_bytes(request.ByteSize(), self._limits)
+        session = await self._sessions.import_snapshot(
+            request.snapshot,
+            requests.check_id("session_id", request.session_id, may_be_empty=True),
+            requests.check_id("request_id", request.request_id, may_be_empty=True),
+        )
+        return session_service_pb2.ImportSessionResponse(session=self._message(session))
 
-    def enter_step(
+    async def enter_step(
         self, request: session_service_pb2.StepRequest, follows: _Entered | None = None
     ) -> _Entered:
         """Check a request and put it in its session's line."""
         requests.check_message_bytes(request.ByteSize(), self._limits)
-        session = self._sessions.get(requests.check_id("session_id", request.session_id))
+        session = await self._find(request.session_id)
         model = session.model.model
         inputs = requests.step_inputs(request.inputs, model, self._limits)
         names = requests.check_state_names("include_state", request.include_state, model.spec)
@@ -199,9 +223,10 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         )
         return _Entered(call, len(inputs), names)
 
-    def _enter_batch(self, ids: Sequence[str], first_steps: Sequence[int], inputs: Array) -> Batch:
+    def _enter_batch(
+        self, found: list[Session | ServingError], first_steps: Sequence[int], inputs: Array
+    ) -> Batch:
         """Enter each session's steps; an item that cannot be entered has its error for a result."""
-        found = [self._find(session_id) for session_id in ids]
         models = [session.model.model for session in found if isinstance(session, Session)]
         if models:
             requests.check_batch_fits(inputs, models[0], self._limits)
@@ -217,11 +242,42 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                 return error
         return session
 
-    def _find(self, session_id: str) -> Session | ServingError:
-        try:
-            return self._sessions.get(requests.check_id("session_ids", session_id))
-        except ServingError as error:
-            return error
+    async def _find(self, session_id: str) -> Session:
+        """A session that can be called, from memory or from the store."""
+        session = self._sessions.in_memory.get(session_id)
+        if session is not None:
+            return session
+        return await self._sessions.find(requests.check_id("session_id", session_id))
+
+    async def _find_each(self, ids: Sequence[str]) -> list[Session | ServingError]:
+        in_memory = self._sessions.in_memory
+        found: list[Session | ServingError | None] = [in_memory.get(session_id) for session_id in ids]
+        missing: list[int] = []
+        for index, session_id in enumerate(ids):
+            if found[index] is None:
+                try:
+                    requests.check_id("session_ids", session_id)
+                    missing.append(index)
+                except ServingError as error:
+                    found[index] = error
+        if missing:
+            brought = await self._sessions.find_each([ids[index] for index in missing])
+            for index, session in zip(missing, brought, strict=True):
+                found[index] = session
+        return [session for session in found if session is not None]
+
+    def _message(self, session: SessionInfo) -> session_pb2.Session:
+        return session_pb2.Session(
+            session_id=session.session_id,
+            model_name=session.model_name,
+            model_version=session.model_version,
+            next_step=session.next_step,
+            create_time=_timestamp(session.create_time_s),
+            last_use_time=_timestamp(session.last_use_time_s),
+            expire_time=None if session.expire_time_s is None else _timestamp(session.expire_time_s),
+            store=self._sessions.journal.store.kind,
+            approximate=session.is_approximate,
+        )
 
     async def next_request(
         self, incoming: AsyncIterator[session_service_pb2.StreamStepsRequest]
@@ -310,7 +366,7 @@ class _ReadAhead:
                 while self._is_full(request.step):
                     self._answered.clear()
                     await self._answered.wait()
-                last = self._service.enter_step(request.step, last)
+                last = await self._service.enter_step(request.step, last)
                 self._unanswered.append(last)
                 self._arrived.set()
         except Exception as error:  # told by `next`, in its turn
@@ -330,6 +386,7 @@ class _ReadAhead:
 def _fill(answer: session_service_pb2.StepResponse, entered: _Entered, result: StepResult) -> None:
     fill(answer.outputs, result.outputs)
     answer.next_step = result.next_step
+    answer.approximate = entered.call.session.about.is_approximate
     if entered.state_names:
         spec = entered.call.session.model.model.spec
         answer.state.extend(_state_messages(entered.state_names, result.state, spec))
@@ -353,7 +410,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     ) -> model_service_pb2.GetModelResponse:
         version = request.model_version if request.HasField("model_version") else None
         served = self._sessions.model(request.model_name, version)
-        device = served.runner.device
+        device, store = served.runner.device, self._sessions.journal.store
         return model_service_pb2.GetModelResponse(
             model=_model_message(served),
             spec=served.model.spec,
@@ -367,7 +424,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
                 onnxruntime_version=ort.__version__,
             ),
             limits=model_service_pb2.Limits(
-                max_sessions=served.limits.max_sessions,
+                max_resident_sessions=served.limits.max_resident_sessions,
                 max_batch_size=served.runner.max_batch_size,
                 max_steps_per_message=self._limits.max_steps_per_message,
                 max_sessions_per_batch=self._limits.max_sessions_per_batch,
@@ -377,7 +434,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
                 state_bytes_per_session=served.model.state_bytes,
             ),
             durability=model_service_pb2.Durability(
-                store=STORE, level=model_service_pb2.DURABILITY_LEVEL_VOLATILE
+                store=store.kind, level=_DURABILITY_LEVELS[store.durability]
             ),
         )
 
@@ -385,20 +442,6 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
 def _model_message(served: ServedModel) -> model_service_pb2.ModelVersion:
     model = served.model
     return model_service_pb2.ModelVersion(name=model.name, version=model.version, digest=model.digest)
-
-
-def _session_message(session: Session) -> session_pb2.Session:
-    idle_limit_s = session.model.limits.idle_limit_s
-    return session_pb2.Session(
-        session_id=session.session_id,
-        model_name=session.model.model.name,
-        model_version=session.model.model.version,
-        next_step=session.next_step,
-        create_time=_timestamp(session.create_time_s),
-        last_use_time=_timestamp(session.last_use_time_s),
-        expire_time=_timestamp(session.last_use_time_s + idle_limit_s) if idle_limit_s else None,
-        store=STORE,
-    )
 
 
 def _timestamp(time_s: float) -> Timestamp:
@@ -416,9 +459,7 @@ def _state_messages(
         session_pb2.StateTensor(
             name=name,
             role=specs[name].role,
-            value=to_message(
-                state[name].transpose(specs[name].api_axes) if specs[name].api_axes else state[name]
-            ),
+            value=to_message(to_api(specs[name], state[name])),
         )
         for name in names
     ]

@@ -84,6 +84,25 @@ def initial_value(state: model_pb2.StateSpec) -> Array:
     return np.full(tuple(state.shape), state.fill, dtype=numpy_dtype(state.dtype))
 
 
+def api_shape(state: model_pb2.StateSpec) -> tuple[int, ...]:
+    """The shape in which the API shows a state tensor."""
+    return tuple(state.shape[axis] for axis in _api_axes(state))
+
+
+def to_api(state: model_pb2.StateSpec, array: Array) -> Array:
+    """A state tensor of one session, as the graph has it, as the API shows it."""
+    return array.transpose(_api_axes(state))
+
+
+def from_api(state: model_pb2.StateSpec, array: Array) -> Array:
+    """A state tensor of one session, as the API shows it, as the graph has it."""
+    return array.transpose(np.argsort(_api_axes(state)))
+
+
+def _api_axes(state: model_pb2.StateSpec) -> list[int]:
+    return list(state.api_axes) or list(range(len(state.shape)))
+
+
 def _read_spec(path: Path, step: onnx.ModelProto) -> model_pb2.ModelSpec:
     sidecar = path.with_name(SIDECAR_NAME)
     texts = [entry.value for entry in step.metadata_props if entry.key == METADATA_KEY]

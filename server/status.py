@@ -47,7 +47,6 @@ _TABLE: dict[type[errors.ServingError], tuple[grpc.StatusCode, str]] = {
     errors.StoreCorruptError: (grpc.StatusCode.DATA_LOSS, "STORE_CORRUPT"),
     errors.LeaseLapsedError: (grpc.StatusCode.UNAVAILABLE, "LEASE_LAPSED"),
     errors.ServerStoppingError: (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING"),
-    errors.NotBuiltError: (grpc.StatusCode.UNIMPLEMENTED, "NOT_BUILT"),
 }
 
 

@@ -247,7 +247,7 @@ class Limits(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    MAX_SESSIONS_FIELD_NUMBER: _builtins.int
+    MAX_RESIDENT_SESSIONS_FIELD_NUMBER: _builtins.int
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     MAX_STEPS_PER_MESSAGE_FIELD_NUMBER: _builtins.int
     MAX_SESSIONS_PER_BATCH_FIELD_NUMBER: _builtins.int
@@ -255,8 +255,10 @@ class Limits(_message.Message):
     MAX_PENDING_MESSAGES_FIELD_NUMBER: _builtins.int
     RETRY_WINDOW_STEPS_FIELD_NUMBER: _builtins.int
     STATE_BYTES_PER_SESSION_FIELD_NUMBER: _builtins.int
-    max_sessions: _builtins.int
-    """Live sessions of this model at most."""
+    max_resident_sessions: _builtins.int
+    """Sessions of this model at most whose state is on the device at once. With a store there can be any number of
+    sessions, and those unused longest wait there; without one (Durability.store is "none") there can be no more.
+    """
     max_batch_size: _builtins.int
     """Sessions run together at most."""
     max_steps_per_message: _builtins.int
@@ -276,7 +278,7 @@ class Limits(_message.Message):
     def __init__(
         self,
         *,
-        max_sessions: _builtins.int = ...,
+        max_resident_sessions: _builtins.int = ...,
         max_batch_size: _builtins.int = ...,
         max_steps_per_message: _builtins.int = ...,
         max_sessions_per_batch: _builtins.int = ...,
@@ -287,7 +289,7 @@ class Limits(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_size", b"max_batch_size", "max_message_bytes", b"max_message_bytes", "max_pending_messages", b"max_pending_messages", "max_sessions", b"max_sessions", "max_sessions_per_batch", b"max_sessions_per_batch", "max_steps_per_message", b"max_steps_per_message", "retry_window_steps", b"retry_window_steps", "state_bytes_per_session", b"state_bytes_per_session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_size", b"max_batch_size", "max_message_bytes", b"max_message_bytes", "max_pending_messages", b"max_pending_messages", "max_resident_sessions", b"max_resident_sessions", "max_sessions_per_batch", b"max_sessions_per_batch", "max_steps_per_message", b"max_steps_per_message", "retry_window_steps", b"retry_window_steps", "state_bytes_per_session", b"state_bytes_per_session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

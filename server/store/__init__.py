@@ -12,6 +12,8 @@ Time is the store's service time: seconds during which some replica was up, so t
 
 from __future__ import annotations
 
+import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -37,6 +39,7 @@ class Entry:
 
     session_id: str
     model_name: str
+    """Fixed when the session is made, as `request_id` is: later writes repeat them."""
     request_id: str
     """Names the request that made the session, so that a repeat finds it; "" if it has no name."""
     next_step: int
@@ -145,6 +148,11 @@ class Beat:
     lease_valid_until_s: float
     """By this machine's `time.monotonic()`, counted from before the renewal was sent; infinity where the store can
     have no other replica. Until then nobody takes this replica's sessions over."""
+
+
+def new_replica_id() -> str:
+    """Names this machine and one opening of a store."""
+    return f"{socket.gethostname()}-{secrets.token_hex(6)}"
 
 
 class Store(Protocol):

@@ -58,7 +58,7 @@ def memory_rows(num_rows: int) -> str:
 def _by_live_sessions(num_rounds: int, duration_s: float) -> Figures:
     """64 of the sessions step; all of them have stepped, so that each has its state."""
     figures: Figures = {}
-    with serving(MODELS, "--max-sessions", str(2 * max(NUM_LIVE_SESSIONS))) as (address, pids):
+    with serving(MODELS, "--max-resident-sessions", str(2 * max(NUM_LIVE_SESSIONS))) as (address, pids):
         stepping = LoadCase.on_sessions(address, pids, _STEPPING, duration_s)
         # Resident memory tells how much a session takes once some have come: before, it is what the server had.
         num_alive, first_bytes = _STEPPING.num_sessions, psutil.Process(pids[0]).memory_info().rss

@@ -33,21 +33,23 @@ class Journal:
 
     def __init__(
         self,
+        store: Store,
         open_store: Callable[[], Store],
         beat_interval_s: float,
         on_commit: Callable[[int, float], None] = lambda _num_writes, _seconds: None,
     ) -> None:
-        """Open the store and begin to keep it.
+        """Begin to keep a store.
 
         Args:
-            open_store: opens it; called again when the lease has run out.
+            store: just opened.
+            open_store: opens it again when the lease has run out.
             beat_interval_s: seconds between heartbeats.
             on_commit: called in the writer's thread after each commit, with its size and how long it took.
 
         Raises:
-            StoreSettingsError, StoreError: it cannot be opened.
+            StoreError.
         """
-        self.store = open_store()
+        self.store = store
         self._open_store = open_store
         self._beat_interval_s = beat_interval_s
         self._on_commit = on_commit
@@ -96,10 +98,10 @@ class Journal:
         """Make writes durable; `then` is called in the event loop with what became of each.
 
         Writes of one turn of the event loop are committed together, and of one session in order. A store that is only
-        memory commits at once.
+        memory is written at once.
         """
         if not self.store.keeps_steps:
-            then(list(self.store.commit(writes)))
+            self._loop.call_soon(then, self.store.commit(writes))
             return
         if not self._outbox:
             self._loop.call_soon(self._flush)

@@ -1,8 +1,8 @@
 """Lifecycle: put the parts together, serve, and stop without losing anything.
 
-Starting: models are loaded and checked first, so a server that listens can serve. Stopping: health says
-NOT_SERVING, new calls are refused, streams that wait for their client end, calls in progress finish, then the
-engines stop.
+Starting: models are loaded and checked and the store is opened first, so a server that listens can serve. Stopping:
+health says NOT_SERVING, new calls are refused, streams that wait for their client end, calls in progress finish,
+sessions are given back to the store, then the engines stop.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from ntm.v1 import (
     session_service_pb2_grpc,
 )
 from server import device, repository
-from server.errors import ListenError
+from server.errors import ListenError, ServingError, StoreUnavailableError
 from server.interceptors import CallInterceptor
+from server.journal import Journal
 from server.metrics import Metrics
 from server.model_runner import ModelRunner
 from server.requests import RequestLimits
@@ -34,8 +35,14 @@ from server.sessions import SessionManager
 from server.settings import ServerSettings
 from server.slots import SlotPool
 from server.spec import StepModel
+from server.store import Store
+from server.store.opening import open_store
 
 log = structlog.get_logger()
+
+_STORE_PAUSE_S = 1.0
+_HOUSE_PAUSE_S = 10.0
+_PURGE_PAUSE_S = 600.0
 
 SERVICE_NAMES = [
     session_service_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
@@ -47,7 +54,7 @@ class Server:
     """A server that runs in the current event loop."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        """Load every model; nothing listens yet.
+        """Load every model; nothing listens yet, and the store is not open.
 
         Raises:
             StartupError: a model cannot be served, or the device cannot be had.
@@ -56,15 +63,8 @@ class Server:
         self._metrics = Metrics()
         self._device = device.choose(settings.device, settings.device_id, settings.device_memory_limit_mib)
         self._metrics.report_device(self._device)
-        models = [self._serve(model) for model in repository.load_all(settings.models)]
-        self.sessions = SessionManager(models)
-        limits = RequestLimits(
-            settings.max_steps_per_message,
-            settings.retry_window_steps,
-            settings.max_sessions_per_batch,
-            settings.max_message_bytes,
-        )
-        self._session_service = SessionService(self.sessions, limits)
+        self._models = [self._serve(model) for model in repository.load_all(settings.models)]
+        self.sessions: SessionManager
         self._health = health.aio.HealthServicer()
         self._background: list[asyncio.Task[None]] = []
         self._calls = CallInterceptor(self._metrics)
@@ -78,22 +78,37 @@ class Server:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(self.sessions, limits), self._grpc
-        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection(
             [*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc
         )
 
     async def start(self) -> int:
-        """Listen; returns the port.
+        """Open the store, and listen; returns the port.
 
         Raises:
-            ListenError: the address cannot be listened on.
+            StoreSettingsError: the store cannot be used as asked. ListenError: the address cannot be listened on.
         """
         settings = self._settings
+        journal = await self._open_journal()
+        self.sessions = SessionManager(
+            self._models,
+            journal,
+            snapshot_every_steps=settings.snapshot_every_steps,
+            recovery=settings.recovery,
+            handover_timeout_s=settings.handover_timeout_s,
+        )
+        limits = RequestLimits(
+            settings.max_steps_per_message,
+            settings.retry_window_steps,
+            settings.max_sessions_per_batch,
+            settings.max_message_bytes,
+        )
+        self._session_service = SessionService(self.sessions, limits)
+        session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(self.sessions, limits), self._grpc
+        )
         host = settings.listen.rpartition(":")[0]
         try:
             port = self._grpc.add_insecure_port(settings.listen)
@@ -106,12 +121,19 @@ class Server:
             except OSError as error:
                 raise ListenError(settings.metrics_listen) from error
         await self._grpc.start()
-        if settings.idle_limit_s is not None:
-            self._background.append(asyncio.create_task(self._expire_idle(settings.idle_limit_s)))
+        self._background.append(asyncio.create_task(self._keep_house()))
         for name in ["", *SERVICE_NAMES]:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        log.info("listening", address=f"{host}:{port}", device=self._device.provider, store="none")
-        log.warning("sessions are kept in memory only, and end with this process")
+        store = journal.store
+        log.info(
+            "listening",
+            address=f"{host}:{port}",
+            device=self._device.provider,
+            store=store.kind,
+            durability=store.durability.value,
+        )
+        if not store.keeps_steps:
+            log.warning("sessions are kept in memory only, and end with this process")
         return port
 
     async def stop(self) -> None:
@@ -127,19 +149,24 @@ class Server:
         await self._grpc.stop(max(0.0, deadline_s - monotonic()))
         for task in self._background:
             task.cancel()
+        if is_drained and self.sessions.journal.store.keeps_steps:
+            is_drained = await self.sessions.release_all(max(1.0, deadline_s - monotonic()))
+            if not is_drained:
+                log.warning("sessions not yet given back are found in the store as they are")
         for served in self.sessions.models.values():
             await asyncio.to_thread(served.engine.close, abandon=not is_drained)
+        await asyncio.to_thread(self.sessions.journal.close)
         log.info("stopped")
 
     def _serve(self, model: StepModel) -> ServedModel:
         settings = self._settings
         # Every session may hold one slot and have a message at work in another.
-        num_slots = 2 * settings.max_sessions
+        num_slots = 2 * settings.max_resident_sessions
         served = ServedModel(
             ModelRunner(model, self._device, num_slots, settings.max_batch_size),
             SlotPool(num_slots),
             SessionLimits(
-                settings.max_sessions,
+                settings.max_resident_sessions,
                 settings.max_pending_messages,
                 settings.retry_window_steps,
                 settings.idle_limit_s,
@@ -154,15 +181,48 @@ class Server:
             digest=model.digest[:12],
             provider=self._device.provider,
             is_batch_invariant=served.runner.is_batch_invariant,
-            max_sessions=settings.max_sessions,
+            max_resident_sessions=settings.max_resident_sessions,
             pool_bytes=num_slots * model.state_bytes,
         )
         return served
 
-    async def _expire_idle(self, idle_limit_s: float) -> None:
+    async def _open_journal(self) -> Journal:
+        """Open the store; one that is not there yet is waited for."""
+        settings = self._settings
+
+        def opened() -> Store:
+            return open_store(
+                settings.store,
+                sync=settings.sync,
+                lease_s=settings.lease_s,
+                timeout_s=settings.store_timeout_s,
+                max_bytes=settings.store_limit_mib and settings.store_limit_mib * 2**20,
+            )
+
         while True:
-            await asyncio.sleep(min(idle_limit_s / 4, 10.0))
-            self.sessions.expire_idle()
+            try:
+                store = await asyncio.to_thread(opened)
+                return Journal(store, opened, settings.lease_s / 3, self._metrics.observe_commit)
+            except StoreUnavailableError as error:
+                log.warning("waiting for the session store", store=settings.store, error=str(error))
+                await asyncio.sleep(_STORE_PAUSE_S)
+
+    async def _keep_house(self) -> None:
+        """End idle sessions, and forget those that ended long ago."""
+        idle_limit_s = self._settings.idle_limit_s
+        purge_at_s = monotonic()
+        while True:
+            await asyncio.sleep(
+                _HOUSE_PAUSE_S if idle_limit_s is None else min(idle_limit_s / 4, _HOUSE_PAUSE_S)
+            )
+            try:
+                if idle_limit_s is not None:
+                    await self.sessions.expire_idle()
+                if monotonic() >= purge_at_s:
+                    await self.sessions.purge()
+                    purge_at_s = monotonic() + _PURGE_PAUSE_S
+            except ServingError as error:
+                log.warning("idle and ended sessions are looked after later", error=str(error))
 
 
 async def run(settings: ServerSettings) -> None:

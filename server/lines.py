@@ -538,7 +538,7 @@ class Lines:
         def committed(
             rows: list[int],
             errors: dict[int, ServingError],
-            failing: list[Callable[[Callable[[], None]], None]],
+            failing: Sequence[Callable[[Callable[[], None]], None]],
             outcomes: list[ServingError | None],
         ) -> None:
             errors |= {row: error for row, error in zip(rows, outcomes, strict=True) if error is not None}

@@ -41,11 +41,25 @@ class Metrics:
             buckets=_SECONDS,
             registry=r,
         )
-        self._sessions = Gauge("ntm_sessions", "Live sessions.", ["model"], registry=r)
+        self._commit_writes = Histogram(
+            "ntm_store_commit_writes",
+            "Changes of sessions committed to the store together.",
+            buckets=_SIZES,
+            registry=r,
+        )
+        self._commit_seconds = Histogram(
+            "ntm_store_commit_seconds", "One commit to the store.", buckets=_SECONDS, registry=r
+        )
+        self._sessions = Gauge("ntm_sessions", "Sessions in memory.", ["model"], registry=r)
         self._pending = Gauge("ntm_pending_messages", "Messages waiting or running.", ["model"], registry=r)
         self._fell_back = Gauge(
             "ntm_device_fell_back", "1: device auto found no CUDA and fell back to the CPU.", registry=r
         )
+
+    def observe_commit(self, num_writes: int, seconds: float) -> None:
+        """Count one commit to the store, of so many sessions' changes."""
+        self._commit_writes.observe(num_writes)
+        self._commit_seconds.observe(seconds)
 
     def count_call(self, rpc: str, code: str, seconds: float) -> None:
         """Count a call that was answered."""

@@ -1,8 +1,8 @@
 """Residence: which sessions are in memory, and how they come in and go out.
 
 A session that is not in memory is brought in by its next call: this replica claims it, puts its snapshot into a slot
-and replays the records since, as messages of the engine like any other, so that many come back at once. Replayed outputs
-must be those on record, bit for bit. When there is no room, the session that was idle longest goes out to the store;
+and replays the records since, as messages of the engine like any other, so that many come back at once. Outputs must
+be those on record then, bit for bit. When there is no room, the session that was idle longest goes out to the store;
 one that has work in line never does. Another replica that needs a session asks for it and is given it after the calls
 in line.
 
@@ -165,7 +165,7 @@ class Residence:
         await self._alone(session_id, end)
 
     def admit(self, session: Session, state: dict[str, Array] | None = None) -> None:
-        """A session that was just made, in a place that was taken for it; with a state that is to be put in its slot."""
+        """A session that was just made, in a place taken for it; with a state that is to be put into its slot."""
         self.sessions[session.session_id] = session
         session.is_ready = state is None
         if state is None:
@@ -306,6 +306,9 @@ class Residence:
                     "a session cannot be brought back", session_id=session.session_id, problem=str(error)
                 )
             self._lines.lose(session, error)
+        except Exception as error:  # nobody is left waiting
+            log.error("a session could not be brought back", session_id=session.session_id, exc_info=error)
+            self._lines.lose(session, EngineFailedError(session.model.model.label))
         session.is_ready = True
         self._lines.serve(session)
 
@@ -493,17 +496,21 @@ class Residence:
             self._lines.lose(session, LeaseLapsedError())
             self._lines.serve(session)
 
-    async def release_all(self) -> None:
-        """Give every session back to the store, so that whoever comes next finds snapshots and no records behind."""
+    async def release_all(self, timeout_s: float) -> bool:
+        """Give every session back to the store, so that whoever comes next finds snapshots and no records behind.
+
+        Says whether all were given back in time; the others are found as the store has them.
+        """
         calls = [
             self._leave_for_another(session)
             for session in [*self.sessions.values()]
             if not session.is_leaving
         ]
-        if calls:
-            await asyncio.wait([call.future for call in calls])
-        if self._restoring:
-            await asyncio.wait(self._restoring)
+        waiting = {*(call.future for call in calls), *self._restoring}
+        if not waiting:
+            return True
+        _, late = await asyncio.wait(waiting, timeout=timeout_s)
+        return not late
 
 
 def _check_lives(session_id: str, found: Claim | Entry | None) -> Claim:

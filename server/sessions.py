@@ -263,12 +263,14 @@ class SessionManager:
             source = call.session
             if at_step is not None:
                 source.history.check_is_at(at_step)
+
+            def copy(state: dict[str, Array] | None = None) -> None:
+                self._spawn(self._fork(call, session_id, request_id, request, state))
+
             if self.journal.store.keeps_steps:
-                self._lines.look(
-                    call, lambda state: self._spawn(self._fork(call, session_id, request_id, request, state))
-                )
+                self._lines.look(call, copy)
             else:
-                self._spawn(self._fork(call, session_id, request_id, request, None))
+                copy()
 
         if repeated := await self._repeated(request_id, request):
             return repeated
@@ -471,10 +473,12 @@ class SessionManager:
             if session is None and self._residence.is_busy_with(session_id):
                 await self._residence.settled(session_id)
             elif session is None:
-                return await self._residence.end_absent(session_id, "DELETED")
+                await self._residence.end_absent(session_id, "DELETED")
+                return
             else:
                 try:
-                    return await self.finish(self._lines.enter(session, self._ending("DELETED")))
+                    await self.finish(self._lines.enter(session, self._ending("DELETED")))
+                    return
                 except RecoveryError:
                     log.info("a session that cannot be brought back is deleted", session_id=session_id)
 

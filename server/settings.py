@@ -49,8 +49,28 @@ class ServerSettings(BaseSettings):
     device_memory_limit_mib: Count | None = None
     """MiB that each graph of a model may take on the CUDA device for its work, beside the sessions' states. Not set:
     what there is."""
-    max_sessions: Count = 1024
-    """Live sessions of one model at most; memory for twice as many states is set aside on the device."""
+    store: str = "sqlite:///data/sessions.sqlite3"
+    """Where sessions are kept: sqlite:///RELATIVE/FILE or sqlite:////ABSOLUTE/FILE, for one server;
+    redis://HOST:PORT/DB (Valkey or Redis), for one or several; none: in memory only, and they end with the server."""
+    sync: Literal["full", "normal"] = "full"
+    """What an answered step is to survive: a power failure (full), or the server's death (normal). The server does not
+    start on a store that cannot promise it."""
+    store_limit_mib: Count | None = None
+    """MiB that the SQLite file may take. Not set: what the disk has."""
+    store_timeout_s: Seconds = 5.0
+    """Seconds to wait for an answer from Valkey or Redis."""
+    snapshot_every_steps: Count = 256
+    """Steps of a session after which its whole state is written: what a recovery has to replay at most, about."""
+    recovery: Literal["exact", "approximate"] = "exact"
+    """Whether a session whose steps must be replayed on another machine or build than they ran on is refused (exact),
+    or replayed and marked, since its last bits may differ (approximate)."""
+    lease_s: Seconds = 3.0
+    """Seconds after which other replicas may take the sessions of one that died."""
+    handover_timeout_s: Seconds = 10.0
+    """Seconds that a call waits for a session that another replica has."""
+    max_resident_sessions: Count = 1024
+    """Sessions of one model whose state is on the device at once; memory for twice as many is set aside there. Those
+    unused longest wait in the store; without one, this is how many there can be."""
     max_batch_size: Count = 64
     """Sessions run together in one step at most."""
     max_steps_per_message: Count = 1024
@@ -64,7 +84,7 @@ class ServerSettings(BaseSettings):
     retry_window_steps: Count = 1024
     """Steps, at least, for which each session keeps its answers, for calls that are repeated."""
     idle_limit_s: Seconds | None = None
-    """Seconds without a call after which a session ends. Not set: sessions end only when deleted."""
+    """Seconds without a call, while some server is up, after which a session ends. Not set: they end when deleted."""
     drain_timeout_s: Seconds = 30.0
     """Seconds that calls in progress have to finish after SIGTERM."""
     metrics_listen: str | None = None
@@ -80,6 +100,11 @@ class ServerSettings(BaseSettings):
             raise ValueError(
                 f"max_steps_per_message ({self.max_steps_per_message}) must be at most retry_window_steps "
                 f"({self.retry_window_steps}), or a message could not be repeated"
+            )
+        if self.handover_timeout_s <= self.lease_s:
+            raise ValueError(
+                f"handover_timeout_s ({self.handover_timeout_s}) must be more than lease_s ({self.lease_s}), or a call "
+                "would give up before a dead replica's sessions can be taken over"
             )
         for name in ("listen", "metrics_listen"):
             address = getattr(self, name)

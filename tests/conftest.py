@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 class ServerProcess:
     """`python -m server` in a process of its own, listening."""
 
-    def __init__(self, models: Path, *flags: str, listen: str = "127.0.0.1:0") -> None:
+    def __init__(self, models: Path, *flags: str, listen: str = "127.0.0.1:0", store: str = "none") -> None:
         command = [sys.executable, "-m", "server", "--models", str(models), "--listen", listen]
+        command += ["--store", store]
         self._process = subprocess.Popen(
             [*command, "--log-format", "json", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
@@ -60,8 +61,8 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
     """Start server processes, and stop them after the test."""
     started: list[ServerProcess] = []
 
-    def start(models: Path, *flags: str, listen: str = "127.0.0.1:0") -> ServerProcess:
-        started.append(ServerProcess(models, *flags, listen=listen))
+    def start(models: Path, *flags: str, **options: str) -> ServerProcess:
+        started.append(ServerProcess(models, *flags, **options))
         return started[-1]
 
     yield start
@@ -90,7 +91,8 @@ async def serve() -> AsyncIterator[Callable[..., object]]:
     started: list[Server] = []
 
     async def start(models: Path, **settings: object) -> tuple[Server, str]:
-        server = Server(ServerSettings(models=models, listen="127.0.0.1:0", device="cpu", **settings))  # type: ignore[arg-type]
+        settings = {"store": "none", "listen": "127.0.0.1:0", "device": "cpu", **settings}
+        server = Server(ServerSettings(models=models, **settings))  # type: ignore[arg-type]
         port = await server.start()
         started.append(server)
         return server, f"127.0.0.1:{port}"

@@ -16,6 +16,8 @@ def open_store(
     url: str,
     *,
     sync: Literal["full", "normal"] = "full",
+    lease_s: float = 3.0,
+    timeout_s: float = 5.0,
     max_bytes: int | None = None,
 ) -> Store:
     """Open a store.

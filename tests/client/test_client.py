@@ -33,7 +33,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     models = tmp_path_factory.mktemp("models")
     for make in (step_models.accumulator, step_models.delay_line, step_models.many_layouts):
         step_models.write(models, make(), make.__name__)
-    server = ServerProcess(models, "--max-sessions", "50", "--max-steps-per-message", "20")
+    server = ServerProcess(models, "--max-resident-sessions", "50", "--max-steps-per-message", "20")
     yield server.address
     server.stop()
 

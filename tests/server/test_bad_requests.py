@@ -135,7 +135,7 @@ async def test_a_batch_whose_answer_would_not_fit_in_a_message_is_refused_before
     serve: Start, models: Path
 ) -> None:
     """Room for every item's error counts: an answer must never be too large once steps have run."""
-    server, address = await serve(models, max_sessions=2)
+    server, address = await serve(models, max_resident_sessions=2)
     caller = Caller(server, address)
     await caller.create("accumulator")
     ids = ["s", *("x" * 120 + str(i) for i in range(1000, 2023))]
@@ -173,7 +173,7 @@ async def test_an_answer_that_would_not_fit_in_a_message_is_refused_before_anyth
         max_message_bytes=128 * 1024,
         max_steps_per_message=10_000,
         retry_window_steps=10_000,
-        max_sessions=2,
+        max_resident_sessions=2,
     )
     caller = Caller(server, address)
     await caller.create("accumulator")

@@ -114,7 +114,7 @@ def test_sigterm_ends_streams_that_wait_for_their_client(start_server: Start, mo
 async def test_while_it_stops_it_says_so_lets_nobody_in_and_finishes_what_is_in_progress(
     serve: Callable[..., Awaitable[tuple[Server, str]]], models: Path
 ) -> None:
-    server, address = await serve(models, max_sessions=2)
+    server, address = await serve(models, max_resident_sessions=2)
     caller = Caller(server, address)
     await caller.create("accumulator")
     watch = health_pb2_grpc.HealthStub(caller.channel).Watch(health_pb2.HealthCheckRequest())
@@ -175,7 +175,7 @@ async def test_an_answer_on_its_way_to_a_slow_reader_arrives_while_the_server_st
 async def test_what_is_still_running_when_the_drain_is_over_is_cut_off(
     serve: Callable[..., Awaitable[tuple[Server, str]]], models: Path
 ) -> None:
-    server, address = await serve(models, max_sessions=2, drain_timeout_s=0.2)
+    server, address = await serve(models, max_resident_sessions=2, drain_timeout_s=0.2)
     caller = Caller(server, address)
     await caller.create("accumulator")
 
@@ -256,7 +256,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(
     start_server: Start, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "server.toml"
-    config.write_text("max_sessions = 10\nmax_batch_size = 11\nmax_pending_messages = 12\n")
+    config.write_text("max_resident_sessions = 10\nmax_batch_size = 11\nmax_pending_messages = 12\n")
     monkeypatch.setenv("NTM_SERVER_CONFIG", str(config))
     monkeypatch.setenv("NTM_SERVER_MAX_BATCH_SIZE", "21")
     monkeypatch.setenv("NTM_SERVER_MAX_PENDING_MESSAGES", "22")
@@ -264,7 +264,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(
     with Client(start_server(models, "--max-pending-messages", "32").address) as client:
         limits = client.model("accumulator").limits
 
-    assert (limits.max_sessions, limits.max_batch_size, limits.max_pending_messages) == (10, 21, 32)
+    assert (limits.max_resident_sessions, limits.max_batch_size, limits.max_pending_messages) == (10, 21, 32)
 
 
 def test_an_unknown_setting_in_the_file_is_refused(tmp_path: Path) -> None:

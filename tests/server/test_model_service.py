@@ -17,7 +17,7 @@ from tests.server.helpers import GONE, Start, refused
 async def test_models_are_listed_by_name_and_newest_version_first(serve: Start, tmp_path: Path) -> None:
     for name, version in (("b", 1), ("a", 2), ("a", 10)):
         step_models.write(tmp_path, step_models.accumulator(), name, version)
-    _, address = await serve(tmp_path, max_sessions=2)
+    _, address = await serve(tmp_path, max_resident_sessions=2)
 
     async with grpc.aio.insecure_channel(address) as channel:
         stub: Any = model_service_pb2_grpc.ModelServiceStub(channel)
@@ -33,7 +33,7 @@ async def test_models_are_listed_by_name_and_newest_version_first(serve: Start, 
 async def test_a_model_says_where_it_runs_and_what_its_limits_and_promises_are(
     serve: Start, models: Path
 ) -> None:
-    _, address = await serve(models, max_sessions=3, max_batch_size=2, retry_window_steps=2000)
+    _, address = await serve(models, max_resident_sessions=3, max_batch_size=2, retry_window_steps=2000)
 
     async with grpc.aio.insecure_channel(address) as channel:
         stub: Any = model_service_pb2_grpc.ModelServiceStub(channel)
@@ -47,7 +47,7 @@ async def test_a_model_says_where_it_runs_and_what_its_limits_and_promises_are(
         onnxruntime_version=onnxruntime.__version__,
     )
     assert model.limits == pb.Limits(
-        max_sessions=3,
+        max_resident_sessions=3,
         max_batch_size=2,
         max_steps_per_message=1024,
         max_sessions_per_batch=1024,

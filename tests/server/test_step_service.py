@@ -259,8 +259,8 @@ async def test_a_call_that_was_cancelled_is_not_begun_when_its_turn_comes(
     monkeypatch.setattr(served, "submit", lambda message: (submitted.append(message), submit(message)))
 
     with caller.hold("accumulator"):
-        first = manager.step(manager.get("s"), random_inputs(1), None)
-        second = manager.step(manager.get("s"), random_inputs(1, 9), None)
+        first = manager.step(manager.in_memory["s"], random_inputs(1), None)
+        second = manager.step(manager.in_memory["s"], random_inputs(1, 9), None)
         # Taking the first out of line makes it the second's turn, before the second is taken out itself.
         second.future.cancel()
         manager.withdraw([first, second])
@@ -401,7 +401,7 @@ async def test_a_move_that_fails_answers_every_caller_and_leaves_their_sessions(
             steps = [asyncio.ensure_future(caller.step(inputs[1:], f"s{index}")) for index in range(2)]
             await pending(caller, "accumulator", 2)
         for step in steps:
-            await refused(step, grpc.StatusCode.INTERNAL, "STEP_FAILED")
+            await refused(step, grpc.StatusCode.INTERNAL, "ENGINE_FAILED")
 
     for index in range(2):
         outputs = await caller.step(inputs[1:], f"s{index}", first_step=1)

@@ -26,14 +26,14 @@ Rpc = Literal["Step", "StreamSteps", "BatchStep"]
 
 
 @contextmanager
-def serving(models: Path, *flags: str) -> Iterator[tuple[str, list[int]]]:
+def serving(models: Path, *flags: str, store: str = "none") -> Iterator[tuple[str, list[int]]]:
     """Run the server on a port of its own; gives its address and the process's id.
 
     Raises:
         RuntimeError: it ended before it listened; its log is in the message.
     """
     command = [sys.executable, "-m", "server", "--models", str(models), "--listen", "127.0.0.1:0"]
-    command += ["--device", "cpu", "--log-format", "json", *flags]
+    command += ["--device", "cpu", "--log-format", "json", "--store", store, *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)  # noqa: S603
     assert process.stderr is not None
     log: list[str] = []

@@ -5,20 +5,28 @@ ClientError
 ├── NotFoundError              NOT_FOUND: no such model or session
 ├── AlreadyExistsError         ALREADY_EXISTS: choose another id
 ├── StepOrderError             FAILED_PRECONDITION: the session is at another step, `next_step`
+├── PreconditionError          FAILED_PRECONDITION: the session does not fit what is served here
+├── DataLossError              DATA_LOSS: the session cannot be brought back as it was
 ├── ResourceExhaustedError     RESOURCE_EXHAUSTED: try again later, or ask for less
-├── UnavailableError           UNAVAILABLE, also after the retries: the server cannot be reached
+├── UnavailableError           UNAVAILABLE, or ended on the way, also after the retries: no server was reached
 ├── DeadlineError              DEADLINE_EXCEEDED: no answer in time; the call may be repeated
 ├── UnimplementedError         UNIMPLEMENTED: the server does not have this rpc
 └── InternalError              everything else: the model or the server failed
+
+`UnavailableError` is what the client repeats by itself. A call that ended INTERNAL, CANCELLED or UNKNOWN without a
+reason of the server's is one too: a router, or a server that was killed, ended it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+_DOMAIN = "ntm.v1"
 _STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -57,12 +65,25 @@ class StepOrderError(ClientError):
         return None if told is None else int(told)
 
 
+class PreconditionError(ClientError):
+    """The session, or the snapshot, does not fit what is served here; `reason` says how: its model file is another
+    one (MODEL_MISMATCH) or is not in service (MODEL_NOT_LOADED), or it ran on another machine or build, so that its
+    replay may differ in the last bits (RECOVERY_NOT_EXACT)."""
+
+
+class DataLossError(ClientError):
+    """The session cannot be brought back as it was: delete it, and replay its inputs in a new one."""
+
+
 class ResourceExhaustedError(ClientError):
-    """No free slot, a full queue, or a message too large."""
+    """No free slot, a full queue, a full store, or a message too large."""
 
 
 class UnavailableError(ClientError):
-    """The server cannot be reached, and could not for as long as the client tried."""
+    """The server cannot be reached, and could not for as long as the client tried.
+
+    `code` is not always UNAVAILABLE: what stands between may have ended the call with INTERNAL, CANCELLED or UNKNOWN.
+    """
 
 
 class DeadlineError(ClientError):
@@ -81,30 +102,49 @@ _TYPES: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
-    grpc.StatusCode.FAILED_PRECONDITION: StepOrderError,
+    grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
+    grpc.StatusCode.DATA_LOSS: DataLossError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
 }
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+_STEP_ORDER_REASONS = {"STEP_GAP", "STEP_TOO_OLD", "INPUT_MISMATCH", "STATE_NOT_KEPT"}
+# With these codes our server always gives a reason; without one they come from somewhere else.
+_CODES_OF_BROKEN_CALLS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN}
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise what gRPC raises in the block as a ClientError."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc(error) from error
 
 
 def from_rpc(error: grpc.RpcError) -> ClientError:
-    """The error of a call that failed, from its status and the ErrorInfo that came with it."""
+    """The error of a call that failed, from its status and the server's ErrorInfo, where one came with it."""
     # Both grpc.Call, which sync errors also are, and grpc.aio.AioRpcError have these.
     code: grpc.StatusCode = error.code()
     message: str = error.details() or ""
     trailing: Any = error.trailing_metadata() or ()
-    info = error_details_pb2.ErrorInfo()
     for key, value in trailing:
         if key == _STATUS_DETAILS_KEY:
             for detail in status_pb2.Status.FromString(value).details:
-                detail.Unpack(info)
-    return from_status(code.value[0], info.reason, message, dict(info.metadata))
+                info = error_details_pb2.ErrorInfo()
+                if detail.Unpack(info) and info.domain == _DOMAIN:
+                    return from_status(code.value[0], info.reason, message, dict(info.metadata))
+    if code in _CODES_OF_BROKEN_CALLS:
+        return UnavailableError(code, "", message, {})
+    return from_status(code.value[0], "", message, {})
 
 
 def from_status(code: int, reason: str, message: str, metadata: dict[str, str]) -> ClientError:
     """The error for a status code and what goes with it."""
     status_code = _CODES.get(code, grpc.StatusCode.UNKNOWN)
-    return _TYPES.get(status_code, InternalError)(status_code, reason, message, metadata)
+    error_type = _TYPES.get(status_code, InternalError)
+    if error_type is PreconditionError and reason in _STEP_ORDER_REASONS:
+        error_type = StepOrderError
+    return error_type(status_code, reason, message, metadata)

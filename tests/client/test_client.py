@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,6 @@ from tests.conftest import ServerProcess
 from tests.server.helpers import accumulated, random_inputs
 
 Start = Callable[..., ServerProcess]
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One server for the tests that only need one to be there."""
-    from tests import step_models
-
-    models = tmp_path_factory.mktemp("models")
-    for make in (step_models.accumulator, step_models.delay_line, step_models.many_layouts):
-        step_models.write(models, make(), make.__name__)
-    server = ServerProcess(models, "--max-resident-sessions", "50", "--max-steps-per-message", "20")
-    yield server.address
-    server.stop()
 
 
 def test_a_session_runs_arrays_however_long(address: str) -> None:

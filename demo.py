@@ -78,7 +78,17 @@ def main() -> int:
 @contextmanager
 def server() -> Iterator[str]:
     """The server on the shipped models and a free port; gives its address, and stops it in the end."""
-    command = [sys.executable, "-m", "server", "--models", "models", "--store", "none", "--listen", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "--models",
+        "models",
+        "--store",
+        "none",
+        "--listen",
+        "127.0.0.1:0",
+    ]
     process = subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

@@ -124,7 +124,9 @@ class _Cases:
             self.by_name[case] = partial(engine.measure, self._duration_s)
 
     def add_ours(self, shape: Shape, messages_per_s: float | None = None) -> None:
-        self._add_shape(shape, "", partial(serving, MODELS, "--max-resident-sessions", "8192"), messages_per_s)
+        self._add_shape(
+            shape, "", partial(serving, MODELS, "--max-resident-sessions", "8192"), messages_per_s
+        )
 
     def add_naive(self, shape: Shape) -> None:
         self._add_shape(shape, "naive", naive.serving)

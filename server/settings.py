@@ -57,7 +57,7 @@ class ServerSettings(BaseSettings):
     start on a store that cannot promise it."""
     store_limit_mib: Count | None = None
     """MiB that the SQLite file may take. Not set: what the disk has."""
-    store_timeout_s: Seconds = 5.0
+    store_timeout_s: Seconds = 2.0
     """Seconds to wait for an answer from Valkey or Redis."""
     snapshot_every_steps: Count = 256
     """Steps of a session after which its whole state is written: what a recovery has to replay at most, about."""

@@ -17,23 +17,34 @@ def open_store(
     *,
     sync: Literal["full", "normal"] = "full",
     lease_s: float = 3.0,
-    timeout_s: float = 5.0,
+    timeout_s: float = 2.0,
     max_bytes: int | None = None,
 ) -> Store:
     """Open a store.
 
     Args:
-        url: "none", "sqlite:///RELATIVE/FILE" or "sqlite:////ABSOLUTE/FILE".
+        url: "none"; "sqlite:///RELATIVE/FILE" or "sqlite:////ABSOLUTE/FILE"; "redis://HOST:PORT/DB" for Valkey and
+            Redis, "rediss://" over TLS.
         sync: "full" to survive a power failure, or nothing is opened; "normal" to survive the server's death.
+        lease_s: how long a replica's sessions stay its own after its last beat, in a store that replicas share.
+        timeout_s: how long an answer of a Valkey server may take.
         max_bytes: the most that a SQLite file may take.
 
     Raises:
         StoreSettingsError: the store cannot be used as asked.
+        StoreUnavailableError: the Valkey server does not answer.
     """
     if url == "none":
         return NoStore()
     if url.startswith("sqlite:///") and (path := unquote(urlsplit(url).path[1:])):
         return SqliteStore(Path(path), sync, max_bytes)
+    if url.startswith(("redis://", "rediss://")):
+        from server.store.redis import (
+            RedisStore,
+        )  # its client takes a while to import, and only its users need it
+
+        return RedisStore(url, lease_s, sync, timeout_s)
     raise StoreSettingsError(
-        f"{url!r} names no store: give none, sqlite:///RELATIVE/FILE or sqlite:////ABSOLUTE/FILE"
+        f"{url!r} names no store: give none, sqlite:///DIRECTORY/FILE (four slashes for an absolute path) or "
+        "redis://HOST:PORT/DB"
     )

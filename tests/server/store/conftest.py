@@ -9,26 +9,52 @@ import pytest
 
 from server.store import Store
 from server.store.none import NoStore
+from server.store.redis import RedisStore
 from server.store.sqlite import SqliteStore
+from tests.valkey import ValkeyServer
 
 Opening = Callable[[], Store]
 
 
-@pytest.fixture(params=["none", "sqlite"])
+@pytest.fixture(scope="session")
+def valkey_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    server = ValkeyServer(tmp_path_factory.mktemp("valkey"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def valkey(valkey_process: ValkeyServer) -> ValkeyServer:
+    """A running server with nothing in it; tests that stop it, or change its settings, start their own."""
+    with valkey_process.client() as client:
+        client.flushall()
+    return valkey_process
+
+
+@pytest.fixture(params=["none", "sqlite", "redis"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def opening(kind: str, tmp_path: Path) -> Iterator[Opening]:
+def opening(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Opening]:
     """Opens the test's store, once more at each call; what is open after the test is closed."""
     opened: list[Store] = []
 
     def open_once() -> Store:
-        opened.append(NoStore() if kind == "none" else SqliteStore(tmp_path / "sessions.db", sync="normal"))
+        if kind == "none":
+            return NoStore()
+        if kind == "sqlite":
+            return SqliteStore(tmp_path / "sessions.db", sync="normal")
+        server: ValkeyServer = request.getfixturevalue("valkey")
+        return RedisStore(server.url, lease_s=20.0, sync="normal", timeout_s=10.0)
+
+    def open_and_remember() -> Store:
+        opened.append(open_once())
         return opened[-1]
 
-    yield open_once
+    yield open_and_remember
     for store in opened:
         store.close()
 

@@ -25,7 +25,7 @@ from server.store import (
 from tests.server.store.conftest import Opening
 from tests.server.store.writes import claim, creation, ending, entry, first_steps, make, message
 
-keeping_steps = pytest.mark.parametrize("kind", ["sqlite"], indirect=True)
+keeping_steps = pytest.mark.parametrize("kind", ["sqlite", "redis"], indirect=True)
 """For stores that keep records and snapshots."""
 
 

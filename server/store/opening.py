@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from server.errors import StoreSettingsError
 from server.store import Store
@@ -36,15 +36,15 @@ def open_store(
     """
     if url == "none":
         return NoStore()
-    if url.startswith("sqlite:///") and (path := unquote(urlsplit(url).path[1:])):
+    if url.startswith("sqlite:///") and (path := unquote(url.removeprefix("sqlite:///"))):
         return SqliteStore(Path(path), sync, max_bytes)
     if url.startswith(("redis://", "rediss://")):
-        from server.store.redis import (
-            RedisStore,
-        )  # its client takes a while to import, and only its users need it
+        # Here, as its client takes a while to import and only its users need it.
+        from server.store.redis import RedisStore
 
         return RedisStore(url, lease_s, sync, timeout_s)
+    # Without the rest of it, which can hold a password.
     raise StoreSettingsError(
-        f"{url!r} names no store: give none, sqlite:///DIRECTORY/FILE (four slashes for an absolute path) or "
-        "redis://HOST:PORT/DB"
+        f"--store {url.partition(':')[0]!r} names no store: give none, sqlite:///DIRECTORY/FILE (four slashes for an "
+        "absolute path) or redis://HOST:PORT/DB"
     )

@@ -51,7 +51,8 @@ _CACHE_KIB = 32 * 1024
 """Chosen by measurement, for commits of 64 records of 2.2 KB beside 20,000 sessions. Records in the order they come,
 with an index by session, take half the time of records kept in the order of session (3.5 ms against 7.5 on a busy
 machine): the log gets whole pages of new content instead of a few rows of many pages. Pages of 8 KB waste less than of
-4 KB, and a checkpoint every 16 MB instead of 4 MB halves the mean, as a page changed often is written back once."""
+4 KB, and a checkpoint every 16 MB instead of 4 MB halves the mean, as a page changed often is written back once. It
+takes some 25 ms of one commit in 70; the mean with it, snapshots and forgotten records is 2.7 ms, without fsyncs."""
 
 _SCHEMA_STEPS = (
     """
@@ -115,7 +116,7 @@ class SqliteStore:
         Raises:
             StoreSettingsError: another server has the file, or it cannot be used.
         """
-        self._path = path.absolute()
+        self._path = path.resolve()  # the lock is beside the file itself, not beside a link to it
         with ExitStack() as on_failure:
             self._lock_file = _lock(self._path)
             on_failure.callback(os.close, self._lock_file)
@@ -130,9 +131,13 @@ class SqliteStore:
                 self._reader = self._connect()
                 (saved_s,) = self._reader.execute("SELECT time_s FROM service").fetchone()
             except sqlite3.Error as error:
+                what_to_do = (
+                    "restore it from a backup, or move it away to begin with no sessions"
+                    if isinstance(_translation(error, self._path), StoreCorruptError)
+                    else "give --store the path of a file in a directory that this server may write to"
+                )
                 raise StoreSettingsError(
-                    f"{self._path} cannot be used as a session store ({error}): give --store the path of a file that "
-                    "this server made, or of none yet, in a directory that it may write to"
+                    f"{self._path} cannot be used as a session store ({error}): {what_to_do}"
                 ) from error
             on_failure.pop_all()
         self.replica_id: str = new_replica_id()

@@ -476,11 +476,20 @@ def test_a_wrong_password_is_refused_and_not_repeated(
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://host:port/0", "redis://host:1/0?nonsense=1", "redis://host:1/0?socket_timeout=x"]
+    "url",
+    ["redis://host:port/0", "redis://:se/cret@host:1/0", "redis:///0", "redis://host:1/0?socket_timeout=x"],
 )
-def test_a_url_that_is_not_understood_is_refused(open_redis: Open, url: str):
-    with pytest.raises(StoreSettingsError, match=r"is not understood.*redis://HOST:PORT/DB"):
+def test_a_url_that_is_not_understood_is_refused_without_its_password(open_redis: Open, url: str):
+    with pytest.raises(StoreSettingsError, match=r"is not understood.*redis://HOST:PORT/DB") as refused:
         open_redis(url=url)
+
+    assert "cret" not in str(refused.value)
+    assert refused.value.__cause__ is None
+
+
+def test_an_option_that_is_not_known_is_refused(open_redis: Open):
+    with pytest.raises(StoreSettingsError, match=r"nonsense.*leave it out"):
+        open_redis(url="redis://host:1/0?nonsense=1")
 
 
 def test_the_layout_of_another_version_is_refused(valkey: ValkeyServer, open_redis: Open):

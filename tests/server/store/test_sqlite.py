@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -75,6 +76,17 @@ def test_a_second_server_is_refused_until_the_first_has_gone(open_sqlite: Open, 
     open_sqlite()
 
 
+def test_a_second_server_is_refused_by_whatever_name_it_knows_the_file(
+    open_sqlite: Open, path: Path, tmp_path: Path
+):
+    open_sqlite()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link.db").symlink_to(path)
+
+    with pytest.raises(StoreSettingsError, match="another server keeps its sessions"):
+        SqliteStore(tmp_path / "elsewhere" / "link.db", "normal")
+
+
 def test_directories_are_made(tmp_path: Path):
     SqliteStore(tmp_path / "not" / "there" / "sessions.db", "full").close()
 
@@ -99,7 +111,9 @@ def test_a_directory_that_may_not_be_written_to_is_refused(tmp_path: Path):
 def test_a_file_that_is_no_database_is_refused_and_left_alone(open_sqlite: Open, path: Path):
     path.write_bytes(b"hello " * 1000)
 
-    with pytest.raises(StoreSettingsError, match=r"not a database.*path of a file that this server made"):
+    with pytest.raises(
+        StoreSettingsError, match=r"not a database.*restore it from a backup, or move it away"
+    ):
         open_sqlite()
 
     assert path.read_bytes() == b"hello " * 1000
@@ -220,16 +234,53 @@ def test_the_limit_holds_after_the_store_was_opened_again(open_sqlite: Open, pat
     )
 
 
+def damage(path: Path, table: str) -> None:
+    """Overwrite a table's first page."""
+    database = sqlite3.connect(path)
+    (page,) = database.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
+    (page_bytes,) = database.execute("PRAGMA page_size").fetchone()
+    database.close()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * page_bytes)
+        file.write(os.urandom(page_bytes))
+
+
 def test_a_damaged_file_is_told_from_one_that_cannot_be_reached(open_sqlite: Open, path: Path):
     store = open_sqlite()
-    make(store, *[f"s{number}" for number in range(500)])
+    make(store, "a", "b")
     store.close()
-    content = bytearray(path.read_bytes())
-    content[8192:] = os.urandom(len(content) - 8192)
-    path.write_bytes(content)
+    damage(path, "session")
 
-    with pytest.raises((StoreCorruptError, StoreSettingsError), match=r"damaged|malformed"):
-        open_sqlite().page("", 1000, "")
+    again = open_sqlite()
+
+    for call in (lambda: again.look("a"), lambda: again.claim(["a"]), lambda: again.commit([creation("c")])):
+        with pytest.raises(StoreCorruptError, match=r"sessions\.db is damaged"):
+            call()
+
+
+def test_a_file_too_damaged_to_open_is_refused(open_sqlite: Open, path: Path):
+    open_sqlite().close()
+    damage(path, "service")
+
+    with pytest.raises(StoreSettingsError, match="restore it from a backup, or move it away"):
+        open_sqlite()
+
+
+def test_a_disk_that_fails_makes_the_store_unavailable_until_it_works_again(open_sqlite: Open, path: Path):
+    store = open_sqlite()
+    make(store, "a")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name("sessions.db-wal").stat().st_size, limits[1]))
+    try:
+        with pytest.raises(StoreUnavailableError, match="disk I/O error"):
+            store.commit([message("a", 0)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert store.look("a") == entry("a")
+    assert store.commit([message("a", 0)]) == [None]
+    assert first_steps(claim(store, "a")) == [0]
 
 
 def test_a_file_that_another_program_holds_is_unavailable_and_then_works_again(

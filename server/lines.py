@@ -220,18 +220,20 @@ class Lines:
         return self.enter(session, begin, needs_device=True, follows=follows, batch=batch)
 
     def step_each(
-        self, sessions: Sequence[Session | ServingError], inputs: Array, first_steps: Sequence[int]
+        self, sessions: Sequence[Session | ServingError | None], inputs: Array, first_steps: Sequence[int]
     ) -> Batch:
-        """As `SessionManager.step_each`."""
+        """As `SessionManager.step_each`; those that are None enter later, by `step_alone`."""
         batch = Batch(len(sessions), inputs.shape[1])
         together: dict[tuple[ServedModel, Group | None], list[int]] = {}
         for index, session in enumerate(sessions):
-            if not isinstance(session, Session):
+            if session is None:
+                continue
+            if isinstance(session, ServingError):
                 batch.settle(index, session)
                 continue
             served, last = session.model, session.calls[-1] if session.calls else None
             if isinstance(last, Call) or not session.is_ready or session.loss or session.is_leaving:
-                self._step_alone(batch, index, session, inputs, first_steps)
+                self.step_alone(batch, index, session, inputs, first_steps)
             elif served.num_pending >= served.limits.max_pending_messages:
                 batch.settle(index, queue_full(served))
             else:
@@ -440,7 +442,7 @@ class Lines:
 
     # Messages of many sessions.
 
-    def _step_alone(
+    def step_alone(
         self,
         batch: Batch,
         index: int,

@@ -12,11 +12,12 @@ Without a store that keeps steps, a session is in memory from its creation to it
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import structlog
@@ -92,6 +93,8 @@ class Residence:
         self._handover_timeout_s = handover_timeout_s
         self._under_way: dict[str, asyncio.Task[None]] = {}
         """What is being done about sessions that are not in memory."""
+        self._wanted: Counter[str] = Counter()
+        """Sessions that somebody waits for, who will then enter a call."""
         self._restoring: set[asyncio.Task[None]] = set()
         self._epoch = 0
         """Counts the times that this replica's lease has run out: a claim of an earlier time is worth nothing."""
@@ -108,33 +111,37 @@ class Residence:
             RecoveryError, QueueFullError, StoreError, LeaseLapsedError.
         """
         while (session := self.sessions.get(session_id)) is None:
-            await self._alone(session_id, lambda: self._bring_in(session_id))
+            self._wanted[session_id] += 1
+            try:
+                await self._alone(session_id, lambda: self._bring_in(session_id))
+            finally:
+                self._wanted[session_id] -= 1
+                if not self._wanted[session_id]:
+                    del self._wanted[session_id]
+        if not session.calls:
+            # A call is about to enter. If none does, it is idle after all.
+            asyncio.get_running_loop().call_soon(self._lines.serve, session)
         return session
 
-    async def find_each(self, session_ids: Sequence[str]) -> list[Session | ServingError]:
-        """As `find` for several; a session that a live replica owns is not waited for: WrongReplicaError."""
+    def begin_to_find(self, session_ids: Sequence[str]) -> None:
+        """Claim sessions together, for whoever calls `find` next; none that a live replica owns is waited for.
+
+        `find` raises WrongReplicaError for those.
+        """
         missing = [i for i in session_ids if i not in self.sessions and i not in self._under_way]
-        if missing:
-            epoch, claiming = self._epoch, asyncio.ensure_future(self._journal.claim(missing))
+        if not missing:
+            return
+        epoch, claiming = self._epoch, asyncio.ensure_future(self._journal.claim(missing))
+        claiming.add_done_callback(_look_at_error)
 
-            async def bring_in(index: int) -> None:
-                found = (await claiming)[index]
-                if isinstance(found, OwnedElsewhere):
-                    raise WrongReplicaError(missing[index], found.owner)
-                await self._admit_claim(missing[index], found, epoch)
+        async def bring_in(index: int) -> None:
+            found = (await claiming)[index]
+            if isinstance(found, OwnedElsewhere):
+                raise WrongReplicaError(missing[index], found.owner)
+            await self._admit_claim(missing[index], found, epoch)
 
-            await asyncio.wait([self._begin(i, partial(bring_in, n)) for n, i in enumerate(missing)])
-        return [await self._found(session_id) for session_id in session_ids]
-
-    async def _found(self, session_id: str) -> Session | ServingError:
-        task = self._under_way.get(session_id)
-        try:
-            if task is not None:
-                await asyncio.shield(task)
-            session = self.sessions.get(session_id)
-            return session if session is not None else await self.find(session_id)
-        except ServingError as error:
-            return error
+        for index, session_id in enumerate(missing):
+            self._begin(session_id, partial(bring_in, index))
 
     async def end_absent(
         self,
@@ -430,21 +437,21 @@ class Residence:
                 self._lines.lose(session, SessionMovedError(session.session_id))
                 self._lines.end(call, None)
             else:
-                # Somebody came in the meantime, so it stays; where others could take it, it is claimed anew.
+                # Somebody came in the meantime, so it stays.
+                session.is_ready = False
+                self._spawn(self._take_back(session, change.write))
                 self._lines.end(call, None)
-                if self._journal.store.is_shared:
-                    session.is_ready = False
-                    self._spawn(self._take_back(session))
             self._lines.serve(session)
 
         self._lines.commit([change], committed)
 
-    async def _take_back(self, session: Session) -> None:
-        """Claim a session again that was released while calls came for it."""
+    async def _take_back(self, session: Session, written: Write) -> None:
+        """Claim a session again that was written out while calls came for it."""
         try:
             claim = await self._claim(session.session_id)
-            if claim.fence != session.fence + 1 or claim.entry.next_step != session.next_step:
-                raise SessionMovedError(session.session_id)
+            assert written.entry is not None
+            if (claim.entry.next_step, claim.entry.content) != (written.next_step, written.entry.content):
+                raise SessionMovedError(session.session_id)  # somebody else has had it
             session.fence = claim.fence
         except ServingError as error:
             self._lines.lose(session, error)
@@ -455,6 +462,8 @@ class Residence:
 
     def rest(self, session: Session) -> None:
         """No call is left in a session's line."""
+        if session.session_id in self._wanted:
+            return  # one is on its way
         session.model.room.rest(session)
         if session.model.room.num_waiting:
             self._make_room(session.model)
@@ -541,7 +550,7 @@ def _history(served: ServedModel, next_step: int, ran: Sequence[Ran], reset_step
     return history
 
 
-def _look_at_error(done: asyncio.Future[None]) -> None:
+def _look_at_error(done: asyncio.Future[Any]) -> None:
     """Whoever waited was told; asyncio would complain if nobody had waited."""
     if not done.cancelled():
         done.exception()

@@ -149,12 +149,13 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             )
         inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
         found = await self._find_each(ids)
-        batch = self._enter_batch(found, request.first_steps, inputs)
+        batch = self._enter_batch(ids, found, request.first_steps, inputs)
         response = _batch_message(await self._sessions.finish(batch))
+        in_memory = self._sessions.in_memory
         response.approximate.extend(
             index
-            for index, session in enumerate(found)
-            if isinstance(session, Session) and session.about.is_approximate
+            for index, session_id in enumerate(ids)
+            if (session := in_memory.get(session_id)) and session.about.is_approximate
         )
         return response
 
@@ -224,7 +225,11 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         return _Entered(call, len(inputs), names)
 
     def _enter_batch(
-        self, found: list[Session | ServingError], first_steps: Sequence[int], inputs: Array
+        self,
+        ids: Sequence[str],
+        found: list[Session | ServingError | None],
+        first_steps: Sequence[int],
+        inputs: Array,
     ) -> Batch:
         """Enter each session's steps; an item that cannot be entered has its error for a result."""
         models = [session.model.model for session in found if isinstance(session, Session)]
@@ -232,9 +237,15 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             requests.check_batch_fits(inputs, models[0], self._limits)
         if any(model is not models[0] for model in models):
             found = [self._if_alike(session, models[0]) for session in found]
-        return self._sessions.step_each(found, inputs, first_steps)
 
-    def _if_alike(self, session: Session | ServingError, model: StepModel) -> Session | ServingError:
+        def check(session: Session) -> None:
+            requests.check_alike("session_ids", session.model.model.spec, models[0].spec)
+
+        return self._sessions.step_each(ids, found, inputs, first_steps, check)
+
+    def _if_alike(
+        self, session: Session | ServingError | None, model: StepModel
+    ) -> Session | ServingError | None:
         if isinstance(session, Session):
             try:
                 requests.check_alike("session_ids", session.model.model.spec, model.spec)
@@ -249,22 +260,22 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             return session
         return await self._sessions.find(requests.check_id("session_id", session_id))
 
-    async def _find_each(self, ids: Sequence[str]) -> list[Session | ServingError]:
+    async def _find_each(self, ids: Sequence[str]) -> list[Session | ServingError | None]:
+        """The sessions that are in memory, the first at least, since the inputs are held against its model."""
         in_memory = self._sessions.in_memory
         found: list[Session | ServingError | None] = [in_memory.get(session_id) for session_id in ids]
-        missing: list[int] = []
+        has_model = any(found)
         for index, session_id in enumerate(ids):
             if found[index] is None:
                 try:
                     requests.check_id("session_ids", session_id)
-                    missing.append(index)
+                    if not has_model:
+                        self._sessions.begin_to_find([session_id])
+                        found[index] = await self._sessions.find(session_id)
+                        has_model = True
                 except ServingError as error:
                     found[index] = error
-        if missing:
-            brought = await self._sessions.find_each([ids[index] for index in missing])
-            for index, session in zip(missing, brought, strict=True):
-                found[index] = session
-        return [session for session in found if session is not None]
+        return [session or in_memory.get(ids[index]) for index, session in enumerate(found)]
 
     def _message(self, session: SessionInfo) -> session_pb2.Session:
         return session_pb2.Session(

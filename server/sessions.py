@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import json
 import secrets
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -109,7 +109,7 @@ class SessionManager:
         )
         self.in_memory = self._residence.sessions
         self.find = self._residence.find
-        self.find_each = self._residence.find_each
+        self.begin_to_find = self._residence.begin_to_find
         self.finish = self._lines.finish
         self.withdraw = self._lines.withdraw
         self.release_all = self._residence.release_all
@@ -154,16 +154,40 @@ class SessionManager:
         return self._lines.step(session, inputs, first_step, wants_state, follows)
 
     def step_each(
-        self, sessions: Sequence[Session | ServingError], inputs: Array, first_steps: Sequence[int]
+        self,
+        session_ids: Sequence[str],
+        sessions: Sequence[Session | ServingError | None],
+        inputs: Array,
+        first_steps: Sequence[int],
+        check: Callable[[Session], None],
     ) -> Batch:
         """Run the steps of several sessions, each as `step` does; `finish` gives a BatchResult.
 
         Args:
-            sessions: S sessions, just found, none twice; where there is none, why.
+            session_ids: S ids, none twice.
+            sessions: for each the session, if it is in memory, or why there can be none; the others are brought in, as
+                room is made, and run when they are there.
             inputs: [S, T, ...input shape], T at least 1, checked.
             first_steps: for each session the index of its first input, or empty.
+            check: raises a ServingError for a session brought in that the inputs do not fit.
         """
-        return self._lines.step_each(sessions, inputs, first_steps)
+        batch = self._lines.step_each(sessions, inputs, first_steps)
+        missing = [index for index, session in enumerate(sessions) if session is None]
+        if missing:
+            self.begin_to_find([session_ids[index] for index in missing])
+
+        async def step(index: int) -> None:
+            try:
+                session = await self.find(session_ids[index])
+                check(session)
+            except ServingError as error:
+                batch.settle(index, error)
+            else:
+                self._lines.step_alone(batch, index, session, inputs, first_steps)
+
+        for index in missing:
+            self._spawn(step(index))
+        return batch
 
     async def state(self, session: Session) -> StepResult:
         """A session's state after the calls that wait before this one.

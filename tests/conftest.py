@@ -16,6 +16,7 @@ import pytest_asyncio
 from server.lifecycle import Server
 from server.settings import ServerSettings
 from tests import step_models
+from tests.valkey import ValkeyServer
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +69,22 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
     yield start
     for process in started:
         process.stop()
+
+
+@pytest.fixture(scope="session")
+def valkey_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    server = ValkeyServer(tmp_path_factory.mktemp("valkey"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def valkey(valkey_process: ValkeyServer) -> ValkeyServer:
+    """A running server with nothing in it; tests that stop it, or change its settings, start their own."""
+    with valkey_process.client() as client:
+        client.flushall()
+    return valkey_process
 
 
 @pytest.fixture

@@ -86,3 +86,15 @@ async def pending(caller: Caller, model: str, count: int) -> None:
     served = caller.server.sessions.model(model, None)
     while served.num_pending != count:
         await asyncio.sleep(0)
+
+
+async def crash(server: Server) -> None:
+    """End a server as its death would: nothing is released, and no more is written."""
+    manager = server.sessions
+    manager.journal.commit = lambda *_: None  # type: ignore[method-assign]
+
+    async def nothing(timeout_s: float) -> bool:
+        return True
+
+    manager.release_all = nothing  # type: ignore[method-assign]
+    await server.stop()

@@ -13,22 +13,9 @@ import pytest
 import pytest_asyncio
 
 from ntm.v1 import session_service_pb2 as pb
-from server.lifecycle import Server
-from tests.server.helpers import GONE, ORDER, TAKEN, Caller, Start, accumulated, random_inputs, refused
+from tests.server.helpers import GONE, ORDER, TAKEN, Caller, Start, accumulated, crash, random_inputs, refused
 
 Restart = Callable[..., Awaitable[Caller]]
-
-
-async def crash(server: Server) -> None:
-    """End a server as its death would: nothing is released, and no more is written."""
-    manager = server.sessions
-    manager.journal.commit = lambda *_: None  # type: ignore[method-assign]
-
-    async def nothing(timeout_s: float) -> bool:
-        return True
-
-    manager.release_all = nothing  # type: ignore[method-assign]
-    await server.stop()
 
 
 @pytest_asyncio.fixture

@@ -16,22 +16,6 @@ from tests.valkey import ValkeyServer
 Opening = Callable[[], Store]
 
 
-@pytest.fixture(scope="session")
-def valkey_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
-    server = ValkeyServer(tmp_path_factory.mktemp("valkey"))
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def valkey(valkey_process: ValkeyServer) -> ValkeyServer:
-    """A running server with nothing in it; tests that stop it, or change its settings, start their own."""
-    with valkey_process.client() as client:
-        client.flushall()
-    return valkey_process
-
-
 @pytest.fixture(params=["none", "sqlite", "redis"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)

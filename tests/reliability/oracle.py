@@ -25,7 +25,7 @@ FIRST_ROW_THAT_FAILS = 8
 """Inputs of the fragile model whose first value is this or more fail."""
 
 
-class StepFails(Exception):
+class StepFailsError(Exception):
     """The model fails on this input."""
 
 
@@ -42,7 +42,7 @@ def step(model: str, state: State, x: np.ndarray) -> tuple[np.ndarray, State]:
     if model == "delay_line":
         return state["b"], {"a": x, "b": state["a"]}
     if x[0] >= FIRST_ROW_THAT_FAILS:
-        raise StepFails
+        raise StepFailsError
     first, second = state["first"] + x, state["second"] + x
     return first + second, {"first": first, "second": second}
 
@@ -105,7 +105,7 @@ class Known:
             for row in inputs[len(known) :]:
                 output, state = step(self.model, state, row)
                 new_outputs.append(output)
-        except StepFails:
+        except StepFailsError:
             return "STEP_FAILED"
         self.state = state
         self.inputs += list(inputs[len(known) :])

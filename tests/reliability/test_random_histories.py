@@ -1,4 +1,4 @@
-"""Any mix of calls, on many sessions and few slots, through restarts and crashes: every answer as it must be, to the bit.
+"""Any mix of calls, on many sessions and few slots, through restarts and crashes: each answer right to the bit.
 
 Hypothesis makes the mixes, a real server answers, and `oracle.py` says what it must answer. Two sessions of each
 model fit in memory, so almost every call brings one in and sends another out. `python -m tests.chaos` runs many more.
@@ -19,7 +19,13 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
@@ -38,8 +44,6 @@ WINDOW = 12
 MOST_STEPS = 5
 MOST_SESSIONS = 9
 IDLE_LIMIT_S = 3600.0
-
-settings.register_profile("chaos", settings())
 
 sessions = st.integers(0, MOST_SESSIONS - 1)
 seeds = st.integers(0, 2**16)
@@ -566,7 +570,7 @@ def test_any_history_of_calls_gives_what_each_session_alone_would(
     run_state_machine_as_test(
         lambda: Histories(new_store(), small_models),
         settings=settings(
-            max_examples=150 if is_long else 10,
+            max_examples=60 if is_long else 10,
             deadline=None,
             stateful_step_count=40,
             print_blob=True,

@@ -20,7 +20,14 @@ from benchmarks import growth, plots, serving, step_graph
 from benchmarks.measuring import Figures, machine, ratio
 from benchmarks.peers import triton
 from benchmarks.server_process import Shape
-from benchmarks.serving import FEW_STREAMS_OF_CHUNKS, STREAMS_OF_CHUNKS, STREAMS_OF_SINGLE_STEPS, name
+from benchmarks.serving import (
+    FEW_STREAMS_OF_CHUNKS,
+    SHAPES_BY_STORE,
+    STORES,
+    STREAMS_OF_CHUNKS,
+    STREAMS_OF_SINGLE_STEPS,
+    name,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,6 +43,7 @@ class Ratio:
     """None: not measured by `quick`."""
 
 
+_STORE_TARGETS = {"SQLite, sync full": 0.7, "Valkey, everysec": 0.6}
 _BARE = "bare, batch 64"
 _GRAPH = step_graph.SHIPPED_SIZE
 RATIOS = (
@@ -51,6 +59,15 @@ RATIOS = (
     Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "Triton"), 0.8),
     Ratio(name(STREAMS_OF_CHUNKS), name(Shape("StreamSteps", 64, 1), "Triton"), 5.0),
     Ratio(name(STREAMS_OF_CHUNKS), name(FEW_STREAMS_OF_CHUNKS, "naive"), 10.0, 10.0),
+    *(
+        Ratio(
+            name(shape, store),
+            name(shape, "none"),
+            _STORE_TARGETS.get(store) if shape.num_steps > 1 else None,
+        )
+        for shape in SHAPES_BY_STORE
+        for store in STORES[1:]
+    ),
 )
 
 
@@ -67,6 +84,7 @@ def full(console: Console) -> int:
         "step_graph": partial(step_graph.compare, num_rounds=7, duration_s=0.5),
         "serving": partial(serving.compare, num_rounds=5, duration_s=1.0),
         "latency": partial(serving.compare_latency, num_rounds=5, duration_s=2.0),
+        "stores": partial(serving.compare_stores, num_rounds=5, duration_s=2.0),
         "growth": partial(growth.compare, num_rounds=5, duration_s=0.7),
     }
     for what, measure in parts.items():

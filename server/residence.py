@@ -341,9 +341,12 @@ class Residence:
         )
         served.submit(message)
         await ended
-        move(session, target)
         if replay:
             served.slots.release(source)
+        if session.loss:
+            served.slots.release(target)
+            raise session.loss
+        move(session, target)
         if message.errors:
             error = message.errors[0]
             if isinstance(error, EngineFailedError):

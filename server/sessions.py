@@ -2,7 +2,8 @@
 
 A session is created, stepped, reset, looked at, forked, taken out and put back, listed and ended. `lines.py` serves
 one session's calls in order, `steps.py` runs their messages, `residence.py` knows which sessions are in memory, and
-`journal.py` makes it last. Calls that name what they do (a step's number, a request's id) can be repeated, and take effect once.
+`journal.py` makes it last. Calls that name what they do (a step's number, a request's id) can be repeated, and take
+effect once.
 
 `service.py` checks what callers send before it comes here.
 """

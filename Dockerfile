@@ -11,10 +11,11 @@ RUN mkdir client export training training/model training/tasks \
 FROM python:3.11-slim-bookworm AS server
 COPY --from=build /opt/venv /opt/venv
 COPY models /models
-RUN useradd --system --uid 10001 ntm
+RUN useradd --system --uid 10001 ntm && install --directory --owner ntm /data
 USER ntm
 WORKDIR /
 EXPOSE 50051
-ENV PATH=/opt/venv/bin:$PATH NTM_SERVER_MODELS=/models NTM_SERVER_LISTEN=0.0.0.0:50051 NTM_SERVER_LOG_FORMAT=json
+ENV PATH=/opt/venv/bin:$PATH NTM_SERVER_MODELS=/models NTM_SERVER_LISTEN=0.0.0.0:50051 NTM_SERVER_LOG_FORMAT=json \
+    NTM_SERVER_STORE=sqlite:////data/sessions.sqlite3
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s CMD ["python", "-m", "server.health"]
 ENTRYPOINT ["python", "-m", "server"]

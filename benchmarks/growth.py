@@ -63,7 +63,7 @@ def _by_live_sessions(num_rounds: int, duration_s: float) -> Figures:
         # Resident memory tells how much a session takes once some have come: before, it is what the server had.
         num_alive, first_bytes = _STEPPING.num_sessions, psutil.Process(pids[0]).memory_info().rss
         for target in NUM_LIVE_SESSIONS:
-            _create_and_step(address, target - num_alive)
+            create_and_step(address, target - num_alive)
             num_alive = target
             case = live_sessions(target)
             figures |= side_by_side({case: stepping.measure}, num_rounds)
@@ -93,8 +93,10 @@ def _by_memory_rows(num_rounds: int, duration_s: float) -> Figures:
     return side_by_side(dict(cases()), num_rounds)
 
 
-def _create_and_step(address: str, num_sessions: int) -> None:
-    """Create sessions and take a few steps with each."""
+def create_and_step(
+    address: str, num_sessions: int, sessions_per_batch: int = _SESSIONS_PER_BATCH
+) -> list[str]:
+    """Create sessions and take a few steps with each; returns their ids."""
     request, ids = pb.CreateSessionRequest(model_name="copy"), []
     with grpc.insecure_channel(address) as channel:
         stub = session_service_pb2_grpc.SessionServiceStub(channel)
@@ -104,8 +106,10 @@ def _create_and_step(address: str, num_sessions: int) -> None:
             if len(waiting) == 64:
                 ids.append(waiting.popleft().result().session.session_id)
         ids += [call.result().session.session_id for call in waiting]
-        for start in range(0, len(ids), _SESSIONS_PER_BATCH):
-            some = ids[start : start + _SESSIONS_PER_BATCH]
+        for start in range(0, len(ids), sessions_per_batch):
+            some = ids[start : start + sessions_per_batch]
             inputs = to_message(np.zeros((len(some), _STEPS_OF_EACH, INPUT_SIZE), np.float32))
             answer = stub.BatchStep(pb.BatchStepRequest(session_ids=some, inputs=inputs))
-            assert not answer.errors
+            if answer.errors:
+                raise RuntimeError(f"a session failed: {answer.errors[0].message}")
+    return ids

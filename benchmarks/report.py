@@ -16,11 +16,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import growth, plots, serving, step_graph
+from benchmarks import growth, plots, residence, serving, step_graph
 from benchmarks.measuring import Figures, machine, ratio
 from benchmarks.peers import triton
 from benchmarks.server_process import Shape
-from benchmarks.serving import FEW_STREAMS_OF_CHUNKS, STREAMS_OF_CHUNKS, STREAMS_OF_SINGLE_STEPS, name
+from benchmarks.serving import (
+    FEW_STREAMS_OF_CHUNKS,
+    SHAPES_BY_STORE,
+    STORES,
+    STREAMS_OF_CHUNKS,
+    STREAMS_OF_SINGLE_STEPS,
+    name,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,6 +43,7 @@ class Ratio:
     """None: not measured by `quick`."""
 
 
+_STORE_TARGETS = {"SQLite, sync full": 0.7, "Valkey, everysec": 0.6}
 _BARE = "bare, batch 64"
 _GRAPH = step_graph.SHIPPED_SIZE
 RATIOS = (
@@ -51,6 +59,15 @@ RATIOS = (
     Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "Triton"), 0.8),
     Ratio(name(STREAMS_OF_CHUNKS), name(Shape("StreamSteps", 64, 1), "Triton"), 5.0),
     Ratio(name(STREAMS_OF_CHUNKS), name(FEW_STREAMS_OF_CHUNKS, "naive"), 10.0, 10.0),
+    *(
+        Ratio(
+            name(shape, store),
+            name(shape, "none"),
+            _STORE_TARGETS.get(store) if shape.num_steps > 1 else None,
+        )
+        for shape in SHAPES_BY_STORE
+        for store in STORES[1:]
+    ),
 )
 
 
@@ -67,6 +84,8 @@ def full(console: Console) -> int:
         "step_graph": partial(step_graph.compare, num_rounds=7, duration_s=0.5),
         "serving": partial(serving.compare, num_rounds=5, duration_s=1.0),
         "latency": partial(serving.compare_latency, num_rounds=5, duration_s=2.0),
+        "stores": partial(serving.compare_stores, num_rounds=5, duration_s=2.0),
+        "residence": partial(residence.compare, num_rounds=3, duration_s=3.0),
         "growth": partial(growth.compare, num_rounds=5, duration_s=0.7),
     }
     for what, measure in parts.items():
@@ -105,14 +124,18 @@ def _write(what: str, figures: Figures) -> None:
 def _table_of(what: str, figures: Figures) -> Table:
     table = Table("case", "steps/s", "lowest to highest", "p50 ms", "p99 ms", "CPU µs a step", title=what)
     for case, metrics in figures.items():
-        speed = metrics["steps_per_s"]
-        latencies = [f"{metrics[m].median:.2f}" if m in metrics else "" for m in ("p50_ms", "p99_ms")]
+        speed = metrics.get("steps_per_s")
+        some = {
+            metric: f"{metrics[metric].median:.2f}" for metric in ("p50_ms", "p99_ms") if metric in metrics
+        }
+        cpu = metrics.get("cpu_us_per_step")
         table.add_row(
             case,
-            f"{speed.median:,.0f}",
-            f"{speed.lowest:,.0f} – {speed.highest:,.0f}",
-            *latencies,
-            f"{metrics['cpu_us_per_step'].median:.1f}",
+            f"{speed.median:,.0f}" if speed else "",
+            f"{speed.lowest:,.0f} – {speed.highest:,.0f}" if speed else "",
+            some.get("p50_ms", ""),
+            some.get("p99_ms", ""),
+            f"{cpu.median:.1f}" if cpu else "",
         )
     for column in table.columns[1:]:
         column.justify = "right"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
@@ -20,6 +22,7 @@ from benchmarks.load import Call, Kind, LoadReport, closed_loop, in_own_process,
 from benchmarks.measuring import Case, Figures, Metrics, side_by_side
 from benchmarks.peers import naive, triton
 from benchmarks.server_process import MODELS, Sessions, Shape, serving
+from tests.valkey import ValkeyServer
 
 MODEL = MODELS / "copy" / "1" / "model.onnx"
 NUM_SESSIONS = (1, 8, 64, 512)
@@ -90,6 +93,19 @@ def compare_latency(num_rounds: int, duration_s: float) -> Figures:
         return side_by_side(cases.by_name, num_rounds)
 
 
+STORES = ("none", "SQLite, sync full", "SQLite, sync normal", "Valkey, everysec")
+SHAPES_BY_STORE = (Shape("BatchStep", 64, 32), STREAMS_OF_CHUNKS, STREAMS_OF_SINGLE_STEPS)
+
+
+def compare_stores(num_rounds: int, duration_s: float) -> Figures:
+    """Measure what it costs to keep sessions: the same loads on a server for each store."""
+    with _cases(duration_s) as cases:
+        for shape in SHAPES_BY_STORE:
+            for store in STORES:
+                cases.add_store(store, shape)
+        return side_by_side(cases.by_name, num_rounds)
+
+
 def name(shape: Shape, server: str = "", messages_per_s: float | None = None) -> str:
     """The name of a case."""
     offered = f", {messages_per_s:g} messages/s offered" if messages_per_s else ""
@@ -127,6 +143,9 @@ class _Cases:
         self._add_shape(
             shape, "", partial(serving, MODELS, "--max-resident-sessions", "8192"), messages_per_s
         )
+
+    def add_store(self, store: str, shape: Shape) -> None:
+        self._add_shape(shape, store, partial(_on_store, store))
 
     def add_naive(self, shape: Shape) -> None:
         self._add_shape(shape, "naive", naive.serving)
@@ -221,6 +240,22 @@ class LoadCase:
     def _cpu_s(self) -> float:
         """Processor time of the server's processes."""
         return sum(sum(process.cpu_times()[:2]) for process in self._processes)
+
+
+@contextmanager
+def _on_store(store: str) -> Iterator[tuple[str, list[int]]]:
+    """The server with its sessions in a store, whose own processes count as its."""
+    with TemporaryDirectory(prefix="ntm-store-") as directory, ExitStack() as stack:
+        urls, pids = {"none": "none"}, []
+        if store.startswith("Valkey"):
+            valkey = ValkeyServer(Path(directory) / "valkey", appendfsync="everysec")
+            valkey.start()
+            stack.callback(valkey.kill)
+            urls[store], pids = valkey.url, [valkey.pid]
+        url = urls.get(store, f"sqlite:///{directory}/sessions.sqlite3")
+        sync = "full" if store.endswith("full") or store == "none" else "normal"
+        address, own = stack.enter_context(serving(MODELS, "--sync", sync, store=url))
+        yield address, [*own, *pids]
 
 
 @contextmanager

@@ -55,6 +55,7 @@ from server.records import (
 )
 from server.served_model import ServedModel
 from server.session import Call, Session
+from server.steps import Steps
 from server.store import Claim, Entry, OwnedElsewhere, Write
 
 log = structlog.get_logger()
@@ -72,6 +73,7 @@ class Residence:
         self,
         journal: Journal,
         lines: Lines,
+        steps: Steps,
         find_model: FindModel,
         recovery: Literal["exact", "approximate"],
         handover_timeout_s: float,
@@ -81,6 +83,7 @@ class Residence:
         Args:
             journal: the store.
             lines: serves the sessions' calls.
+            steps: reads their state.
             find_model: a model in service, by name and version.
             recovery: whether a session may be replayed on another machine or build than it ran on.
             handover_timeout_s: seconds to wait for a session that another replica owns.
@@ -88,6 +91,7 @@ class Residence:
         self.sessions: dict[str, Session] = {}
         self._journal = journal
         self._lines = lines
+        self._steps = steps
         self._find_model = find_model
         self._recovery = recovery
         self._handover_timeout_s = handover_timeout_s
@@ -341,9 +345,12 @@ class Residence:
         )
         served.submit(message)
         await ended
-        move(session, target)
         if replay:
             served.slots.release(source)
+        if session.loss:
+            served.slots.release(target)
+            raise session.loss
+        move(session, target)
         if message.errors:
             error = message.errors[0]
             if isinstance(error, EngineFailedError):
@@ -422,7 +429,7 @@ class Residence:
             )
             self._write_out(call, about, snapshot)
 
-        return self._lines.look(call, looked)
+        return self._steps.look(call, looked)
 
     def _write_out(self, call: Call, about: About, snapshot: bytes | None) -> None:
         session = call.session

@@ -1,6 +1,7 @@
 """Session: what the server knows of one session while it is in memory, and the calls that stand in its line.
 
-Data only: `lines.py` serves the calls, `residence.py` brings sessions into memory and out again.
+Data only: `lines.py` serves the calls, `steps.py` runs their messages, `residence.py` brings sessions into memory and
+out again.
 
 Shapes: S sessions of a batch, T steps of a message.
 """
@@ -186,6 +187,8 @@ class Group:
     """[sessions, T, ...input shape]."""
     first_steps: Sequence[int]
     """As its caller says, or empty."""
+    begin: Callable[[Group], None]
+    """Called when it is the turn of all its sessions."""
     waiting: set[Session] = field(default_factory=set)
     """Sessions whose turn has not come."""
     message: Message | None = None

@@ -1,8 +1,9 @@
 """Sessions: everything a caller can ask of sessions, without gRPC.
 
-A session is created, stepped, reset, looked at, forked, taken out and put back, listed and ended. `lines.py` serves one
-session's calls in order, `residence.py` knows which sessions are in memory, `journal.py` makes it last. Calls that name
-what they do (a step's number, a request's id) can be repeated, and take effect once.
+A session is created, stepped, reset, looked at, forked, taken out and put back, listed and ended. `lines.py` serves
+one session's calls in order, `steps.py` runs their messages, `residence.py` knows which sessions are in memory, and
+`journal.py` makes it last. Calls that name what they do (a step's number, a request's id) can be repeated, and take
+effect once.
 
 `service.py` checks what callers send before it comes here.
 """
@@ -52,6 +53,7 @@ from server.records import (
 from server.residence import Residence, end_error
 from server.served_model import ServedModel
 from server.session import Batch, Call, Session, StepResult
+from server.steps import Steps
 from server.store import FIRST_FENCE, NEW, Entry, EntryExists, RequestExists, Write
 
 log = structlog.get_logger()
@@ -99,10 +101,12 @@ class SessionManager:
         """
         self.models = {(served.model.name, served.model.version): served for served in models}
         self.journal = journal
-        self._lines = Lines(journal, snapshot_every_steps)
+        self._lines = Lines(journal)
+        self._steps = Steps(self._lines, journal, snapshot_every_steps)
         self._residence = Residence(
             journal,
             self._lines,
+            self._steps,
             lambda name, version: self.models.get((name, version)),
             recovery,
             handover_timeout_s,
@@ -151,7 +155,7 @@ class SessionManager:
         Raises (at once or through the future): SessionNotFoundError, QueueFullError, StepOrderError, StepFailedError,
             EngineFailedError, StoreError, SessionMovedError, RecoveryError.
         """
-        return self._lines.step(session, inputs, first_step, wants_state, follows)
+        return self._steps.step(session, inputs, first_step, wants_state, follows)
 
     def step_each(
         self,
@@ -171,7 +175,7 @@ class SessionManager:
             first_steps: for each session the index of its first input, or empty.
             check: raises a ServingError for a session brought in that the inputs do not fit.
         """
-        batch = self._lines.step_each(sessions, inputs, first_steps)
+        batch = self._steps.step_each(sessions, inputs, first_steps)
         missing = [index for index, session in enumerate(sessions) if session is None]
         if missing:
             self.begin_to_find([session_ids[index] for index in missing])
@@ -183,7 +187,7 @@ class SessionManager:
             except ServingError as error:
                 batch.settle(index, error)
             else:
-                self._lines.step_alone(batch, index, session, inputs, first_steps)
+                self._steps.step_alone(batch, index, session, inputs, first_steps)
 
         for index in missing:
             self._spawn(step(index))
@@ -198,7 +202,7 @@ class SessionManager:
 
         def begin(call: Call) -> None:
             no_outputs, next_step = session.model.model.no_outputs, session.next_step
-            self._lines.look(
+            self._steps.look(
                 call, lambda state: self._lines.end(call, StepResult(no_outputs, next_step, state))
             )
 
@@ -292,7 +296,7 @@ class SessionManager:
                 self._spawn(self._fork(call, session_id, request_id, request, state))
 
             if self.journal.store.keeps_steps:
-                self._lines.look(call, copy)
+                self._steps.look(call, copy)
             else:
                 copy()
 

@@ -40,6 +40,12 @@ class ValkeyServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def pid(self) -> int:
+        """Of its process, while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def client(self) -> redis.Redis:
         password = self._config.get("requirepass")
         return redis.Redis(port=self.port, password=password, socket_timeout=_PATIENCE_S)

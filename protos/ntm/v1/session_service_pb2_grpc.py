@@ -38,10 +38,15 @@ class SessionServiceStub:
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
-    Every rpc may also answer UNAVAILABLE (the server is starting or stopping, or another replica is taking
-    the session over: try again), RESOURCE_EXHAUSTED (a message over the size limit), DEADLINE_EXCEEDED and
-    CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it). Errors carry a
-    google.rpc.ErrorInfo with the domain "ntm.v1" and a stable reason; where it helps, its metadata has
+    Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
+    replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
+    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
+    was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
+    An rpc on a session may answer FAILED_PRECONDITION when its model's version is not in service (MODEL_NOT_LOADED) or
+    is another file there (MODEL_MISMATCH), or its steps would have to be replayed on another machine than they ran on
+    (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
+    back has failed too often (SESSION_QUARANTINED). Such a session can still be deleted.
+    Errors carry a google.rpc.ErrorInfo with the domain "ntm.v1" and a stable reason; where it helps, its metadata has
     `next_step` (the session's counter) or `field` (the field at fault).
     """
 
@@ -126,10 +131,15 @@ class SessionServiceServicer:
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
-    Every rpc may also answer UNAVAILABLE (the server is starting or stopping, or another replica is taking
-    the session over: try again), RESOURCE_EXHAUSTED (a message over the size limit), DEADLINE_EXCEEDED and
-    CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it). Errors carry a
-    google.rpc.ErrorInfo with the domain "ntm.v1" and a stable reason; where it helps, its metadata has
+    Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
+    replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
+    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
+    was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
+    An rpc on a session may answer FAILED_PRECONDITION when its model's version is not in service (MODEL_NOT_LOADED) or
+    is another file there (MODEL_MISMATCH), or its steps would have to be replayed on another machine than they ran on
+    (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
+    back has failed too often (SESSION_QUARANTINED). Such a session can still be deleted.
+    Errors carry a google.rpc.ErrorInfo with the domain "ntm.v1" and a stable reason; where it helps, its metadata has
     `next_step` (the session's counter) or `field` (the field at fault).
     """
 
@@ -138,7 +148,7 @@ class SessionServiceServicer:
         INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. ALREADY_EXISTS: the id is
         taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago (SESSION_ID_RETIRED),
         or the request id made another session (REQUEST_ID_REUSED).
-        RESOURCE_EXHAUSTED: no free slot (NO_FREE_SLOT).
+        RESOURCE_EXHAUSTED: without a store, no free slot (NO_FREE_SLOT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -184,7 +194,8 @@ class SessionServiceServicer:
         (STEP_TOO_OLD), the step was run with other inputs (INPUT_MISMATCH), or the state asked for has moved
         on (STATE_NOT_KEPT). RESOURCE_EXHAUSTED: too many messages wait (QUEUE_FULL).
         INTERNAL: the model failed on these inputs (STEP_FAILED), or gave values that are not finite
-        (OUTPUT_NOT_FINITE). After any error the session is as it was before the message.
+        (OUTPUT_NOT_FINITE). After any error but UNAVAILABLE the session is as it was before the message. A message with a
+        `first_step` that failed by its inputs is answered the same when it is repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,7 +213,9 @@ class SessionServiceServicer:
 
     def BatchStep(self, request, context):
         """Runs T steps of each of S sessions. One session's failure does not touch the others: it is
-        reported in `errors`, with the codes and reasons of Step, and the call as a whole is OK.
+        reported in `errors`, with the codes and reasons of Step, and the call as a whole is OK. A session that another
+        replica has is not waited for: it is answered UNAVAILABLE (WRONG_REPLICA), with the owner as `replica` in the
+        metadata; send it in a call with its own `ntm-routing-key`.
         INVALID_ARGUMENT: lists of unequal length, a session twice, or what holds for all of `inputs`:
         shape, dtype, length, none or too many steps or sessions.
         """
@@ -327,10 +340,15 @@ class SessionService:
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
-    Every rpc may also answer UNAVAILABLE (the server is starting or stopping, or another replica is taking
-    the session over: try again), RESOURCE_EXHAUSTED (a message over the size limit), DEADLINE_EXCEEDED and
-    CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it). Errors carry a
-    google.rpc.ErrorInfo with the domain "ntm.v1" and a stable reason; where it helps, its metadata has
+    Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
+    replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
+    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
+    was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
+    An rpc on a session may answer FAILED_PRECONDITION when its model's version is not in service (MODEL_NOT_LOADED) or
+    is another file there (MODEL_MISMATCH), or its steps would have to be replayed on another machine than they ran on
+    (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
+    back has failed too often (SESSION_QUARANTINED). Such a session can still be deleted.
+    Errors carry a google.rpc.ErrorInfo with the domain "ntm.v1" and a stable reason; where it helps, its metadata has
     `next_step` (the session's counter) or `field` (the field at fault).
     """
 

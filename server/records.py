@@ -72,6 +72,21 @@ class About:
     failure: Failure | None = None
     """The last message, if it failed."""
     end_reason: Literal["", "DELETED", "EXPIRED"] = ""
+    snapshot_checksum: int = 0
+    """Tells the snapshot from none and from every other: a missing one would be taken for the initial state."""
+
+    def with_snapshot(self, snapshot: bytes, step: int) -> About:
+        """As it is when the snapshot is another, the state before a step."""
+        return replace(self, snapshot_step=step, snapshot_checksum=zlib.crc32(snapshot))
+
+    def check_snapshot(self, snapshot: bytes) -> None:
+        """That the snapshot is this session's last; b"" for none.
+
+        Raises:
+            DamagedError: it is missing, or another.
+        """
+        if zlib.crc32(snapshot) != self.snapshot_checksum:
+            raise DamagedError("the snapshot is missing, or is not what was written")
 
     def encode(self) -> bytes:
         """As an entry's content."""

@@ -280,6 +280,7 @@ class Residence:
         try:
             ran = [decode_record(session.session_id, record, model) for record in claim.records]
             check_unbroken(ran, about.snapshot_step, claim.entry.next_step)
+            about.check_snapshot(claim.snapshot)
             state = None
             if claim.snapshot:
                 snapshot = decode_snapshot(model, claim.snapshot)
@@ -369,14 +370,14 @@ class Residence:
         """What was replayed once need not be again."""
         assert message.state is not None
         state = {name: values[0] for name, values in message.state.items()}
+        snapshot = encode_snapshot(session.model.model, session.next_step, state)
         about = replace(
-            session.about,
+            session.about.with_snapshot(snapshot, session.next_step),
             num_recoveries=0,
-            snapshot_step=session.next_step,
             reset_steps=session.history.reset_steps,
             fingerprint=session.model.fingerprint.text,
         )
-        await self._commit(session, about, encode_snapshot(session.model.model, session.next_step, state))
+        await self._commit(session, about, snapshot)
 
     async def _commit(self, session: Session, about: About, snapshot: bytes | None = None) -> None:
         """Commit a change of a session that is being brought back, without counting it as a use."""
@@ -422,8 +423,7 @@ class Residence:
         def looked(state: dict[str, Array]) -> None:
             snapshot = encode_snapshot(session.model.model, session.next_step, state)
             about = replace(
-                session.about,
-                snapshot_step=session.next_step,
+                session.about.with_snapshot(snapshot, session.next_step),
                 reset_steps=session.history.reset_steps,
                 fingerprint=session.model.fingerprint.text,
             )

@@ -223,7 +223,7 @@ class SessionManager:
                 return self._lines.end(call, self.describe(session))
             session.history.check_is_at(step)
             resets = (*session.history.reset_steps, step)
-            about = replace(session.about, snapshot_step=step, reset_steps=resets, failure=None)
+            about = replace(session.about.with_snapshot(b"", step), reset_steps=resets, failure=None)
 
             def apply() -> None:
                 move(session, INITIAL_SLOT)
@@ -322,10 +322,9 @@ class SessionManager:
         if state is not None:
             snapshot = encode_snapshot(source.model.model, source.next_step, state)
         about = replace(
-            source.about,
+            source.about.with_snapshot(snapshot, source.next_step),
             request=request,
             create_time_s=self.journal.time_s,
-            snapshot_step=source.next_step,
             reset_steps=(),
             num_recoveries=0,
             failure=None,
@@ -356,6 +355,7 @@ class SessionManager:
         )
         if self.journal.store.keeps_steps:
             data = encode_snapshot(served.model, snapshot.next_step, snapshot.state)
+            about = about.with_snapshot(data, snapshot.next_step)
         return await self._whole(
             self._add(served, session_id, request_id, about, snapshot.next_step, data, state=snapshot.state)
         )

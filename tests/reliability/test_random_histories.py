@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 import pytest
-from google.rpc import error_details_pb2, status_pb2
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -33,6 +32,7 @@ from server.journal import Journal
 from server.lifecycle import Server
 from server.settings import ServerSettings
 from tests import step_models
+from tests.reliability.helpers import reason_of, tried
 from tests.reliability.oracle import FIRST_ROW_THAT_FAILS, MODELS, Known, random_inputs
 from tests.server.helpers import Caller
 from tests.server.test_recovery import crash
@@ -55,24 +55,6 @@ class Clock:
     """How far the stores' clocks are ahead of themselves: idle limits pass in no time."""
 
     ahead_s = 0.0
-
-
-def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The reason in the server's ErrorInfo; the code's name where there is none."""
-    details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
-    if details is None:
-        return error.code().name
-    info = error_details_pb2.ErrorInfo()
-    status_pb2.Status.FromString(details).details[0].Unpack(info)
-    return info.reason
-
-
-async def tried(call: Awaitable[T]) -> T | str:
-    """A call's answer, or the reason why there is none."""
-    try:
-        return await call
-    except grpc.aio.AioRpcError as error:
-        return reason_of(error)
 
 
 def same(answer: Any, expected: np.ndarray | str) -> bool:

@@ -30,6 +30,8 @@ from tests.conftest import ROOT, ServerProcess
 from tests.valkey import free_port
 
 PATIENCE_S = 60.0
+_RETRY_FOR_S = 600.0
+"""A client can be unlucky for long when the server is killed as soon as it has answered any other."""
 RESET = "reset"
 
 _SESSIONS_EACH = 6
@@ -214,13 +216,13 @@ class Load:
                 self._record(track, inputs, await track.session.run(inputs))
 
         async def tasks() -> None:
-            async with AsyncClient(self._address, retry_for_s=PATIENCE_S) as client:
+            async with AsyncClient(self._address, retry_for_s=_RETRY_FOR_S) as client:
                 await asyncio.gather(*(task(client, model) for model in 2 * ("accumulator", "copy")))
 
         asyncio.run(tasks())
 
     def _client(self) -> Client:
-        return Client(self._address, retry_for_s=PATIENCE_S)
+        return Client(self._address, retry_for_s=_RETRY_FOR_S)
 
 
 def _inputs(model: str, chance: random.Random, num_steps: int | None = None) -> np.ndarray:
@@ -275,7 +277,10 @@ def kill_again_and_again(
             tally.kills += 1
             server.start()
         load.stop()
-        with _untouched_server(models) as untouched, Client(server.address, retry_for_s=PATIENCE_S) as killed:
+        with (
+            _untouched_server(models) as untouched,
+            Client(server.address, retry_for_s=_RETRY_FOR_S) as killed,
+        ):
             _count(tally, load.tracks, killed, untouched)
     finally:
         server.end()

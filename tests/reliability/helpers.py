@@ -31,3 +31,9 @@ async def tried(call: Awaitable[T]) -> T | str:
         return await call
     except grpc.aio.AioRpcError as error:
         return reason_of(error)
+
+
+async def refusal_of(call: Awaitable[object]) -> str:
+    """The reason why a call has no answer; "" if it has."""
+    answer = await tried(call)
+    return answer if isinstance(answer, str) else ""

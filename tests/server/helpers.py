@@ -31,6 +31,7 @@ class Caller:
 
     def __init__(self, server: Server, address: str) -> None:
         self.server = server
+        self.address = address
         self.channel = grpc.aio.insecure_channel(address)
         self.stub: Any = session_service_pb2_grpc.SessionServiceStub(self.channel)
 

@@ -38,6 +38,7 @@ from server.errors import (
     SessionMovedError,
     SessionNotFoundError,
     SessionQuarantinedError,
+    StoreError,
     WrongReplicaError,
 )
 from server.history import History
@@ -377,7 +378,14 @@ class Residence:
             reset_steps=session.history.reset_steps,
             fingerprint=session.model.fingerprint.text,
         )
-        await self._commit(session, about, snapshot)
+        try:
+            await self._commit(session, about, snapshot)
+        except StoreError:
+            # The replay was sound: nobody is to be quarantined because a store has no room.
+            sound = replace(session.about, num_recoveries=0)
+            change = self._lines.change(session, sound, last_use_s=session.last_use_s)
+            await self._journal.committed(change.write)
+            raise
 
     async def _commit(self, session: Session, about: About, snapshot: bytes | None = None) -> None:
         """Commit a change of a session that is being brought back, without counting it as a use."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest_asyncio
 
 from client import AsyncClient
 from ntm.v1 import session_service_pb2 as pb
+from tests.conftest import ROOT
 from tests.reliability.helpers import Restart, refusal_of, tried
 from tests.reliability.lines import FaultyLine
 from tests.server.helpers import Caller, accumulated, random_inputs
@@ -226,8 +228,9 @@ async def test_steps_survive_a_store_that_is_killed_and_started_again(
 
 
 @pytest_asyncio.fixture
-async def full(restart: Restart, store: str, request: pytest.FixtureRequest) -> Caller:
+async def full(restart: Restart, models: Path, store: str, request: pytest.FixtureRequest) -> Caller:
     """A server whose store takes about a megabyte."""
+    shutil.copytree(ROOT / "models" / "copy", models / "copy")
     options = {"max_resident_sessions": 4, "snapshot_every_steps": 10_000}
     if store.startswith("sqlite"):
         return await restart(store=store, store_limit_mib=1, **options)
@@ -238,19 +241,21 @@ async def full(restart: Restart, store: str, request: pytest.FixtureRequest) -> 
 
 
 async def fill(caller: Caller) -> list[str]:
-    """Make sessions and run long messages in them until the store takes no more; returns their names."""
+    """Make sessions with ever shorter messages until the store takes none; returns their names."""
     names: list[str] = []
-    while True:
-        names.append(f"filler-{len(names)}")
-        if await refusal_of(caller.create("accumulator", names[-1])) == "STORE_FULL":
-            return names[:-1]
-        if await refusal_of(caller.step(random_inputs(LONG), names[-1])) == "STORE_FULL":
-            return names
+    for num_steps in (LONG, 50, 5):
+        refusal = ""
+        while not refusal:
+            names.append(f"filler-{len(names)}")
+            refusal = await refusal_of(caller.create("accumulator", names[-1]))
+            refusal = refusal or await refusal_of(caller.step(random_inputs(num_steps), names[-1]))
+        assert refusal == "STORE_FULL"
+    return names
 
 
 async def empty(caller: Caller, names: list[str]) -> None:
     for name in names:
-        await caller.stub.DeleteSession(pb.DeleteSessionRequest(session_id=name))
+        await caller.stub.DeleteSession(pb.DeleteSessionRequest(session_id=name, allow_missing=True))
 
 
 async def test_in_a_full_store_steps_are_refused_sessions_unharmed_and_deletions_make_room(
@@ -285,3 +290,21 @@ async def test_sessions_refused_by_a_full_store_time_and_again_are_unharmed_when
 
     assert refusals == {"STORE_FULL"}
     np.testing.assert_array_equal(await full.step(inputs[5:], first_step=5), accumulated(inputs)[5:])
+
+
+async def test_a_session_that_is_replayed_again_and_again_for_want_of_room_is_not_quarantined(
+    full: Caller,
+) -> None:
+    """There is room to note that a replay begins, and none for the snapshot that would end it."""
+    inputs = np.random.default_rng(0).uniform(0, 1, (6 + LONG, 9)).astype(np.float32)
+    await full.create("copy", "other")
+    expected = await full.step(inputs, "other")
+    await full.create("copy")
+    np.testing.assert_array_equal(await full.step(inputs[:6], first_step=0), expected[:6])
+    fillers = await fill(full)
+
+    refusals = {await refusal_of(full.step(inputs[6:], first_step=6)) for _ in range(8)}
+    await empty(full, fillers)
+
+    assert refusals == {"STORE_FULL"}
+    np.testing.assert_array_equal(await full.step(inputs[6:], first_step=6), expected[6:])

@@ -42,6 +42,10 @@ class ServerProcess:
                 return self.log[-1]
         raise AssertionError(f"the server ended before it said {event!r}: {self.log}")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 

@@ -12,6 +12,7 @@ import asyncio
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -37,6 +38,8 @@ RESET = "reset"
 _SESSIONS_EACH = 6
 _STEPS_OF_A_SESSION = 400
 _MOST_STEPS = 6
+_LONG_STEPS = 150
+"""Of one message in twenty, so that kills come in the middle of messages, too."""
 _WIDTHS = {"accumulator": step_models.WIDTH, "copy": 9}
 
 
@@ -100,10 +103,10 @@ class KilledServer:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, cwd=ROOT, stderr=log, env=os.environ)
 
-    def kill(self) -> None:
+    def end_by(self, how: signal.Signals) -> None:
         assert self._process.poll() is None, f"the server ended by itself: {self._log.read_text()[-4000:]}"
-        self._process.kill()
-        self._process.wait()
+        self._process.send_signal(how)
+        self._process.wait(PATIENCE_S)
 
     def end(self) -> None:
         with suppress(ProcessLookupError):
@@ -226,13 +229,19 @@ class Load:
 
 
 def _inputs(model: str, chance: random.Random, num_steps: int | None = None) -> np.ndarray:
-    num_steps = num_steps or chance.randint(1, _MOST_STEPS)
+    num_steps = num_steps or (_LONG_STEPS if chance.random() < 0.05 else chance.randint(1, _MOST_STEPS))
     generator = np.random.default_rng(chance.getrandbits(64))
     return generator.uniform(0, 1, (num_steps, _WIDTHS[model])).astype(np.float32)
 
 
 def kill_again_and_again(
-    store: str, name: str, directory: Path, num_kills: int, seed: int, time_limit_s: float = float("inf")
+    store: str,
+    name: str,
+    directory: Path,
+    num_kills: int,
+    seed: int,
+    time_limit_s: float = float("inf"),
+    how: signal.Signals = signal.SIGKILL,
 ) -> Tally:
     """Load a server, kill it so many times, and count what that did to its sessions.
 
@@ -243,6 +252,7 @@ def kill_again_and_again(
         num_kills: at most; fewer when the time is over.
         seed: of everything that is random here; what the kills hit is not repeatable all the same.
         time_limit_s: after which nobody is killed any more.
+        how: SIGTERM to stop it in good order instead.
     """
     begin_s = time.monotonic()
     models = _small_models(directory / "models")
@@ -268,12 +278,12 @@ def kill_again_and_again(
     load.start()
     try:
         while tally.kills < num_kills and time.monotonic() - begin_s < time_limit_s:
-            if chance.random() < 0.15:
+            if how == signal.SIGKILL and chance.random() < 0.15:
                 time.sleep(chance.uniform(0, 1.5))  # while it starts
             else:
                 load.wait_for_progress()
                 time.sleep(chance.uniform(0, 0.4))  # at any moment of its work
-            server.kill()
+            server.end_by(how)
             tally.kills += 1
             server.start()
         load.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from tests.chaos.kills import kill_again_and_again
 from tests.valkey import ValkeyServer
 
-NUM_KILLS = 4
+NUM_KILLS = 3
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -30,5 +31,14 @@ def test_no_answered_step_is_lost_or_doubled_or_differs_when_the_server_is_kille
     tally = kill_again_and_again(store, store, tmp_path, NUM_KILLS, seed=0)
 
     assert tally.kills == NUM_KILLS
+    assert tally.steps_answered > 100
+    assert tally.is_clean, tally
+
+
+def test_nothing_is_lost_or_doubled_or_differs_when_the_server_is_stopped_and_started_under_load(
+    store: str, tmp_path: Path
+) -> None:
+    tally = kill_again_and_again(store, store, tmp_path, num_kills=1, seed=0, how=signal.SIGTERM)
+
     assert tally.steps_answered > 100
     assert tally.is_clean, tally

@@ -552,7 +552,7 @@ def test_any_history_of_calls_gives_what_each_session_alone_would(
     run_state_machine_as_test(
         lambda: Histories(new_store(), small_models),
         settings=settings(
-            max_examples=60 if is_long else 10,
+            max_examples=60 if is_long else 6,
             deadline=None,
             stateful_step_count=40,
             print_blob=True,

@@ -61,6 +61,8 @@ class About:
     """Seconds since the epoch."""
     snapshot_step: int
     """The snapshot is the state before this step."""
+    has_snapshot: bool = False
+    """False: that is the model's initial state, and the store has no snapshot."""
     reset_steps: tuple[int, ...] = ()
     """Where it was reset, as far as that is on record."""
     fingerprint: str = ""
@@ -72,6 +74,17 @@ class About:
     failure: Failure | None = None
     """The last message, if it failed."""
     end_reason: Literal["", "DELETED", "EXPIRED"] = ""
+
+    def with_snapshot(self, step: int, reset_steps: tuple[int, ...], where: Fingerprint) -> About:
+        """The same with the state before a step as its snapshot, written here; nothing is left to be replayed."""
+        return replace(
+            self,
+            snapshot_step=step,
+            has_snapshot=True,
+            reset_steps=reset_steps,
+            fingerprint=where.text,
+            num_recoveries=0,
+        )
 
     def encode(self) -> bytes:
         """As an entry's content."""

@@ -289,6 +289,8 @@ class Residence:
                 ):
                     raise DamagedError("the snapshot is of another step or model")
                 state = snapshot.state
+            if about.has_snapshot != bool(claim.snapshot):
+                raise DamagedError("its snapshot is missing, or is not its own")
         except DamagedError as error:
             log.error("a session is damaged", session_id=session.session_id, problem=str(error))
             raise SessionCorruptError(session.session_id, str(error)) from error
@@ -369,13 +371,7 @@ class Residence:
         """What was replayed once need not be again."""
         assert message.state is not None
         state = {name: values[0] for name, values in message.state.items()}
-        about = replace(
-            session.about,
-            num_recoveries=0,
-            snapshot_step=session.next_step,
-            reset_steps=session.history.reset_steps,
-            fingerprint=session.model.fingerprint.text,
-        )
+        about = _with_snapshot(session)
         await self._commit(session, about, encode_snapshot(session.model.model, session.next_step, state))
 
     async def _commit(self, session: Session, about: About, snapshot: bytes | None = None) -> None:
@@ -421,12 +417,7 @@ class Residence:
 
         def looked(state: dict[str, Array]) -> None:
             snapshot = encode_snapshot(session.model.model, session.next_step, state)
-            about = replace(
-                session.about,
-                snapshot_step=session.next_step,
-                reset_steps=session.history.reset_steps,
-                fingerprint=session.model.fingerprint.text,
-            )
+            about = _with_snapshot(session)
             self._write_out(call, about, snapshot)
 
         return self._steps.look(call, looked)
@@ -527,6 +518,13 @@ class Residence:
             return True
         _, late = await asyncio.wait(waiting, timeout=timeout_s)
         return not late
+
+
+def _with_snapshot(session: Session) -> About:
+    """What is to be said of a session whose present state is written as its snapshot."""
+    return session.about.with_snapshot(
+        session.next_step, session.history.reset_steps, session.model.fingerprint
+    )
 
 
 def _check_lives(session_id: str, found: Claim | Entry | None) -> Claim:

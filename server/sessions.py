@@ -223,7 +223,9 @@ class SessionManager:
                 return self._lines.end(call, self.describe(session))
             session.history.check_is_at(step)
             resets = (*session.history.reset_steps, step)
-            about = replace(session.about, snapshot_step=step, reset_steps=resets, failure=None)
+            about = replace(
+                session.about, snapshot_step=step, has_snapshot=False, reset_steps=resets, failure=None
+            )
 
             def apply() -> None:
                 move(session, INITIAL_SLOT)
@@ -326,6 +328,7 @@ class SessionManager:
             request=request,
             create_time_s=self.journal.time_s,
             snapshot_step=source.next_step,
+            has_snapshot=bool(snapshot),
             reset_steps=(),
             num_recoveries=0,
             failure=None,
@@ -352,7 +355,12 @@ class SessionManager:
             return repeated
         served, snapshot = self._read_snapshot(data)
         about = About(
-            request, served.model.version, served.model.digest, self.journal.time_s, snapshot.next_step
+            request,
+            served.model.version,
+            served.model.digest,
+            self.journal.time_s,
+            snapshot.next_step,
+            has_snapshot=True,
         )
         if self.journal.store.keeps_steps:
             data = encode_snapshot(served.model, snapshot.next_step, snapshot.state)

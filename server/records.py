@@ -61,8 +61,8 @@ class About:
     """Seconds since the epoch."""
     snapshot_step: int
     """The snapshot is the state before this step."""
-    has_snapshot: bool = False
-    """False: that is the model's initial state, and the store has no snapshot."""
+    snapshot_checksum: int = 0
+    """Tells the snapshot from every other; 0: there is none, and it is the model's initial state."""
     reset_steps: tuple[int, ...] = ()
     """Where it was reset, as far as that is on record."""
     fingerprint: str = ""
@@ -75,12 +75,23 @@ class About:
     """The last message, if it failed."""
     end_reason: Literal["", "DELETED", "EXPIRED"] = ""
 
-    def with_snapshot(self, step: int, reset_steps: tuple[int, ...], where: Fingerprint) -> About:
-        """The same with the state before a step as its snapshot, written here; nothing is left to be replayed."""
+    def check_snapshot(self, snapshot: bytes) -> None:
+        """That the snapshot is this session's last; b"" for none.
+
+        Raises:
+            DamagedError: it is missing, or another.
+        """
+        if zlib.crc32(snapshot) != self.snapshot_checksum:
+            raise DamagedError("the snapshot is missing, or is not what was written")
+
+    def with_snapshot(
+        self, snapshot: bytes, step: int, reset_steps: tuple[int, ...], where: Fingerprint
+    ) -> About:
+        """The same with a snapshot of the state before a step, written here; nothing is left to be replayed."""
         return replace(
             self,
             snapshot_step=step,
-            has_snapshot=True,
+            snapshot_checksum=zlib.crc32(snapshot),
             reset_steps=reset_steps,
             fingerprint=where.text,
             num_recoveries=0,

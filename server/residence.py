@@ -280,6 +280,7 @@ class Residence:
         try:
             ran = [decode_record(session.session_id, record, model) for record in claim.records]
             check_unbroken(ran, about.snapshot_step, claim.entry.next_step)
+            about.check_snapshot(claim.snapshot)
             state = None
             if claim.snapshot:
                 snapshot = decode_snapshot(model, claim.snapshot)
@@ -289,8 +290,6 @@ class Residence:
                 ):
                     raise DamagedError("the snapshot is of another step or model")
                 state = snapshot.state
-            if about.has_snapshot != bool(claim.snapshot):
-                raise DamagedError("its snapshot is missing, or is not its own")
         except DamagedError as error:
             log.error("a session is damaged", session_id=session.session_id, problem=str(error))
             raise SessionCorruptError(session.session_id, str(error)) from error
@@ -371,8 +370,8 @@ class Residence:
         """What was replayed once need not be again."""
         assert message.state is not None
         state = {name: values[0] for name, values in message.state.items()}
-        about = _with_snapshot(session)
-        await self._commit(session, about, encode_snapshot(session.model.model, session.next_step, state))
+        snapshot = encode_snapshot(session.model.model, session.next_step, state)
+        await self._commit(session, _with_snapshot(session, snapshot), snapshot)
 
     async def _commit(self, session: Session, about: About, snapshot: bytes | None = None) -> None:
         """Commit a change of a session that is being brought back, without counting it as a use."""
@@ -417,8 +416,7 @@ class Residence:
 
         def looked(state: dict[str, Array]) -> None:
             snapshot = encode_snapshot(session.model.model, session.next_step, state)
-            about = _with_snapshot(session)
-            self._write_out(call, about, snapshot)
+            self._write_out(call, _with_snapshot(session, snapshot), snapshot)
 
         return self._steps.look(call, looked)
 
@@ -520,10 +518,10 @@ class Residence:
         return not late
 
 
-def _with_snapshot(session: Session) -> About:
+def _with_snapshot(session: Session, snapshot: bytes) -> About:
     """What is to be said of a session whose present state is written as its snapshot."""
     return session.about.with_snapshot(
-        session.next_step, session.history.reset_steps, session.model.fingerprint
+        snapshot, session.next_step, session.history.reset_steps, session.model.fingerprint
     )
 
 

@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import json
 import secrets
+import zlib
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -224,7 +225,7 @@ class SessionManager:
             session.history.check_is_at(step)
             resets = (*session.history.reset_steps, step)
             about = replace(
-                session.about, snapshot_step=step, has_snapshot=False, reset_steps=resets, failure=None
+                session.about, snapshot_step=step, snapshot_checksum=0, reset_steps=resets, failure=None
             )
 
             def apply() -> None:
@@ -328,7 +329,7 @@ class SessionManager:
             request=request,
             create_time_s=self.journal.time_s,
             snapshot_step=source.next_step,
-            has_snapshot=bool(snapshot),
+            snapshot_checksum=zlib.crc32(snapshot),
             reset_steps=(),
             num_recoveries=0,
             failure=None,
@@ -354,16 +355,16 @@ class SessionManager:
         if repeated := await self._repeated(request_id, request):
             return repeated
         served, snapshot = self._read_snapshot(data)
+        if self.journal.store.keeps_steps:
+            data = encode_snapshot(served.model, snapshot.next_step, snapshot.state)
         about = About(
             request,
             served.model.version,
             served.model.digest,
             self.journal.time_s,
             snapshot.next_step,
-            has_snapshot=True,
+            zlib.crc32(data),
         )
-        if self.journal.store.keeps_steps:
-            data = encode_snapshot(served.model, snapshot.next_step, snapshot.state)
         return await self._whole(
             self._add(served, session_id, request_id, about, snapshot.next_step, data, state=snapshot.state)
         )

@@ -202,7 +202,7 @@ class Steps:
         if state is not None:
             snapshot = encode_snapshot(session.model.model, next_step, state)
             forget_before = max(0, next_step - session.model.limits.retry_window_steps)
-            about = about.with_snapshot(next_step, session.history.reset_steps, where)
+            about = about.with_snapshot(snapshot, next_step, session.history.reset_steps, where)
         if about.fingerprint != where.text:
             about = replace(about, fingerprint=where.text)
         entry = None if about is session.about else session.entry(about, next_step, last_use_s)

@@ -243,8 +243,10 @@ class Lines:
     def end_group(self, group: Group) -> None:
         """The message of a group has ended or is withdrawn: it is the turn of who waits behind it."""
         group.served.num_pending -= len(group.sessions)
+        last_use_s = self._journal.service_time_s
         for session in group.sessions:
             session.calls.popleft()
+            session.last_use_s = last_use_s
             self.serve(session)
 
     def _drop(self, group: Group, session: Session, error: ServingError) -> None:

@@ -61,6 +61,8 @@ class About:
     """Seconds since the epoch."""
     snapshot_step: int
     """The snapshot is the state before this step."""
+    snapshot_checksum: int = 0
+    """Tells the snapshot from every other; 0: there is none, and it is the model's initial state."""
     reset_steps: tuple[int, ...] = ()
     """Where it was reset, as far as that is on record."""
     fingerprint: str = ""
@@ -72,12 +74,6 @@ class About:
     failure: Failure | None = None
     """The last message, if it failed."""
     end_reason: Literal["", "DELETED", "EXPIRED"] = ""
-    snapshot_checksum: int = 0
-    """Tells the snapshot from none and from every other: a missing one would be taken for the initial state."""
-
-    def with_snapshot(self, snapshot: bytes, step: int) -> About:
-        """As it is when the snapshot is another, the state before a step."""
-        return replace(self, snapshot_step=step, snapshot_checksum=zlib.crc32(snapshot))
 
     def check_snapshot(self, snapshot: bytes) -> None:
         """That the snapshot is this session's last; b"" for none.
@@ -87,6 +83,19 @@ class About:
         """
         if zlib.crc32(snapshot) != self.snapshot_checksum:
             raise DamagedError("the snapshot is missing, or is not what was written")
+
+    def with_snapshot(
+        self, snapshot: bytes, step: int, reset_steps: tuple[int, ...], where: Fingerprint
+    ) -> About:
+        """The same with a snapshot of the state before a step, written here; nothing is left to be replayed."""
+        return replace(
+            self,
+            snapshot_step=step,
+            snapshot_checksum=zlib.crc32(snapshot),
+            reset_steps=reset_steps,
+            fingerprint=where.text,
+            num_recoveries=0,
+        )
 
     def encode(self) -> bytes:
         """As an entry's content."""

@@ -372,14 +372,8 @@ class Residence:
         assert message.state is not None
         state = {name: values[0] for name, values in message.state.items()}
         snapshot = encode_snapshot(session.model.model, session.next_step, state)
-        about = replace(
-            session.about.with_snapshot(snapshot, session.next_step),
-            num_recoveries=0,
-            reset_steps=session.history.reset_steps,
-            fingerprint=session.model.fingerprint.text,
-        )
         try:
-            await self._commit(session, about, snapshot)
+            await self._commit(session, _with_snapshot(session, snapshot), snapshot)
         except StoreError:
             # The replay was sound: nobody is to be quarantined because a store has no room.
             sound = replace(session.about, num_recoveries=0)
@@ -430,12 +424,7 @@ class Residence:
 
         def looked(state: dict[str, Array]) -> None:
             snapshot = encode_snapshot(session.model.model, session.next_step, state)
-            about = replace(
-                session.about.with_snapshot(snapshot, session.next_step),
-                reset_steps=session.history.reset_steps,
-                fingerprint=session.model.fingerprint.text,
-            )
-            self._write_out(call, about, snapshot)
+            self._write_out(call, _with_snapshot(session, snapshot), snapshot)
 
         return self._steps.look(call, looked)
 
@@ -535,6 +524,13 @@ class Residence:
             return True
         _, late = await asyncio.wait(waiting, timeout=timeout_s)
         return not late
+
+
+def _with_snapshot(session: Session, snapshot: bytes) -> About:
+    """What is to be said of a session whose present state is written as its snapshot."""
+    return session.about.with_snapshot(
+        snapshot, session.next_step, session.history.reset_steps, session.model.fingerprint
+    )
 
 
 def _check_lives(session_id: str, found: Claim | Entry | None) -> Claim:

@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import json
 import secrets
+import zlib
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -223,7 +224,9 @@ class SessionManager:
                 return self._lines.end(call, self.describe(session))
             session.history.check_is_at(step)
             resets = (*session.history.reset_steps, step)
-            about = replace(session.about.with_snapshot(b"", step), reset_steps=resets, failure=None)
+            about = replace(
+                session.about, snapshot_step=step, snapshot_checksum=0, reset_steps=resets, failure=None
+            )
 
             def apply() -> None:
                 move(session, INITIAL_SLOT)
@@ -322,9 +325,11 @@ class SessionManager:
         if state is not None:
             snapshot = encode_snapshot(source.model.model, source.next_step, state)
         about = replace(
-            source.about.with_snapshot(snapshot, source.next_step),
+            source.about,
             request=request,
             create_time_s=self.journal.time_s,
+            snapshot_step=source.next_step,
+            snapshot_checksum=zlib.crc32(snapshot),
             reset_steps=(),
             num_recoveries=0,
             failure=None,
@@ -350,12 +355,16 @@ class SessionManager:
         if repeated := await self._repeated(request_id, request):
             return repeated
         served, snapshot = self._read_snapshot(data)
-        about = About(
-            request, served.model.version, served.model.digest, self.journal.time_s, snapshot.next_step
-        )
         if self.journal.store.keeps_steps:
             data = encode_snapshot(served.model, snapshot.next_step, snapshot.state)
-            about = about.with_snapshot(data, snapshot.next_step)
+        about = About(
+            request,
+            served.model.version,
+            served.model.digest,
+            self.journal.time_s,
+            snapshot.next_step,
+            zlib.crc32(data),
+        )
         return await self._whole(
             self._add(served, session_id, request_id, about, snapshot.next_step, data, state=snapshot.state)
         )

@@ -157,10 +157,13 @@ class Steps:
             if error is not None:
                 served.slots.release(slot)
                 self._settle_failure(session, inputs, error, lambda: self._lines.fail(call, error))
-            else:
+            elif self._is_durable:
                 change = self._stepped(session, slot, inputs, outputs, state if is_due else None)
-                self._settle_steps([change], partial(committed, state))
-            self._lines.serve(session)
+                self._lines.commit([change], partial(committed, state))
+            else:
+                _take_on(session, slot, inputs, outputs)
+                return committed(state, [None])
+            return self._lines.serve(session)
 
         def committed(state: dict[str, Array], errors: list[ServingError | None]) -> None:
             if errors[0] is not None:
@@ -192,44 +195,26 @@ class Steps:
     ) -> Change:
         """Steps that ended well, their end state in a slot; with the state, if that is to be a snapshot."""
         about, first_step, last_use_s = session.about, session.next_step, self._journal.service_time_s
-
-        def apply() -> None:
-            session.about, session.last_use_s = about, last_use_s
-            move(session, slot)
-            session.history.add(inputs, outputs)
-
-        def undo() -> None:
-            session.model.slots.release(slot)
-
         next_step = first_step + len(inputs)
-        if not self._is_durable:
-            return Change(
-                session, Write(session.session_id, session.fence, next_step, last_use_s), apply, undo
-            )
         where = session.model.fingerprint
         record = encode_record(session.session_id, first_step, inputs, outputs, where.digest)
         snapshot, forget_before = None, None
         if state is not None:
             snapshot = encode_snapshot(session.model.model, next_step, state)
             forget_before = max(0, next_step - session.model.limits.retry_window_steps)
-            about = replace(about.with_snapshot(snapshot, next_step), reset_steps=session.history.reset_steps)
+            about = about.with_snapshot(snapshot, next_step, session.history.reset_steps, where)
         if about.fingerprint != where.text:
             about = replace(about, fingerprint=where.text)
         entry = None if about is session.about else session.entry(about, next_step, last_use_s)
         write = Write(
             session.session_id, session.fence, next_step, last_use_s, record, entry, snapshot, forget_before
         )
-        return Change(session, write, apply, undo)
 
-    def _settle_steps(
-        self, changes: Sequence[Change], then: Callable[[list[ServingError | None]], None]
-    ) -> None:
-        """Commit steps, if the store keeps them."""
-        if self._is_durable:
-            return self._lines.commit(changes, then)
-        for change in changes:
-            change.apply()
-        return then([None] * len(changes))
+        def apply() -> None:
+            session.about = about
+            _take_on(session, slot, inputs, outputs)
+
+        return Change(session, write, apply, partial(session.model.slots.release, slot))
 
     def _settle_failure(
         self, session: Session, inputs: Array, error: ServingError, then: Callable[[], None]
@@ -302,23 +287,26 @@ class Steps:
 
         def on_ended(message: Message) -> None:
             errors = dict(message.errors)
-            changes, rows = [], []
-            for row, session in enumerate(sessions):
-                if session.loss:
-                    errors[row] = session.loss
-                if row in errors:
-                    served.slots.release(slots[row])
-                    continue
-                state = None
-                if are_due[row] and message.state is not None:
-                    state = {name: values[row] for name, values in message.state.items()}
-                changes.append(self._stepped(session, slots[row], inputs[row], outputs[row], state))
-                rows.append(row)
+            errors |= {row: session.loss for row, session in enumerate(sessions) if session.loss}
+            for row in errors:
+                served.slots.release(slots[row])
+            rows = [row for row in range(len(sessions)) if row not in errors]
             failing = [
                 partial(self._settle_failure, sessions[row], inputs[row], error)
                 for row, error in errors.items()
             ]
-            self._settle_steps(changes, partial(committed, rows, errors, failing))
+            if self._is_durable:
+                changes = []
+                for row in rows:
+                    state = None
+                    if are_due[row] and message.state is not None:
+                        state = {name: values[row] for name, values in message.state.items()}
+                    changes.append(self._stepped(sessions[row], slots[row], inputs[row], outputs[row], state))
+                self._lines.commit(changes, partial(committed, rows, errors, failing))
+            else:
+                for row in rows:
+                    _take_on(sessions[row], slots[row], inputs[row], outputs[row])
+                committed(rows, errors, failing, [None] * len(rows))
 
         def committed(
             rows: list[int],
@@ -358,6 +346,12 @@ class Steps:
         group.batch.settle_group(group, outputs, errors)
         # Only now, since whose turn it is next sees what has become of the session.
         self._lines.end_group(group)
+
+
+def _take_on(session: Session, slot: int, inputs: Array, outputs: Array) -> None:
+    """Make steps that ended well part of their session: state, counter and record."""
+    move(session, slot)
+    session.history.add(inputs, outputs)
 
 
 def _check_has_not_failed(session: Session, inputs: Array) -> None:

@@ -50,7 +50,9 @@ def state(model: StepModel) -> dict[str, np.ndarray]:
 
 
 def test_an_entry_comes_back_as_it_was() -> None:
-    about = About("asked", 3, "d" * 64, 12.5, 7, (1, 7), "here", True, 2, Failure(7, "ab", "STEP_FAILED", -1))
+    about = About(
+        "asked", 3, "d" * 64, 12.5, 7, 99, (1, 7), "here", True, 2, Failure(7, "ab", "STEP_FAILED", -1)
+    )
 
     assert About.decode(about.encode()) == about
     assert About.decode(About("", 1, "", 0.0, 0).encode()).failure is None
@@ -58,7 +60,7 @@ def test_an_entry_comes_back_as_it_was() -> None:
 
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_an_entry_is_noticed(position: int, bit: int) -> None:
-    content = bytearray(About("asked", 3, "d" * 64, 12.5, 7, (1, 7), "here").encode())
+    content = bytearray(About("asked", 3, "d" * 64, 12.5, 7, 99, (1, 7), "here").encode())
     content[position % len(content)] ^= 1 << bit
 
     with pytest.raises(DamagedError):

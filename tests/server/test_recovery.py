@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,19 @@ async def test_a_session_of_a_model_that_is_gone_or_changed_says_so(restart: Res
     await refused(caller.step(random_inputs(1), "d"), ORDER, "MODEL_MISMATCH")
     await caller.stub.DeleteSession(pb.DeleteSessionRequest(session_id="s"))
     (models / ".accumulator").rename(models / "accumulator")
+
+
+async def test_a_snapshot_that_is_missing_is_noticed_and_not_taken_for_the_initial_state(
+    restart: Restart, tmp_path: Path
+) -> None:
+    caller = await restart()
+    await caller.create("accumulator")
+    await caller.step(random_inputs(7))
+    await caller.server.stop()
+    with sqlite3.connect(tmp_path / "sessions.sqlite3") as database:
+        database.execute("DELETE FROM snapshot")
+    database.close()
+
+    caller = await restart()
+
+    await refused(caller.state(), grpc.StatusCode.DATA_LOSS, "SESSION_CORRUPT")

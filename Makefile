@@ -25,6 +25,10 @@ demo: $(VENV)/.demo ## See a trained NTM recall sequences through the server.
 test: $(VENV)/.dev ## Run the tests.
 	@$(BIN)/python -m pytest --numprocesses 2
 
+.PHONY: chaos
+chaos: $(VENV)/.dev ## Kill a server 200 times on each durable store, and try many random histories; bounded at 20 minutes.
+	@$(BIN)/python -m tests.chaos
+
 .PHONY: bench
 bench: $(VENV)/.dev ## Measure everything beside its limits and its peers, into benchmarks/results; a quarter of an hour.
 	@$(BIN)/python -m benchmarks

@@ -1,4 +1,4 @@
-"""What the tests of Triton's sequence batcher cover, here too: its sequences are our sessions, our hook is `device_held`.
+"""What the tests of Triton's sequence batcher cover, here too: its sequences are our sessions.
 
 Elsewhere in tests/server:
 

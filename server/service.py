@@ -322,8 +322,9 @@ class _Entered:
 class _ReadAhead:
     """Reads a stream while its earlier messages are at work, so that the engine need not wait for the transport.
 
-    What it reads ahead is bounded, and gRPC's flow control then stops the client. No more steps are unanswered than
-    a session keeps answers for, so that a client whose stream breaks can repeat all of them.
+    What it reads ahead is bounded, and gRPC's flow control then stops the client. A message for another session waits
+    until those before it are answered. No more steps are unanswered than a session keeps answers for, so that a client
+    whose stream breaks can repeat all of them.
     """
 
     _MOST_MESSAGES = 4
@@ -389,6 +390,8 @@ class _ReadAhead:
     def _is_full(self, request: session_service_pb2.StepRequest) -> bool:
         if not self._unanswered:
             return False
+        if request.session_id != self._unanswered[-1].call.session.session_id:
+            return True  # it stands in another line, and must not run if one before it fails
         num_steps = max(request.inputs.shape[:1], default=0)
         num_steps += sum(entered.num_steps for entered in self._unanswered)
         return len(self._unanswered) >= self._MOST_MESSAGES or num_steps > self._max_unanswered_steps

@@ -26,16 +26,15 @@ def program(heading: str) -> str:
 
 
 @pytest.fixture
-def servers(start_server: Callable[..., ServerProcess], tmp_path: Path) -> list[str]:
-    """Addresses of two servers with stores of their own."""
+def start(start_server: Callable[..., ServerProcess], tmp_path: Path) -> Callable[[str], str]:
+    """Start a server with a store of its own; returns its address."""
     step_models.write(tmp_path / "models", step_models.accumulator())
-    return [
+    return lambda name: (
         start_server(tmp_path / "models", store=f"sqlite:///{tmp_path}/{name}.sqlite3").address
-        for name in ("one", "other")
-    ]
+    )
 
 
-def test_beam_search_by_forking_finds_what_trying_everything_finds(servers: list[str]) -> None:
+def test_beam_search_by_forking_finds_what_trying_everything_finds(start: Callable[[str], str]) -> None:
     choices = np.array([[1, 0, 0], [0, 1, 0], [-0.5, 0.25, 0]], np.float32)
 
     def score(output: np.ndarray) -> float:
@@ -43,7 +42,7 @@ def test_beam_search_by_forking_finds_what_trying_everything_finds(servers: list
 
     names: dict[str, Any] = {}
     exec(program("Beam search by forking"), names)
-    with Client(servers[0]) as client:
+    with Client(start("one")) as client:
         best, path = names["beam_search"](client, "test", choices, score, width=27, num_steps=3)
         left = list(client.sessions())
 
@@ -60,12 +59,12 @@ def test_beam_search_by_forking_finds_what_trying_everything_finds(servers: list
     assert not left
 
 
-def test_sessions_move_to_another_server(servers: list[str]) -> None:
+def test_sessions_move_to_another_server(start: Callable[[str], str]) -> None:
     inputs = np.random.default_rng(0).uniform(-1, 1, (6, 10, 3)).astype(np.float32)
     names: dict[str, Any] = {}
     exec(program("Move live sessions"), names)
 
-    with Client(servers[0]) as old, Client(servers[1]) as new:
+    with Client(start("old")) as old, Client(start("new")) as new:
         sessions = [old.session("test", session_id=f"s{index}") for index in range(len(inputs))]
         for session, of_session in zip(sessions, inputs, strict=True):
             session.run(of_session[:6])

@@ -191,3 +191,23 @@ async def test_sessions_whose_neighbours_left_the_batch_are_as_if_alone(caller: 
         assert await caller.next_step(name) == (4 if n % 2 == 0 else 2)
         outputs = await caller.step(of_session[2:], name, first_step=2)
         np.testing.assert_array_equal(outputs, accumulated(of_session)[2:])
+
+
+async def test_messages_for_other_sessions_behind_one_that_fails_on_a_stream_are_not_run(
+    caller: Caller,
+) -> None:
+    failing = np.array([[9, 0, 0]], np.float32)
+    await caller.create("fragile", "fails")
+    await caller.create("accumulator", "behind")
+
+    async def messages() -> AsyncIterator[pb.StreamStepsRequest]:
+        for name, inputs in (("fails", failing), ("behind", random_inputs(1))):
+            yield pb.StreamStepsRequest(step=pb.StepRequest(session_id=name, inputs=to_message(inputs)))
+
+    with caller.hold("fragile"):
+        reading = asyncio.ensure_future(caller.stub.StreamSteps(messages()).read())
+        await pending(caller, "fragile", 1)
+        await asyncio.sleep(0.2)  # time for the second to run, if it did not wait
+    await refused(reading, grpc.StatusCode.INTERNAL, "STEP_FAILED")
+
+    assert await caller.next_step("behind") == 0

@@ -204,8 +204,8 @@ class SessionServiceServicer:
     def StreamSteps(self, request_iterator, context):
         """Runs a stream of messages, each answered as by Step, in order. The first message that fails ends
         the stream with its status, after the answers to those before it; those after it are not run.
-        The server takes in up to four messages before it has answered the first, so that one can be under way
-        while another runs; a client that sends more than that ahead is held by flow control.
+        The server takes in up to four messages of one session before it has answered the first, so that one can
+        be under way while another runs; a client that sends more than that ahead is held by flow control.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -91,8 +91,8 @@ class SessionServiceStub:
     StreamSteps: _grpc.StreamStreamMultiCallable[_session_service_pb2.StreamStepsRequest, _session_service_pb2.StreamStepsResponse]
     """Runs a stream of messages, each answered as by Step, in order. The first message that fails ends
     the stream with its status, after the answers to those before it; those after it are not run.
-    The server takes in up to four messages before it has answered the first, so that one can be under way
-    while another runs; a client that sends more than that ahead is held by flow control.
+    The server takes in up to four messages of one session before it has answered the first, so that one can
+    be under way while another runs; a client that sends more than that ahead is held by flow control.
     """
     BatchStep: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.BatchStepRequest, _session_service_pb2.BatchStepResponse]
     """Runs T steps of each of S sessions. One session's failure does not touch the others: it is
@@ -182,8 +182,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     StreamSteps: _aio.StreamStreamMultiCallable[_session_service_pb2.StreamStepsRequest, _session_service_pb2.StreamStepsResponse]  # type: ignore[assignment]
     """Runs a stream of messages, each answered as by Step, in order. The first message that fails ends
     the stream with its status, after the answers to those before it; those after it are not run.
-    The server takes in up to four messages before it has answered the first, so that one can be under way
-    while another runs; a client that sends more than that ahead is held by flow control.
+    The server takes in up to four messages of one session before it has answered the first, so that one can
+    be under way while another runs; a client that sends more than that ahead is held by flow control.
     """
     BatchStep: _aio.UnaryUnaryMultiCallable[_session_service_pb2.BatchStepRequest, _session_service_pb2.BatchStepResponse]  # type: ignore[assignment]
     """Runs T steps of each of S sessions. One session's failure does not touch the others: it is
@@ -312,8 +312,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_session_service_pb2.StreamStepsResponse], _abc.AsyncIterator[_session_service_pb2.StreamStepsResponse]]:
         """Runs a stream of messages, each answered as by Step, in order. The first message that fails ends
         the stream with its status, after the answers to those before it; those after it are not run.
-        The server takes in up to four messages before it has answered the first, so that one can be under way
-        while another runs; a client that sends more than that ahead is held by flow control.
+        The server takes in up to four messages of one session before it has answered the first, so that one can
+        be under way while another runs; a client that sends more than that ahead is held by flow control.
         """
 
     @_abc_1.abstractmethod

@@ -167,7 +167,14 @@ class Journal:
     async def _read(self, read: Callable[[], T]) -> T:
         if not self.store.keeps_steps:
             return read()
-        return await self._loop.run_in_executor(self._readers, read)
+
+        def read_in_turn() -> T:
+            # Those in line behind a store that stalls are not to wait for it one after another.
+            if not self.holds_lease:
+                raise LeaseLapsedError
+            return read()
+
+        return await self._loop.run_in_executor(self._readers, read_in_turn)
 
     def _flush(self) -> None:
         if self._outbox:

@@ -224,6 +224,46 @@ async def test_steps_survive_a_store_that_is_killed_and_started_again(
         valkey.stop()
 
 
+async def test_many_calls_for_sessions_out_of_memory_are_refused_within_bounds_while_the_store_stalls(
+    start: Callable[..., Awaitable[Caller]], line: FaultyLine
+) -> None:
+    caller = await start(max_resident_sessions=2)
+    names = [f"s{index:03}" for index in range(100)]
+    for name in names:
+        await caller.create("accumulator", name)
+
+    line.hold()
+    begin_s = time.monotonic()
+    refusals = await asyncio.gather(*(refusal_of(caller.step(random_inputs(1), name)) for name in names[:90]))
+    took_s = time.monotonic() - begin_s
+    line.heal()
+
+    assert set(refusals) <= {"STORE_UNAVAILABLE", "LEASE_LAPSED"}
+    assert took_s < LEASE_S + BOUND_S
+    outputs = await repeated(lambda: caller.step(random_inputs(1), names[0], first_step=0))
+    np.testing.assert_array_equal(outputs, random_inputs(1))
+
+
+async def test_a_server_stops_in_time_while_the_store_stalls_and_the_next_finds_everything(
+    start: Callable[..., Awaitable[Caller]], line: FaultyLine
+) -> None:
+    inputs = random_inputs(6)
+    caller = await start()
+    await caller.create("accumulator")
+    await caller.step(inputs[:4], first_step=0)
+
+    line.hold()
+    begin_s = time.monotonic()
+    await caller.end(by_crash=False)
+    took_s = time.monotonic() - begin_s
+    line.heal()
+
+    assert took_s < LEASE_S + 2 * BOUND_S
+    caller = await start()
+    outputs = await repeated(lambda: caller.step(inputs[4:], first_step=4))
+    np.testing.assert_array_equal(outputs, accumulated(inputs)[4:])
+
+
 # Full stores.
 
 
@@ -308,3 +348,24 @@ async def test_a_session_that_is_replayed_again_and_again_for_want_of_room_is_no
 
     assert refusals == {"STORE_FULL"}
     np.testing.assert_array_equal(await full.step(inputs[6:], first_step=6), expected[6:])
+
+
+async def test_a_session_can_be_deleted_while_a_full_store_refuses_to_bring_it_back(full: Caller) -> None:
+    inputs = np.random.default_rng(0).uniform(0, 1, (6 + LONG, 9)).astype(np.float32)
+    await full.create("copy")
+    await full.step(inputs[:6], first_step=0)
+    await fill(full)
+    assert await refusal_of(full.step(inputs[6:], first_step=6)) == "STORE_FULL"
+
+    with full.hold("copy"):
+        looking = asyncio.ensure_future(refusal_of(full.state()))
+        while not (full.server.sessions.in_memory or looking.done()):
+            await asyncio.sleep(0)
+        deletion = full.stub.DeleteSession(pb.DeleteSessionRequest(session_id="s"))
+        deleting = asyncio.ensure_future(refusal_of(deletion))
+        while not deleting.done() and full.server.sessions.model("copy", None).num_pending < 2:
+            await asyncio.sleep(0)
+
+    assert await looking in ("STORE_FULL", "SESSION_NOT_FOUND")
+    assert await deleting == ""
+    assert await refusal_of(full.state()) == "SESSION_NOT_FOUND"

@@ -38,6 +38,7 @@ from server.errors import (
     SessionMovedError,
     SessionNotFoundError,
     StepOrderError,
+    StoreFullError,
 )
 from server.history import History
 from server.journal import Journal
@@ -516,7 +517,7 @@ class SessionManager:
                 try:
                     await self.finish(self._lines.enter(session, self._ending("DELETED")))
                     return
-                except RecoveryError:
+                except (RecoveryError, StoreFullError):
                     log.info("a session that cannot be brought back is deleted", session_id=session_id)
 
     def _ending(self, reason: Literal["DELETED", "EXPIRED"]) -> Any:

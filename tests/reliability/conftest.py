@@ -10,9 +10,8 @@ import pytest
 import pytest_asyncio
 from hypothesis import settings
 
-from tests.reliability.helpers import Restart
-from tests.server.helpers import Caller, Start
-from tests.server.test_recovery import crash
+from tests.reliability.helpers import Restart, Restarted
+from tests.server.helpers import Start
 from tests.valkey import ValkeyServer
 
 settings.register_profile("chaos", settings())
@@ -36,18 +35,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest_asyncio.fixture
 async def restart(serve: Start, models: Path) -> AsyncIterator[Restart]:
-    """Start a server, after ending the one before by a clean stop or by a crash."""
-    callers: list[Caller] = []
+    """Start a server with frequent snapshots; end it to start another on its store."""
+    callers: list[Restarted] = []
 
-    async def end(by_crash: bool = True) -> None:
-        await callers[-1].channel.close()
-        await (crash(callers[-1].server) if by_crash else callers[-1].server.stop())
-
-    async def again(**options: Any) -> Caller:
+    async def again(**options: Any) -> Restarted:
         options = {"sync": "normal", "snapshot_every_steps": 6, "max_batch_size": 4} | options
-        server, address = await serve(models, **options)
-        callers.append(Caller(server, address))
-        callers[-1].end = end  # type: ignore[attr-defined]
+        callers.append(Restarted(*await serve(models, **options)))
         return callers[-1]
 
     yield again

@@ -1,4 +1,4 @@
-"""What these tests share: calls whose refusals are values, and servers that start again on the same store."""
+"""What these tests share: calls whose refusals are values, and servers that end as they should or by a crash."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.server.helpers import Caller
+from tests.server.test_recovery import crash
 
 T = TypeVar("T")
 
-Restart = Callable[..., Awaitable[Caller]]
+
+class Restarted(Caller):
+    """A caller of a server that can be ended, so that another takes over its store."""
+
+    async def end(self, by_crash: bool = True) -> None:
+        await self.channel.close()
+        await (crash(self.server) if by_crash else self.server.stop())
+
+
+Restart = Callable[..., Awaitable[Restarted]]
 
 
 def reason_of(error: grpc.RpcError) -> str:

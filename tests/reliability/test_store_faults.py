@@ -21,7 +21,7 @@ import pytest_asyncio
 from client import AsyncClient
 from ntm.v1 import session_service_pb2 as pb
 from tests.conftest import ROOT
-from tests.reliability.helpers import Restart, refusal_of, tried
+from tests.reliability.helpers import Restart, Restarted, refusal_of, tried
 from tests.reliability.lines import FaultyLine
 from tests.server.helpers import Caller, accumulated, random_inputs
 from tests.valkey import ValkeyServer
@@ -42,10 +42,10 @@ def line(valkey: ValkeyServer) -> Iterator[FaultyLine]:
 
 
 @pytest.fixture
-def start(restart: Restart, line: FaultyLine) -> Callable[..., Awaitable[Caller]]:
+def start(restart: Restart, line: FaultyLine) -> Restart:
     """Start a server behind the line."""
 
-    async def behind_the_line(**options: Any) -> Caller:
+    async def behind_the_line(**options: Any) -> Restarted:
         url = f"redis://127.0.0.1:{line.port}/0"
         return await restart(store=url, store_timeout_s=STORE_TIMEOUT_S, lease_s=LEASE_S, **options)
 
@@ -75,7 +75,7 @@ FAULTS: dict[str, Callable[[FaultyLine], None]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_step_whose_commit_fails_is_refused_within_bounds_and_its_repeat_takes_effect_once(
-    start: Callable[..., Awaitable[Caller]], line: FaultyLine, fault: str
+    start: Restart, line: FaultyLine, fault: str
 ) -> None:
     inputs = random_inputs(9)
     caller = await start()
@@ -99,7 +99,7 @@ async def test_a_step_whose_commit_fails_is_refused_within_bounds_and_its_repeat
 
 @pytest.mark.parametrize("fault", ["refused", "the answer is lost", "the answer is late"])
 async def test_a_creation_a_fork_a_reset_and_a_deletion_are_refused_and_their_repeats_take_effect_once(
-    start: Callable[..., Awaitable[Caller]], line: FaultyLine, fault: str
+    start: Restart, line: FaultyLine, fault: str
 ) -> None:
     inputs = random_inputs(5)
     caller = await start()
@@ -130,7 +130,7 @@ async def test_a_creation_a_fork_a_reset_and_a_deletion_are_refused_and_their_re
 
 
 async def test_sessions_go_on_when_the_store_was_away_for_longer_than_a_lease(
-    start: Callable[..., Awaitable[Caller]], line: FaultyLine
+    start: Restart, line: FaultyLine
 ) -> None:
     inputs = random_inputs(6)
     caller = await start()
@@ -152,9 +152,7 @@ async def test_sessions_go_on_when_the_store_was_away_for_longer_than_a_lease(
     np.testing.assert_array_equal(outputs, accumulated(inputs)[4:])
 
 
-async def test_a_server_waits_for_a_store_that_is_not_there_yet(
-    start: Callable[..., Awaitable[Caller]], line: FaultyLine
-) -> None:
+async def test_a_server_waits_for_a_store_that_is_not_there_yet(start: Restart, line: FaultyLine) -> None:
     line.refuse()
     starting = asyncio.ensure_future(start())
     done, _ = await asyncio.wait([starting], timeout=1.0)  # long enough for it to give up, if it did
@@ -165,7 +163,7 @@ async def test_a_server_waits_for_a_store_that_is_not_there_yet(
 
 
 async def test_no_step_is_lost_or_doubled_on_a_line_that_fails_at_random(
-    start: Callable[..., Awaitable[Caller]], line: FaultyLine
+    start: Restart, line: FaultyLine
 ) -> None:
     caller = await start(max_resident_sessions=3)
     inputs = {f"s{index}": random_inputs(60, index) for index in range(6)}
@@ -225,7 +223,7 @@ async def test_steps_survive_a_store_that_is_killed_and_started_again(
 
 
 async def test_many_calls_for_sessions_out_of_memory_are_refused_within_bounds_while_the_store_stalls(
-    start: Callable[..., Awaitable[Caller]], line: FaultyLine
+    start: Restart, line: FaultyLine
 ) -> None:
     caller = await start(max_resident_sessions=2)
     names = [f"s{index:03}" for index in range(100)]
@@ -245,7 +243,7 @@ async def test_many_calls_for_sessions_out_of_memory_are_refused_within_bounds_w
 
 
 async def test_a_server_stops_in_time_while_the_store_stalls_and_the_next_finds_everything(
-    start: Callable[..., Awaitable[Caller]], line: FaultyLine
+    start: Restart, line: FaultyLine
 ) -> None:
     inputs = random_inputs(6)
     caller = await start()

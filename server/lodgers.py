@@ -36,8 +36,13 @@ class Lodgers:
         seats = [row_of.get(slot, -1) - first for slot in slots]
         return seats if min(seats) >= 0 and max(seats) < self._runner.num_seats else None
 
-    def add(self, seats: Iterable[int], slots: Iterable[int]) -> None:
-        """Let states lodge in the seats where the last run has left them."""
+    def add(self, seats: Iterable[int], slots: Sequence[int]) -> None:
+        """Let states lodge in the seats where the last run has left them.
+
+        What a slot's state was before, and may still lodge in another seat, is forgotten: else it would be copied over
+        the new one when that seat is needed.
+        """
+        self.forget(slots)
         first = self._runner.first_seat
         for seat, slot in zip(seats, slots, strict=True):
             self._slot_in[first + seat] = slot

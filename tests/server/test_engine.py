@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from server import device, spec
 from server.engine import BatchReport, Engine, Message
 from server.errors import StepFailedError
+from server.lodgers import Lodgers
 from server.model_runner import INITIAL_SLOT, ModelRunner
 from server.slots import SlotPool
 from tests import step_models
@@ -254,3 +256,82 @@ def test_every_slot_has_the_state_it_should_whatever_happened_to_others(
             harness.state([slot_of[session]])["sum"][0], expected[session], rtol=1e-5, err_msg=str(session)
         )
     harness.engine.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 12)), min_size=5, max_size=20),
+    size=st.integers(2, 5),
+)
+def test_messages_that_arrive_amid_the_turns_of_others_give_what_each_gives_alone(
+    tmp_path_factory: pytest.TempPathFactory, arrivals: list[tuple[int, int]], size: int
+) -> None:
+    """Each arrives at a run of its own and cuts short what is under way, so that states lodge in every order.
+
+    A message of no steps takes a place in a batch and no seat, so that others stay where they were while they wait.
+    """
+    harness = Harness(tmp_path_factory.mktemp("models"), step_models.accumulator(), size)
+    messages = [harness.message(n, random_inputs(length, n)) for n, (_, length) in enumerate(arrivals)]
+    run, num_runs = harness.runner.run, 0
+
+    def run_amid_arrivals(inputs: np.ndarray) -> np.ndarray:
+        nonlocal num_runs
+        num_runs += 1
+        outputs = run(inputs)
+        arriving = [m for m, (at, _) in zip(messages, arrivals, strict=True) if at == num_runs]
+        if arriving:
+            harness.engine.submit(arriving)
+        return outputs
+
+    harness.runner.run = run_amid_arrivals  # type: ignore[method-assign]
+    with harness.engine.device_held():
+        harness.engine.submit([m for m, (at, _) in zip(messages, arrivals, strict=True) if at == 0])
+    num_ended = 0
+    while num_ended < len(messages):
+        if harness._ended.acquire(timeout=0.05):
+            num_ended += 1
+        else:  # whoever was to arrive later arrives now, since nobody runs
+            num_runs += 1
+            harness.engine.submit(
+                [m for m, (at, _) in zip(messages, arrivals, strict=True) if at == num_runs]
+            )
+    harness.engine.close()
+
+    for message in messages:
+        expected = accumulated(message.inputs[0]).reshape(-1, 3)
+        np.testing.assert_array_equal(message.outputs[0], expected)
+
+
+class Rows:
+    """Two areas of seats, and which slot's state of which time is in each row: enough of a runner for lodgers."""
+
+    num_seats, padded_batch_size = 4, None
+
+    def __init__(self) -> None:
+        self.first_seat, self.next_first_seat = 10, 20
+        self.content: dict[int, str] = {}
+
+    def run(self, seats: dict[int, str]) -> None:
+        """What a run leaves, by seat."""
+        self.content |= {self.next_first_seat + seat: state for seat, state in seats.items()}
+        self.first_seat, self.next_first_seat = self.next_first_seat, self.first_seat
+
+    def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        states = [self.content[int(row)] for row in sources]
+        self.content |= dict(zip(targets.tolist(), states, strict=True))
+
+
+def test_a_state_that_lodges_anew_is_not_overwritten_by_what_it_was_before() -> None:
+    """A message stood up, took its seat again for a single turn, and stood up: its old state must not come back."""
+    rows: Any = Rows()
+    lodgers = Lodgers(rows)
+    rows.run({2: "before"})
+    lodgers.add([2], [5])
+    assert lodgers.seats_of([5]) == [2]
+
+    rows.run({2: "after"})
+    lodgers.add([2], [5])
+    lodgers.make_room_for_run(4)
+    rows.run({0: "others", 1: "others", 2: "others", 3: "others"})
+
+    assert rows.content[lodgers.row_of(5)] == "after"

@@ -33,7 +33,7 @@ from server.lifecycle import Server
 from server.settings import ServerSettings
 from tests import step_models
 from tests.reliability.helpers import reason_of, tried
-from tests.reliability.oracle import FIRST_ROW_THAT_FAILS, MODELS, Known, random_inputs
+from tests.reliability.oracle import FIRST_ROW_THAT_FAILS, MODELS, Known, State, random_inputs
 from tests.server.helpers import Caller
 from tests.server.test_recovery import crash
 from tests.valkey import ValkeyServer
@@ -207,18 +207,34 @@ class Histories(RuleBasedStateMachine):
             assert same(answer, expected), (answer, expected)
 
     @precondition(lambda self: self.living)
-    @rule(plans=st.lists(st.tuples(sessions, kinds, sizes, seeds), min_size=2, max_size=10))
+    @rule(
+        plans=st.lists(
+            st.tuples(sessions, st.one_of(kinds, st.just("look")), st.integers(1, WINDOW), seeds),
+            min_size=2,
+            max_size=20,
+        )
+    )
     def many_at_once(self, plans: list[tuple[int, str, int, int]]) -> None:
         """Each session's messages one after another, of all sessions at the same time."""
-        lines: dict[str, list[tuple[np.ndarray, int | None, np.ndarray | str]]] = {}
+        lines: dict[str, list[tuple[np.ndarray | State, int | None, np.ndarray | str]]] = {}
         for index, kind, size, seed in plans:
             session_id, known = self.pick(index)
+            line = lines.setdefault(session_id, [])
+            if kind == "look":
+                line.append((known.state, None, ""))
+                continue
             inputs, first_step = self.message(known, kind, size, seed)
-            lines.setdefault(session_id, []).append((inputs, first_step, known.step(inputs, first_step)))
+            line.append((inputs, first_step, known.step(inputs, first_step)))
 
         async def drive(session_id: str) -> None:
-            for inputs, first_step, expected in lines[session_id]:
-                answer = await tried(self.send(session_id, inputs, first_step))
+            for asked, first_step, expected in lines[session_id]:
+                if isinstance(asked, dict):
+                    state = await self.caller.state(session_id)
+                    assert {name: array.tobytes() for name, array in state.items()} == {
+                        name: array.tobytes() for name, array in asked.items()
+                    }
+                    continue
+                answer = await tried(self.send(session_id, asked, first_step))
                 assert same(answer, expected), (session_id, answer, expected)
 
         async def drive_all() -> None:

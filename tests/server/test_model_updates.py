@@ -445,6 +445,29 @@ async def test_when_its_time_is_up_its_sessions_wait_in_the_store_until_it_is_ba
     np.testing.assert_array_equal(await caller.step(inputs[:2], "b", first_step=0), accumulated(inputs)[:2])
 
 
+async def test_a_session_whose_state_could_not_be_read_is_given_to_the_store_at_a_later_look(
+    start: Serve, root: Path, log: Log
+) -> None:
+    caller, inputs = await start("sqlite", unload_after_s=1e-6), random_inputs(4)
+    await caller.create("test")
+    await caller.step(inputs[:2])
+    runner = caller.server.sessions.model("test", 1).runner
+    read = runner.read
+
+    def fail_once(slots: np.ndarray) -> dict[str, np.ndarray]:
+        runner.read = read  # type: ignore[method-assign]
+        raise RuntimeError("the device did not answer")
+
+    runner.read = fail_once  # type: ignore[method-assign]
+    remove(root)
+    await unloaded(caller, log)
+
+    assert errors(log) == ["a batch failed"]
+    step_models.write(root, step_models.accumulator())
+    await look(caller, 2)
+    np.testing.assert_array_equal(await caller.step(inputs[2:], first_step=2), accumulated(inputs)[2:])
+
+
 async def test_when_its_time_is_up_its_sessions_end_where_there_is_no_store(
     start: Serve, root: Path, log: Log
 ) -> None:

@@ -19,7 +19,7 @@ from typing import Literal
 
 import structlog
 
-from server.errors import ModelFileError, ServingError
+from server.errors import ModelFileError, ServingError, StoreError
 from server.metrics import Metrics
 from server.model_runner import ModelRunner
 from server.repository import ModelFile, Stamp, find
@@ -91,17 +91,11 @@ class ModelUpdates:
             await asyncio.sleep(every_s)
             try:
                 await self.look()
-            except ServingError as error:
-                log.warning("models are looked after later", error=str(error))
             except Exception as error:  # the next look may go better, and nobody else would say
                 log.error("looking after models failed unexpectedly", exc_info=error)
 
     async def look(self) -> None:
-        """Compare the models directory with what is served, and do what there is to do.
-
-        Raises:
-            StoreError: it cannot be known which sessions a version has.
-        """
+        """Compare the models directory with what is served, and do what there is to do."""
         files = await self._find()
         if files is None:
             return
@@ -160,7 +154,7 @@ class ModelUpdates:
             try:
                 model = await asyncio.to_thread(file.load)
                 is_same = (model.digest, model.spec) == (served.model.digest, served.model.spec)
-            except ModelFileError:
+            except (ModelFileError, OSError):
                 is_same = False
             if file.has_changed:
                 return False
@@ -181,17 +175,24 @@ class ModelUpdates:
         """Take a version that leaves out of service when its last session has ended, or its time is up."""
         served, limit_s = departure.served, self._unload_after_s
         is_overdue = limit_s is not None and monotonic() - departure.since_s >= limit_s
-        if not is_overdue:
-            begin = departure.last_seen_session
-            found = await self._sessions.find_session_of(served, begin)
-            if found is None and begin:
-                found = await self._sessions.find_session_of(served, "")
-            departure.last_seen_session = found or ""
-            if found is not None or not served.room.is_empty:  # one may be on its way into the store
-                return
+        if not is_overdue and await self._has_sessions(departure):
+            return
         label = served.model.label
         del self._departures[label], self._served_stamps[label]
         self.unloading[label] = served
+
+    async def _has_sessions(self, departure: _Departure) -> bool:
+        """Whether a version has sessions; where the store cannot say, it may have."""
+        served, begin = departure.served, departure.last_seen_session
+        try:
+            found = await self._sessions.find_session_of(served, begin)
+            if found is None and begin:
+                found = await self._sessions.find_session_of(served, "")
+        except StoreError as error:
+            log.warning("a removed model cannot be unloaded yet", model=served.model.label, error=str(error))
+            return True
+        departure.last_seen_session = found or ""
+        return found is not None or not served.room.is_empty  # one may be on its way into the store
 
     async def _unload(self, served: ServedModel) -> None:
         """Free what a version took, once nobody uses it."""

@@ -24,6 +24,7 @@ from structlog.testing import capture_logs
 from ntm.v1 import model_service_pb2, model_service_pb2_grpc
 from ntm.v1 import session_service_pb2 as pb
 from server import spec
+from server.errors import StoreUnavailableError
 from tests import step_models
 from tests.server.helpers import GONE, ORDER, Caller, Start, accumulated, pending, random_inputs, refused
 
@@ -376,6 +377,25 @@ async def test_a_removed_version_waits_for_sessions_that_are_only_in_the_store(
         await look(caller, 2)
         np.testing.assert_array_equal(await caller.step(inputs[2:], session_id), accumulated(inputs)[2:])
         await caller.stub.DeleteSession(pb.DeleteSessionRequest(session_id=session_id))
+    await unloaded(caller, log)
+
+    assert await listed(caller) == [("test", 2, READY)]
+
+
+async def test_while_the_store_does_not_answer_a_removed_version_stays_and_new_ones_come_all_the_same(
+    start: Serve, root: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = await start("sqlite")
+    remove(root)
+    step_models.write(root, step_models.delay_line(), version=2)
+
+    def unavailable(*_: Any) -> Any:
+        raise StoreUnavailableError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caller.server.sessions.journal.store, "page", unavailable)
+        await look(caller, 3)
+        assert await listed(caller) == [("test", 2, READY), ("test", 1, LEAVING)]
     await unloaded(caller, log)
 
     assert await listed(caller) == [("test", 2, READY)]

@@ -9,6 +9,7 @@ ServingError
 │   └── StoreSettingsError            the store cannot be used as asked
 ├── InvalidInputError                 a field of a request is wrong
 ├── ModelNotFoundError
+├── ModelLeavingError                 this version takes no new sessions
 ├── SessionNotFoundError
 │   └── SessionExpiredError
 ├── SessionExistsError
@@ -102,7 +103,17 @@ class ModelNotFoundError(ServingError):
 
     def __init__(self, name: str, version: int | None, served: Sequence[str]) -> None:
         wanted = name if version is None else f"{name}/{version}"
-        super().__init__(f"no model {wanted!r} is served here: there is {', '.join(served)}")
+        super().__init__(f"no model {wanted!r} is served here: there is {', '.join(served) or 'none'}")
+
+
+class ModelLeavingError(ServingError):
+    """The version was removed from the models directory: it serves the sessions it has, and takes no new ones."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"model {model!r} takes no new sessions, since it was removed from the models directory: "
+            "take another version, or put it back",
+        )
 
 
 class SessionNotFoundError(ServingError):

@@ -28,6 +28,7 @@ from server.interceptors import CallInterceptor
 from server.journal import Journal
 from server.metrics import Metrics
 from server.model_runner import ModelRunner
+from server.model_updates import ModelUpdates
 from server.requests import RequestLimits
 from server.served_model import ServedModel, SessionLimits
 from server.service import ModelService, SessionService
@@ -63,8 +64,10 @@ class Server:
         self._metrics = Metrics()
         self._device = device.choose(settings.device, settings.device_id, settings.device_memory_limit_mib)
         self._metrics.report_device(self._device)
-        self._models = [self._serve(model) for model in repository.load_all(settings.models)]
+        loaded = repository.load_all(settings.models)
+        self._served = {file: self._serve(self._put_on_device(model)) for file, model in loaded.items()}
         self.sessions: SessionManager
+        self.model_updates: ModelUpdates
         self._health = health.aio.HealthServicer()
         self._background: list[asyncio.Task[None]] = []
         self._calls = CallInterceptor(self._metrics)
@@ -92,12 +95,23 @@ class Server:
         settings = self._settings
         journal = await self._open_journal()
         self.sessions = SessionManager(
-            self._models,
+            self._served.values(),
             journal,
             snapshot_every_steps=settings.snapshot_every_steps,
             recovery=settings.recovery,
             handover_timeout_s=settings.handover_timeout_s,
+            idle_limit_s=settings.idle_limit_s,
         )
+        self.model_updates = ModelUpdates(
+            settings.models,
+            self._served,
+            self.sessions,
+            self._metrics,
+            self._put_on_device,
+            self._serve,
+            settings.unload_after_s,
+        )
+        self._served = {}  # one that is unloaded is to leave nothing in memory
         limits = RequestLimits(
             settings.max_steps_per_message,
             settings.retry_window_steps,
@@ -121,7 +135,10 @@ class Server:
             except OSError as error:
                 raise ListenError(settings.metrics_listen) from error
         await self._grpc.start()
-        self._background.append(asyncio.create_task(self._keep_house()))
+        self._background += [
+            asyncio.create_task(self._keep_house()),
+            asyncio.create_task(self.model_updates.keep_looking(settings.model_poll_s)),
+        ]
         for name in ["", *SERVICE_NAMES]:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         store = journal.store
@@ -153,23 +170,28 @@ class Server:
             is_drained = await self.sessions.release_all(max(1.0, deadline_s - monotonic()))
             if not is_drained:
                 log.warning("sessions not yet given back are found in the store as they are")
-        for served in self.sessions.models.values():
+        for served in [*self.sessions.models.values(), *self.model_updates.unloading.values()]:
             await asyncio.to_thread(served.engine.close, abandon=not is_drained)
         await asyncio.to_thread(self.sessions.journal.close)
         log.info("stopped")
 
-    def _serve(self, model: StepModel) -> ServedModel:
-        settings = self._settings
+    @property
+    def _num_slots(self) -> int:
         # Every session may hold one slot and have a message at work in another.
-        num_slots = 2 * settings.max_resident_sessions
+        return 2 * self._settings.max_resident_sessions
+
+    def _put_on_device(self, model: StepModel) -> ModelRunner:
+        return ModelRunner(model, self._device, self._num_slots, self._settings.max_batch_size)
+
+    def _serve(self, runner: ModelRunner) -> ServedModel:
+        settings, model = self._settings, runner.model
         served = ServedModel(
-            ModelRunner(model, self._device, num_slots, settings.max_batch_size),
-            SlotPool(num_slots),
+            runner,
+            SlotPool(self._num_slots),
             SessionLimits(
                 settings.max_resident_sessions,
                 settings.max_pending_messages,
                 settings.retry_window_steps,
-                settings.idle_limit_s,
             ),
             asyncio.get_running_loop(),
             self._metrics.batch_observer(model.label),
@@ -180,9 +202,9 @@ class Server:
             model=model.label,
             digest=model.digest[:12],
             provider=self._device.provider,
-            is_batch_invariant=served.runner.is_batch_invariant,
+            is_batch_invariant=runner.is_batch_invariant,
             max_resident_sessions=settings.max_resident_sessions,
-            pool_bytes=num_slots * model.state_bytes,
+            pool_bytes=self._num_slots * model.state_bytes,
         )
         return served
 

@@ -52,6 +52,12 @@ class Metrics:
         )
         self._sessions = Gauge("ntm_sessions", "Sessions in memory.", ["model"], registry=r)
         self._pending = Gauge("ntm_pending_messages", "Messages waiting or running.", ["model"], registry=r)
+        self._file_problems = Gauge(
+            "ntm_model_file_problem",
+            "1: a file in the models directory cannot be served, or has changed under its sessions.",
+            ["model", "problem"],
+            registry=r,
+        )
         self._fell_back = Gauge(
             "ntm_device_fell_back", "1: device auto found no CUDA and fell back to the CPU.", registry=r
         )
@@ -92,6 +98,26 @@ class Metrics:
         label = served.model.label
         self._sessions.labels(label).set_function(lambda: served.num_sessions)
         self._pending.labels(label).set_function(lambda: served.num_pending)
+
+    def forget(self, model: str) -> None:
+        """Report nothing more of a model that is no longer served."""
+        for metric in (
+            self._steps,
+            self._batch_size,
+            self._run_seconds,
+            self._queue_seconds,
+            self._sessions,
+            self._pending,
+        ):
+            metric.remove(model)
+
+    def report_file_problem(self, model: str, problem: str) -> None:
+        """Report that a model's file has a problem: "load_failed" or "changed_in_place"."""
+        self._file_problems.labels(model, problem).set(1)
+
+    def clear_file_problem(self, model: str, problem: str) -> None:
+        """Report it no more."""
+        self._file_problems.remove(model, problem)
 
     def report_device(self, device: Device) -> None:
         """Report where models run."""

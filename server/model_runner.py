@@ -186,6 +186,13 @@ class ModelRunner:
         self._write.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
+    def close(self) -> None:
+        """Free the graphs, the pools and what is bound to them; nothing can be run afterwards."""
+        self._runs.clear()
+        self._moves.clear()
+        self._pools.clear()
+        del self._run, self._move, self._read, self._write
+
     def _bind_run(self, area: int, size: int) -> _BoundRun:
         """Bind every buffer for runs of `size` rows from an area, once."""
         spec = self.model.spec

@@ -500,6 +500,12 @@ class Residence:
     def _leave_for_another(self, session: Session) -> Call:
         call = self.page_out(session)
         session.is_leaving = True
+
+        def has_left(_: asyncio.Future[None]) -> None:
+            if session.loss is None:  # its state could not be read: it stays, and can be asked for again
+                session.is_leaving = False
+
+        call.future.add_done_callback(has_left)
         return call
 
     def drop_all(self) -> None:
@@ -508,6 +514,12 @@ class Residence:
         for session in [*self.sessions.values()]:
             self._lines.lose(session, LeaseLapsedError())
             self._lines.serve(session)
+
+    def release_model(self, served: ServedModel) -> None:
+        """Give the sessions of one model that are in memory to the store, after the calls in their lines."""
+        for session in [*self.sessions.values()]:
+            if session.model is served and not session.is_leaving:
+                self._leave_for_another(session)
 
     async def release_all(self, timeout_s: float) -> bool:
         """Give every session back to the store, so that whoever comes next finds snapshots and no records behind.

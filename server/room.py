@@ -28,6 +28,11 @@ class Room(Generic[S]):
         return len(self._waiting)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nobody has a place, nor waits for one."""
+        return not self.num_taken and not self._waiting
+
+    @property
     def idle(self) -> list[S]:
         """Sessions that no call uses, the longest unused first."""
         return list(self._idle)

@@ -26,7 +26,6 @@ class SessionLimits:
     max_resident_sessions: int
     max_pending_messages: int
     retry_window_steps: int
-    idle_limit_s: float | None = None
 
 
 class ServedModel:
@@ -48,6 +47,8 @@ class ServedModel:
         self.room: Room[Any] = Room(limits.max_resident_sessions)
         self.fingerprint = fingerprint(runner.model, runner.device, runner.padded_batch_size)
         self.num_pending = 0
+        self.is_leaving = False
+        """Its file is gone from the models directory: it serves the sessions it has, and takes no new ones."""
         self._outbox: list[Message] = []
         self._loop = loop
         self.engine = Engine(runner, self._hand_back, on_batch)
@@ -72,6 +73,11 @@ class ServedModel:
             self._outbox.remove(message)
             return True
         return self.engine.withdraw(message)
+
+    def close(self) -> None:
+        """End the engine and free the device's memory, when no session is left. Blocks."""
+        self.engine.close()
+        self.runner.close()
 
     def _flush(self) -> None:
         if self._outbox:

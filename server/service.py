@@ -455,7 +455,12 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
 
 def _model_message(served: ServedModel) -> model_service_pb2.ModelVersion:
     model = served.model
-    return model_service_pb2.ModelVersion(name=model.name, version=model.version, digest=model.digest)
+    state = (
+        model_service_pb2.MODEL_STATE_LEAVING if served.is_leaving else model_service_pb2.MODEL_STATE_READY
+    )
+    return model_service_pb2.ModelVersion(
+        name=model.name, version=model.version, digest=model.digest, state=state
+    )
 
 
 def _timestamp(time_s: float) -> Timestamp:

@@ -26,6 +26,7 @@ from ntm.tensor import Array
 from server.errors import (
     InvalidInputError,
     LeaseLapsedError,
+    ModelLeavingError,
     ModelMismatchError,
     ModelNotFoundError,
     NoFreeSlotError,
@@ -62,6 +63,7 @@ log = structlog.get_logger()
 
 RETIREMENT_S = 24 * 3600
 _IDLE_AT_ONCE = 1000
+_LISTED_AT_ONCE = 1000
 
 T = TypeVar("T")
 
@@ -91,6 +93,7 @@ class SessionManager:
         snapshot_every_steps: int,
         recovery: Literal["exact", "approximate"],
         handover_timeout_s: float,
+        idle_limit_s: float | None,
     ) -> None:
         """Serve models.
 
@@ -100,7 +103,9 @@ class SessionManager:
             snapshot_every_steps: how many steps a recovery has to replay at most, about.
             recovery: whether a session may be replayed on another machine or build than it ran on.
             handover_timeout_s: seconds to wait for a session that another replica owns.
+            idle_limit_s: seconds without a call after which a session ends, or None.
         """
+        self._idle_limit_s = idle_limit_s
         self.models = {(served.model.name, served.model.version): served for served in models}
         self.journal = journal
         self._lines = Lines(journal)
@@ -121,19 +126,64 @@ class SessionManager:
         self.release_all = self._residence.release_all
         self._tasks: set[asyncio.Task[Any]] = set()
 
+    # Models.
+
     def model(self, name: str, version: int | None) -> ServedModel:
-        """A model by name; without a version the newest.
+        """A model by name; without a version the newest that takes new sessions.
 
         Raises:
             ModelNotFoundError: there is none.
         """
         if version is None:
-            version = max((v for n, v in self.models if n == name), default=None)
+            version = max(
+                (v for (n, v), served in self.models.items() if n == name and not served.is_leaving),
+                default=None,
+            )
         served = self.models.get((name, version)) if version is not None else None
         if served is None:
-            labels = sorted(f"{n}/{v}" for n, v in self.models)
+            labels = sorted(s.model.label for s in self.models.values() if not s.is_leaving)
             raise ModelNotFoundError(name, version, labels)
         return served
+
+    def add_model(self, served: ServedModel) -> None:
+        """Put a version into service."""
+        self.models[served.model.name, served.model.version] = served
+
+    async def find_session_of(self, served: ServedModel, at_or_after: str) -> str | None:
+        """The first living session of a version, in memory or in the store, whose id is not before a given one.
+
+        Raises:
+            StoreError.
+        """
+        name, version = served.model.name, served.model.version
+        entry = await self.journal.look(at_or_after) if at_or_after else None
+        entries = [entry] if entry is not None and entry.end_time_s is None else []
+        after = at_or_after
+        while True:
+            for entry in entries:
+                if entry.model_name == name and _version(entry) == version:
+                    return entry.session_id
+            entries = await self.journal.page(after, _LISTED_AT_ONCE, name)
+            if not entries:
+                return None
+            after = entries[-1].session_id
+
+    def take_out_of_service(self, served: ServedModel) -> bool:
+        """See to it that a version is no longer used: its sessions go to the store or, without one, end as expired.
+
+        Says whether nobody uses it any more. Until then it is to be called again: more may have been on their way in.
+        """
+        served.is_leaving = True
+        self.models.pop((served.model.name, served.model.version), None)
+        if self.journal.store.keeps_steps:
+            self._residence.release_model(served)
+        else:
+            for session in [*self.in_memory.values()]:
+                if session.model is served and not session.is_leaving:
+                    ending = self._lines.enter(session, self._ending("EXPIRED"), is_our_own=True)
+                    ending.future.add_done_callback(_look_at_error)
+                    session.is_leaving = True
+        return served.room.is_empty
 
     # Steps and state.
 
@@ -273,13 +323,19 @@ class SessionManager:
             request_id: names the request, or "".
 
         Raises:
-            ModelNotFoundError, SessionExistsError, SessionIdRetiredError, RequestIdReusedError, NoFreeSlotError,
-            StoreError.
+            ModelNotFoundError, ModelLeavingError, SessionExistsError, SessionIdRetiredError, RequestIdReusedError,
+            NoFreeSlotError, StoreError.
         """
         request = _request("create", model_name, version, session_id)
-        served = self.model(model_name, version)
-        about = About(request, served.model.version, served.model.digest, self.journal.time_s, 0)
-        return await self._whole(self._add(served, session_id, request_id, about, 0))
+        try:
+            served = self.model(model_name, version)
+            about = About(request, served.model.version, served.model.digest, self.journal.time_s, 0)
+            return await self._whole(self._add(served, session_id, request_id, about, 0))
+        except (ModelNotFoundError, ModelLeavingError):
+            # The model may have gone since this request was made for the first time.
+            if repeated := await self._repeated(request_id, request):
+                return repeated
+            raise
 
     async def fork(
         self, source_session_id: str, at_step: int | None, session_id: str, request_id: str
@@ -377,6 +433,7 @@ class SessionManager:
             version = int(metadata["model_version"])
             served = self.models.get((name, version)) or self.model(name, None)
             alike = [s for (n, _), s in self.models.items() if n == name and s.model.digest == digest]
+            alike.sort(key=lambda s: s.is_leaving)
             if not alike:
                 raise ModelMismatchError(f"{name}/{version}", digest, served.model.digest)
             snapshot = decode_snapshot(alike[0].model, data)
@@ -410,6 +467,8 @@ class SessionManager:
         state: dict[str, Array] | None = None,
     ) -> SessionInfo:
         """Make a session, in memory if there is room; a repeat of its request gets what that made."""
+        if served.is_leaving:
+            raise ModelLeavingError(served.model.label)
         session_id = session_id or secrets.token_hex(16)
         store = self.journal.store
         has_place = served.room.take()
@@ -532,23 +591,24 @@ class SessionManager:
         return begin
 
     async def expire_idle(self) -> None:
-        """End the sessions that no call has used for their model's idle limit.
+        """End the sessions that no call has used for the idle limit, if there is one.
 
         Raises:
             StoreError, LeaseLapsedError.
         """
+        limit_s = self._idle_limit_s
+        if limit_s is None:
+            return
         now_s = self.journal.service_time_s
-        limits = {served.limits.idle_limit_s for served in self.models.values()} - {None}
         for served in self.models.values():
-            limit_s = served.limits.idle_limit_s
             for session in served.room.idle:
-                if limit_s is None or now_s - session.last_use_s < limit_s:
+                if now_s - session.last_use_s < limit_s:
                     break
                 log.info("session expired", session_id=session.session_id, idle_limit_s=limit_s)
                 self._lines.enter(session, self._ending("EXPIRED")).future.add_done_callback(_look_at_error)
-        if not self.journal.store.keeps_steps or not limits:
+        if not self.journal.store.keeps_steps:
             return
-        before_s = now_s - min(limit for limit in limits if limit is not None)
+        before_s = now_s - limit_s
         for session_id in await self.journal.find_idle(before_s, _IDLE_AT_ONCE):
             if session_id in self.in_memory or self._residence.is_busy_with(session_id):
                 continue
@@ -619,8 +679,6 @@ class SessionManager:
     def _info(
         self, session_id: str, model_name: str, next_step: int, last_use_s: float, about: About
     ) -> SessionInfo:
-        served = self.models.get((model_name, about.model_version))
-        limit_s = served.limits.idle_limit_s if served else None
         last_use_time_s = self.journal.time_s - (self.journal.service_time_s - last_use_s)
         return SessionInfo(
             session_id,
@@ -629,7 +687,7 @@ class SessionManager:
             next_step,
             about.create_time_s,
             last_use_time_s,
-            last_use_time_s + limit_s if limit_s else None,
+            last_use_time_s + self._idle_limit_s if self._idle_limit_s else None,
             about.is_approximate,
         )
 
@@ -637,6 +695,14 @@ class SessionManager:
 def _request(*said: object) -> str:
     """A request that makes a session, so that a repeat is told from another request."""
     return json.dumps(said)
+
+
+def _version(entry: Entry) -> int | None:
+    """The version of its model that a session belongs to; None if that cannot be read, so that it is of no use."""
+    try:
+        return About.decode(entry.content).model_version
+    except DamagedError:
+        return None
 
 
 def _look_at_error(done: asyncio.Future[Any]) -> None:

@@ -40,6 +40,11 @@ class ServerSettings(BaseSettings):
 
     models: Path = Path("models")
     """Directory of models, laid out NAME/VERSION/model.onnx."""
+    model_poll_s: Seconds = 3.0
+    """Seconds between two looks into that directory for versions that came, went or changed."""
+    unload_after_s: Seconds | None = None
+    """Seconds after which a version that was removed from the directory is unloaded although it has sessions: they wait
+    in the store until it is back, or end where there is no store. Not set: it is unloaded when the last has ended."""
     listen: str = "127.0.0.1:50051"
     """HOST:PORT to listen on; port 0 takes a free one, which the log names."""
     device: Literal["cpu", "cuda", "auto"] = "auto"

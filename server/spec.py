@@ -67,7 +67,8 @@ def load(path: Path, name: str, version: int) -> StepModel:
     try:
         content = path.read_bytes()
         step = onnx.load(path)
-        onnx.checker.check_model(step, full_check=True)
+        # By its path: the checker would serialise `step` again, and hold up every other thread for as long.
+        onnx.checker.check_model(path, full_check=True)
     except Exception as error:  # onnx, protobuf and the file system each have their own
         raise ModelFileError(str(path), [f"it is not a valid ONNX file: {_first_line(error)}"]) from error
     spec = _read_spec(path, step)

@@ -21,6 +21,7 @@ _MAX_MESSAGE_CHARACTERS = 500
 _TABLE: dict[type[errors.ServingError], tuple[grpc.StatusCode, str]] = {
     errors.InvalidInputError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_INPUT"),
     errors.ModelNotFoundError: (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    errors.ModelLeavingError: (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_LEAVING"),
     errors.SessionNotFoundError: (grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"),
     errors.SessionExpiredError: (grpc.StatusCode.NOT_FOUND, "SESSION_EXPIRED"),
     errors.SessionExistsError: (grpc.StatusCode.ALREADY_EXISTS, "SESSION_EXISTS"),

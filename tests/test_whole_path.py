@@ -11,7 +11,9 @@ import torch
 
 from client import Client
 from export.__main__ import main as export
+from tests import step_models
 from tests.conftest import ServerProcess
+from tests.export.conftest import write_run
 from training.__main__ import main as train
 from training.checkpoint import BEST, load, restore_cell
 from training.model import named_tensors, unroll
@@ -62,3 +64,19 @@ def test_a_model_trained_exported_and_served_gives_what_torch_gives(
     assert state["memory"].shape == (12, 5)
     assert [s.input_name for s in spec.states][:2] == ["memory", "read_weightings"]
     assert spec.provenance.seed == 1
+
+
+def test_a_version_exported_while_the_server_runs_is_served(
+    tmp_path: Path, start_server: Callable[..., ServerProcess]
+) -> None:
+    models = tmp_path / "models"
+    step_models.write(models, step_models.accumulator(), "other")
+    server = start_server(models, "--model-poll-s", "0.02")
+
+    assert export([str(write_run(tmp_path / "run")), str(models / "small" / "1")]) == 0
+    while server.wait_for("model loaded")["model"] != "small/1":
+        pass
+
+    assert [entry for entry in server.log if entry["level"] == "error"] == []
+    with Client(server.address) as client, client.session("small") as session:
+        assert session.run(np.zeros((2, 4))).shape == (2, 3)

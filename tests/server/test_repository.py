@@ -19,7 +19,7 @@ def test_every_version_of_every_model_is_found_and_exports_in_progress_are_not(t
     unfinished.write_bytes(b"half")
     (tmp_path / "README.md").write_text("notes")
 
-    assert [model.label for model in repository.load_all(tmp_path)] == ["a/1", "a/12", "b-2.0/3"]
+    assert [model.label for model in repository.load_all(tmp_path).values()] == ["a/1", "a/12", "b-2.0/3"]
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ModelState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    """Never sent."""
+    MODEL_STATE_READY: _ModelState.ValueType  # 1
+    """It takes new sessions."""
+    MODEL_STATE_LEAVING: _ModelState.ValueType  # 2
+    """It was removed from the models directory: it serves the sessions it has, and takes no new ones (MODEL_LEAVING)."""
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
+    """Whether a version in service takes new sessions."""
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+"""Never sent."""
+MODEL_STATE_READY: ModelState.ValueType  # 1
+"""It takes new sessions."""
+MODEL_STATE_LEAVING: ModelState.ValueType  # 2
+"""It was removed from the models directory: it serves the sessions it has, and takes no new ones (MODEL_LEAVING)."""
+Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
+
 class _DurabilityLevel:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -98,22 +122,26 @@ class ModelVersion(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model: its directory under the models directory."""
     version: _builtins.int
     """Version, at least 1: the directory under the model's."""
     digest: _builtins.str
     """SHA-256 of the model file, 64 lower-case hexadecimal digits."""
+    state: Global___ModelState.ValueType
+    """Whether it takes new sessions."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         version: _builtins.int = ...,
         digest: _builtins.str = ...,
+        state: Global___ModelState.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -130,7 +158,7 @@ class GetModelRequest(_message.Message):
     model_name: _builtins.str
     """Name of the model."""
     model_version: _builtins.int
-    """Version, at least 1. Absent: the newest in service."""
+    """Version, at least 1. Absent: the newest that takes new sessions."""
     def __init__(
         self,
         *,

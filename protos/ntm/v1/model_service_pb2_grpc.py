@@ -62,7 +62,8 @@ class ModelServiceServicer:
     """
 
     def ListModels(self, request, context):
-        """Lists the models in service, by name and then by version, newest first. All come in one answer.
+        """Lists the models in service, by name and then by version, newest first. All come in one answer. A version
+        that is being loaded is not in service yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,9 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
-    """Lists the models in service, by name and then by version, newest first. All come in one answer."""
+    """Lists the models in service, by name and then by version, newest first. All come in one answer. A version
+    that is being loaded is not in service yet.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     """Describes one model in service: its spec, where it runs, and its limits.
     NOT_FOUND: no model has this name, or this version of it is not served.
@@ -58,7 +60,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models in service, by name and then by version, newest first. All come in one answer."""
+    """Lists the models in service, by name and then by version, newest first. All come in one answer. A version
+    that is being loaded is not in service yet.
+    """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes one model in service: its spec, where it runs, and its limits.
     NOT_FOUND: no model has this name, or this version of it is not served.
@@ -79,7 +83,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListModelsResponse, _abc.Awaitable[_model_service_pb2.ListModelsResponse]]:
-        """Lists the models in service, by name and then by version, newest first. All come in one answer."""
+        """Lists the models in service, by name and then by version, newest first. All come in one answer. A version
+        that is being loaded is not in service yet.
+        """
 
     @_abc_1.abstractmethod
     def GetModel(

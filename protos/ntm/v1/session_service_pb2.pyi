@@ -33,7 +33,7 @@ class CreateSessionRequest(_message.Message):
     model_name: _builtins.str
     """Name of the model."""
     model_version: _builtins.int
-    """Version of the model, at least 1. Absent: the newest in service."""
+    """Version of the model, at least 1. Absent: the newest that takes new sessions."""
     session_id: _builtins.str
     """Id of the new session: 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', '~' and '-'. Choose one that
     nobody can guess or use again, such as 128 random bits. Empty: the server makes one.

@@ -145,9 +145,10 @@ class SessionServiceServicer:
 
     def CreateSession(self, request, context):
         """Creates a session in its model's initial state.
-        INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. ALREADY_EXISTS: the id is
-        taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago (SESSION_ID_RETIRED),
-        or the request id made another session (REQUEST_ID_REUSED).
+        INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
+        was removed from the models directory and takes no new sessions (MODEL_LEAVING). ALREADY_EXISTS: the id
+        is taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago
+        (SESSION_ID_RETIRED), or the request id made another session (REQUEST_ID_REUSED).
         RESOURCE_EXHAUSTED: without a store, no free slot (NO_FREE_SLOT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -234,7 +235,7 @@ class SessionServiceServicer:
     def ForkSession(self, request, context):
         """Makes a new session that is an exact copy of another at its present step, and independent of it from
         then on. Codes of CreateSession; NOT_FOUND also when the source does not exist; FAILED_PRECONDITION
-        when the source is not at `at_step` (STEP_TOO_OLD, STEP_GAP).
+        also when the source is not at `at_step` (STEP_TOO_OLD, STEP_GAP).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -249,7 +250,7 @@ class SessionServiceServicer:
 
     def ImportSession(self, request, context):
         """Makes a new session from an exported one. Codes of CreateSession; INVALID_ARGUMENT when the file is
-        damaged or its names, shapes or dtypes are not the model's; FAILED_PRECONDITION when it comes
+        damaged or its names, shapes or dtypes are not the model's; FAILED_PRECONDITION also when it comes
         from another model file (MODEL_MISMATCH).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -57,9 +57,10 @@ class SessionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> SessionServiceAsyncStub: ...
     CreateSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.CreateSessionRequest, _session_service_pb2.CreateSessionResponse]
     """Creates a session in its model's initial state.
-    INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. ALREADY_EXISTS: the id is
-    taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago (SESSION_ID_RETIRED),
-    or the request id made another session (REQUEST_ID_REUSED).
+    INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
+    was removed from the models directory and takes no new sessions (MODEL_LEAVING). ALREADY_EXISTS: the id
+    is taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago
+    (SESSION_ID_RETIRED), or the request id made another session (REQUEST_ID_REUSED).
     RESOURCE_EXHAUSTED: without a store, no free slot (NO_FREE_SLOT).
     """
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]
@@ -109,13 +110,13 @@ class SessionServiceStub:
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ForkSessionRequest, _session_service_pb2.ForkSessionResponse]
     """Makes a new session that is an exact copy of another at its present step, and independent of it from
     then on. Codes of CreateSession; NOT_FOUND also when the source does not exist; FAILED_PRECONDITION
-    when the source is not at `at_step` (STEP_TOO_OLD, STEP_GAP).
+    also when the source is not at `at_step` (STEP_TOO_OLD, STEP_GAP).
     """
     ExportSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ExportSessionRequest, _session_service_pb2.ExportSessionResponse]
     """Takes a session's whole state out, as a safetensors file with metadata. NOT_FOUND: no such session."""
     ImportSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ImportSessionRequest, _session_service_pb2.ImportSessionResponse]
     """Makes a new session from an exported one. Codes of CreateSession; INVALID_ARGUMENT when the file is
-    damaged or its names, shapes or dtypes are not the model's; FAILED_PRECONDITION when it comes
+    damaged or its names, shapes or dtypes are not the model's; FAILED_PRECONDITION also when it comes
     from another model file (MODEL_MISMATCH).
     """
 
@@ -148,9 +149,10 @@ class SessionServiceAsyncStub(SessionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.CreateSessionRequest, _session_service_pb2.CreateSessionResponse]  # type: ignore[assignment]
     """Creates a session in its model's initial state.
-    INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. ALREADY_EXISTS: the id is
-    taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago (SESSION_ID_RETIRED),
-    or the request id made another session (REQUEST_ID_REUSED).
+    INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
+    was removed from the models directory and takes no new sessions (MODEL_LEAVING). ALREADY_EXISTS: the id
+    is taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago
+    (SESSION_ID_RETIRED), or the request id made another session (REQUEST_ID_REUSED).
     RESOURCE_EXHAUSTED: without a store, no free slot (NO_FREE_SLOT).
     """
     GetSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]  # type: ignore[assignment]
@@ -200,13 +202,13 @@ class SessionServiceAsyncStub(SessionServiceStub):
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ForkSessionRequest, _session_service_pb2.ForkSessionResponse]  # type: ignore[assignment]
     """Makes a new session that is an exact copy of another at its present step, and independent of it from
     then on. Codes of CreateSession; NOT_FOUND also when the source does not exist; FAILED_PRECONDITION
-    when the source is not at `at_step` (STEP_TOO_OLD, STEP_GAP).
+    also when the source is not at `at_step` (STEP_TOO_OLD, STEP_GAP).
     """
     ExportSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ExportSessionRequest, _session_service_pb2.ExportSessionResponse]  # type: ignore[assignment]
     """Takes a session's whole state out, as a safetensors file with metadata. NOT_FOUND: no such session."""
     ImportSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ImportSessionRequest, _session_service_pb2.ImportSessionResponse]  # type: ignore[assignment]
     """Makes a new session from an exported one. Codes of CreateSession; INVALID_ARGUMENT when the file is
-    damaged or its names, shapes or dtypes are not the model's; FAILED_PRECONDITION when it comes
+    damaged or its names, shapes or dtypes are not the model's; FAILED_PRECONDITION also when it comes
     from another model file (MODEL_MISMATCH).
     """
 
@@ -242,9 +244,10 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.CreateSessionResponse, _abc.Awaitable[_session_service_pb2.CreateSessionResponse]]:
         """Creates a session in its model's initial state.
-        INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. ALREADY_EXISTS: the id is
-        taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago (SESSION_ID_RETIRED),
-        or the request id made another session (REQUEST_ID_REUSED).
+        INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
+        was removed from the models directory and takes no new sessions (MODEL_LEAVING). ALREADY_EXISTS: the id
+        is taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago
+        (SESSION_ID_RETIRED), or the request id made another session (REQUEST_ID_REUSED).
         RESOURCE_EXHAUSTED: without a store, no free slot (NO_FREE_SLOT).
         """
 
@@ -348,7 +351,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_session_service_pb2.ForkSessionResponse, _abc.Awaitable[_session_service_pb2.ForkSessionResponse]]:
         """Makes a new session that is an exact copy of another at its present step, and independent of it from
         then on. Codes of CreateSession; NOT_FOUND also when the source does not exist; FAILED_PRECONDITION
-        when the source is not at `at_step` (STEP_TOO_OLD, STEP_GAP).
+        also when the source is not at `at_step` (STEP_TOO_OLD, STEP_GAP).
         """
 
     @_abc_1.abstractmethod
@@ -366,7 +369,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.ImportSessionResponse, _abc.Awaitable[_session_service_pb2.ImportSessionResponse]]:
         """Makes a new session from an exported one. Codes of CreateSession; INVALID_ARGUMENT when the file is
-        damaged or its names, shapes or dtypes are not the model's; FAILED_PRECONDITION when it comes
+        damaged or its names, shapes or dtypes are not the model's; FAILED_PRECONDITION also when it comes
         from another model file (MODEL_MISMATCH).
         """
 

@@ -22,7 +22,7 @@ from tests.conftest import ServerProcess
 MARKERS = [b"fsn0", b"fsn1", b"fsn2", b"fsn3", b"fsn4"]
 """Four bytes each that are a sound float32, and easy to find in what is written and sent."""
 
-CALL = re.compile(r"^(?P<thread>\d+) (?:<\.\.\. )?(?P<name>\w+)(?P<rest>.*)$")
+CALL = re.compile(r"^(?P<thread>\d+) +(?:<\.\.\. )?(?P<name>\w+)(?P<rest>.*)$")
 
 
 def why_not_traced() -> str:

@@ -25,6 +25,22 @@ demo: $(VENV)/.demo ## See a trained NTM recall sequences through the server.
 test: $(VENV)/.dev ## Run the tests.
 	@$(BIN)/python -m pytest --numprocesses 2
 
+.PHONY: test-compose
+test-compose: $(VENV)/.dev secrets ## Build the images, run them, and kill, roll and scale them under load; needs docker compose.
+	@$(BIN)/python -m pytest tests/compose -m compose --capture=no --timeout 600
+
+.PHONY: secrets
+secrets: deploy/secrets/valkey_password deploy/secrets/grafana_password ## Make the secrets that docker-compose.yml mounts, where there are none.
+
+# Nobody else can enter the directory; in it, users of containers can read what is mounted for them.
+deploy/secrets/%:
+	@install -d -m 700 deploy/secrets
+	@od -An -N24 -tx1 /dev/urandom | tr -d ' \n' > $@ && chmod 644 $@
+
+.PHONY: roll
+roll: ## Replace the replicas of the scale profile one by one, by the image that is now built, failing no call.
+	@deploy/roll.sh
+
 .PHONY: bench
 bench: $(VENV)/.dev ## Measure everything beside its limits and its peers, into benchmarks/results; a quarter of an hour.
 	@$(BIN)/python -m benchmarks

@@ -104,6 +104,6 @@ ENV NTM_SERVER_MODELS=/models \
     NTM_SERVER_STORE=sqlite:////data/sessions.sqlite3
 EXPOSE 50051 9464
 VOLUME /data
-HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --start-interval=1s --retries=2 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s --retries=2 \
     CMD ["python", "-m", "server.health"]
 ENTRYPOINT ["python", "-m", "server"]

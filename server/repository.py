@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def load_all(root: Path) -> list[StepModel]:
         raise ModelRepositoryError(
             f"there is no models directory {root}: name one with --models, laid out NAME/VERSION/{MODEL_FILE_NAME}"
         )
+    for directory in (root, *root.glob("*/"), *root.glob("*/*/")):
+        # What cannot be read looks empty.
+        if not os.access(directory, os.R_OK | os.X_OK):
+            raise ModelRepositoryError(
+                f"the models directory {directory} cannot be read by the server's user (uid {os.getuid()}): let it, "
+                "for example with chmod -R a+rX"
+            )
     models: list[StepModel] = []
     problems: list[str] = []
     for path in sorted(root.glob(f"*/*/{MODEL_FILE_NAME}")):

@@ -9,7 +9,8 @@
 # `train` image without CUDA.
 
 FROM python:3.11-slim-bookworm AS base
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+# gRPC's own log is not for users; and ONNX Runtime reports its use to its maker unless told not to.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 GRPC_VERBOSITY=NONE ORT_DISABLE_TELEMETRY=1
 LABEL org.opencontainers.image.title="ntm" \
       org.opencontainers.image.description="Train, export and serve Neural Turing Machines and other step-wise models" \
       org.opencontainers.image.licenses="MIT" \

@@ -59,7 +59,9 @@ class Recall:
 def main() -> int:
     """Run the demonstration; returns 0 when every bit was recalled."""
     parser = argparse.ArgumentParser(description="A trained NTM recalls random sequences through the server.")
-    parser.add_argument("address", nargs="?", help="HOST:PORT of a running server; without it, one is started")
+    parser.add_argument(
+        "address", nargs="?", help="HOST:PORT of a running server; without it, one is started"
+    )
     given: str | None = parser.parse_args().address
     console = Console(highlight=False, soft_wrap=True)
     with nullcontext(given) if given else server() as address, Client(address) as client:

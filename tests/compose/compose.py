@@ -1,4 +1,4 @@
-"""The project's compose files under a name and on ports of their own, so that nothing else on the machine is touched."""
+"""The project's compose files under a name and on ports of their own, so that nothing else is touched."""
 
 from __future__ import annotations
 

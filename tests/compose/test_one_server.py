@@ -50,7 +50,7 @@ def test_the_server_image_holds_no_torch_no_compiler_and_no_pip_of_its_own() -> 
 
     assert found == ""
     assert added_mb < OWN_LAYERS_MB
-    assert inspect_image("ntm-server", "{{.Config.User}}") == "ntm"
+    assert inspect_image("ntm-server", "{{.Config.User}}") == "10001:10001"
 
 
 def inspect_image(image: str, what: str) -> str:

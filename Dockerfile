@@ -1,21 +1,111 @@
-# The server, without torch: models are mounted or baked in at /models.
-FROM python:3.11-slim-bookworm AS build
-WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
-COPY protos protos
-COPY server server
-RUN mkdir client export training training/model training/tasks \
-    && python -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[server]'
+# The images. `server` and `client` are small and hold no torch and no compiler; `train` trains and exports models.
+#
+#   docker build --target server .                          the server, on the CPU
+#   docker build --target server --build-arg VARIANT=gpu .  with ONNX Runtime for CUDA and the CUDA libraries it needs
+#   docker build --target client .                          the Python client and demo.py
+#   docker build --target train .                           torch, and g++ for torch.compile
+#
+# pip's own variables are taken as build arguments: PIP_EXTRA_INDEX_URL names PyTorch's index of CPU builds, for a
+# `train` image without CUDA.
 
-FROM python:3.11-slim-bookworm AS server
-COPY --from=build /opt/venv /opt/venv
+FROM python:3.11-slim-bookworm AS base
+# gRPC's own log is not for users; and ONNX Runtime reports its use to its maker unless told not to.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 GRPC_VERBOSITY=NONE ORT_DISABLE_TELEMETRY=1
+LABEL org.opencontainers.image.title="ntm" \
+      org.opencontainers.image.description="Train, export and serve Neural Turing Machines and other step-wise models" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="0.2.0"
+# A fixed number, so that volumes keep their owner when the image is built again.
+RUN groupadd --system --gid 10001 ntm \
+    && useradd --system --uid 10001 --gid ntm --no-create-home --home-dir / ntm \
+    && install --directory --owner ntm --group ntm /data
+
+
+# Everything below is installed into /opt/venv without pip, which the images do not need. Dependencies come first and
+# our own code after them, so that a change of the code builds in seconds.
+FROM base AS build
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_INDEX_URL
+WORKDIR /src
+RUN python -m venv --without-pip /opt/venv
+COPY pyproject.toml constraints.txt constraints-gpu.txt README.md ./
+COPY protos protos
+RUN mkdir -p client export server/store training/model training/tasks
+
+
+FROM build AS build-server
+ARG VARIANT=cpu
+RUN --mount=type=cache,target=/root/.cache/pip \
+    case "$VARIANT" in \
+        cpu) set -- '.[server]' ;; \
+        gpu) set -- --constraint constraints-gpu.txt '.[gpu]' ;; \
+        *) echo "VARIANT is cpu or gpu, not $VARIANT" >&2; exit 1 ;; \
+    esac \
+    && pip --python /opt/venv/bin/python install --constraint constraints.txt "$@"
+# What is imported neither by the server nor by what it imports: test suites, and tools for making other models.
+RUN packages=/opt/venv/lib/python3.11/site-packages \
+    && rm -rf $packages/onnx/reference $packages/onnxruntime/transformers $packages/onnxruntime/quantization \
+        $packages/onnxruntime/tools \
+    && find $packages -type d \( -name tests -o -name test \) -prune -exec rm -rf {} +
+COPY server server
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
+
+
+FROM build AS build-client
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip --python /opt/venv/bin/python install --constraint constraints.txt '.[client]' rich
+COPY client client
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
+
+
+FROM build AS build-train
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip --python /opt/venv/bin/python install --constraint constraints.txt '.[export]'
+COPY export export
+COPY training training
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
+
+
+FROM base AS train
+# torch.compile writes C++ and has g++ build it. Its version is Debian's, which keeps one at a time.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=build-train /opt/venv /opt/venv
+# Whoever runs it: a job writes models as the owner of the directory that is mounted.
+RUN install --directory --mode 1777 /work/runs /work/models
+WORKDIR /work
+ENV HOME=/tmp MPLCONFIGDIR=/tmp TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
+USER 10001:10001
+ENTRYPOINT ["python", "-m"]
+CMD ["training", "--help"]
+
+
+FROM base AS client
+COPY --from=build-client /opt/venv /opt/venv
+COPY demo.py /app/demo.py
+WORKDIR /app
+USER 10001:10001
+ENTRYPOINT ["python", "demo.py"]
+CMD ["--help"]
+
+
+FROM base AS server
+COPY --from=build-server /opt/venv /opt/venv
 COPY models /models
-RUN useradd --system --uid 10001 ntm && install --directory --owner ntm /data
-USER ntm
+USER 10001:10001
 WORKDIR /
-EXPOSE 50051
-ENV PATH=/opt/venv/bin:$PATH NTM_SERVER_MODELS=/models NTM_SERVER_LISTEN=0.0.0.0:50051 NTM_SERVER_LOG_FORMAT=json \
+ENV NTM_SERVER_MODELS=/models \
+    NTM_SERVER_LISTEN=0.0.0.0:50051 \
+    NTM_SERVER_METRICS_LISTEN=0.0.0.0:9464 \
+    NTM_SERVER_LOG_FORMAT=json \
     NTM_SERVER_STORE=sqlite:////data/sessions.sqlite3
-HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s CMD ["python", "-m", "server.health"]
+EXPOSE 50051 9464
+VOLUME /data
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s --retries=2 \
+    CMD ["python", "-m", "server.health"]
 ENTRYPOINT ["python", "-m", "server"]

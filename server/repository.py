@@ -6,6 +6,7 @@ export in progress lives in one.
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,12 +83,15 @@ def load_all(root: Path) -> dict[ModelFile, StepModel]:
     """
     try:
         files = find(root)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelRepositoryError(
+            f"there is no models directory {root}: name one with --models, laid out NAME/VERSION/{MODEL_FILE_NAME}"
+        ) from None
     except OSError as error:
-        if not root.exists():
-            raise ModelRepositoryError(
-                f"there is no models directory {root}: name one with --models, laid out NAME/VERSION/{MODEL_FILE_NAME}"
-            ) from None
-        raise ModelRepositoryError(f"the models directory {root} cannot be read: {error}") from error
+        raise ModelRepositoryError(
+            f"the models directory {error.filename} cannot be read by the server's user (uid {os.getuid()}; "
+            f"{error.strerror}): let it, for example with chmod -R a+rX"
+        ) from error
     models: dict[ModelFile, StepModel] = {}
     problems: list[str] = []
     for file in files:

@@ -25,9 +25,8 @@ from export.spec import initial_value
 from export.step import Step
 from ntm.tensor import Array
 from ntm.v1 import model_pb2
-from training.tasks import CopyTask
+from training.tasks import Size, Task
 
-NUM_STEPS = 201
 BATCH_SIZES = (1, 2, 7, 64)
 # In units of the tensor's largest element where that is above 1: a trained LSTM sums terms of up to 90 to a gate
 # near 0, and torch's own float32 is up to 2e-5 away from its float64.
@@ -50,12 +49,14 @@ class Report(NamedTuple):
 
     num_nodes: int
     num_bytes: int
+    num_steps: int
+    """Steps for which both ran side by side."""
     differences: dict[int, Difference]
     """By batch size."""
 
 
-def verify(path: Path, step: Step, task: CopyTask) -> Report:
-    """Verify a written file against the cell it came from, on sequences of its task.
+def verify(path: Path, step: Step, task: Task, long_sizes: list[Size]) -> Report:
+    """Verify a written file against the cell it came from, on sequences of its task as long as any it was judged on.
 
     Raises:
         VerificationError: the file is not valid ONNX, differs from the cell, or treats batches differently.
@@ -72,15 +73,15 @@ def verify(path: Path, step: Step, task: CopyTask) -> Report:
             raise VerificationError(f"the initial value of {name} in the metadata is not the cell's")
     session = _session(path)
     exact = Step(copy.deepcopy(step.cell).double())
+    inputs = _inputs(task, long_sizes)
     differences = {
-        size: _difference(session, spec, exact, initial, _inputs(task, NUM_STEPS, size))
-        for size in BATCH_SIZES
+        size: _difference(session, spec, exact, initial, inputs[:, -size:]) for size in BATCH_SIZES
     }
     for size, difference in differences.items():
-        _check(difference.output, f"the outputs at batch {size}")
-        _check(difference.state, f"the states at batch {size}")
-    _check_invariance(session, spec, initial, task)
-    return Report(len(model.graph.node), path.stat().st_size, differences)
+        _check(difference.output, f"the outputs at batch {size}", len(inputs))
+        _check(difference.state, f"the states at batch {size}", len(inputs))
+    _check_invariance(session, spec, initial, inputs[:_INVARIANCE_STEPS])
+    return Report(len(model.graph.node), path.stat().st_size, len(inputs), differences)
 
 
 def _session(path: Path) -> ort.InferenceSession:
@@ -101,22 +102,24 @@ def _run(
     }
 
 
-def _inputs(task: CopyTask, num_steps: int, batch_size: int) -> Array:
-    """[T, B, I], another sequence of the task in each row."""
-    generator = torch.Generator().manual_seed(0)
-    inputs: Array = task.draw(batch_size, num_steps // 2, generator).inputs.numpy()
-    assert len(inputs) == num_steps
-    return inputs
+def _inputs(task: Task, long_sizes: list[Size]) -> Array:
+    """[T, B, I], another sequence of the task in each row, as long as the longest it was trained or judged on."""
+    drawn = [
+        task.draw(LARGEST_INVARIANT_BATCH, size, torch.Generator().manual_seed(0)).inputs
+        for size in (max(task.sizes()), *long_sizes)
+    ]
+    longest: Array = max(drawn, key=len).numpy()
+    return longest
 
 
 def _start(initial: Tensors, batch_size: int) -> Tensors:
     return {name: np.repeat(value[None], batch_size, axis=0) for name, value in initial.items()}
 
 
-def _check(difference: float, what: str) -> None:
+def _check(difference: float, what: str, num_steps: int) -> None:
     if not difference <= LARGEST_DIFFERENCE:  # Also when it is not a number.
         raise VerificationError(
-            f"{what} differ between ONNX Runtime and torch by {difference:.2g} within {NUM_STEPS} steps; "
+            f"{what} differ between ONNX Runtime and torch by {difference:.2g} within {num_steps} steps; "
             f"{LARGEST_DIFFERENCE:g} is allowed. A cell that was hardly trained can be chaotic, so "
             "that rounding errors grow: train it further"
         )
@@ -148,7 +151,7 @@ def _apart(their: Array, our: torch.Tensor) -> float:
 
 
 def _check_invariance(
-    session: ort.InferenceSession, spec: model_pb2.ModelSpec, initial: Tensors, task: CopyTask
+    session: ort.InferenceSession, spec: model_pb2.ModelSpec, initial: Tensors, sequence: Array
 ) -> None:
     """A row has the same bits whatever the size of the batch and wherever in it the row stands.
 
@@ -156,10 +159,10 @@ def _check_invariance(
     """
     whole_size = LARGEST_INVARIANT_BATCH
     state = _start(initial, whole_size)
-    for at, inputs in enumerate(_inputs(task, _INVARIANCE_STEPS, whole_size)):
+    for at, inputs in enumerate(sequence):
         output, next_state = _run(session, spec, inputs, state)
         for size in range(1, whole_size + 1):
-            first = at * (whole_size - size) // (_INVARIANCE_STEPS - 1)
+            first = at * (whole_size - size) // max(1, len(sequence) - 1)
             rows = slice(first, first + size)
             part_output, part = _run(
                 session, spec, inputs[rows], {name: value[rows] for name, value in state.items()}

@@ -131,14 +131,6 @@ class EvaluationSettings(_Section):
             values = [values]
         return [str(value) for value in values] if isinstance(values, list | tuple) else values
 
-    @field_validator("long_sizes")
-    @classmethod
-    def _sizes_are_numbers(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        for value in values:
-            if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", value):
-                raise ValueError(f"{value!r} is not a size: give numbers of at least 1, such as 120 or 20x10")
-        return values
-
 
 class Settings(BaseSettings):
     """Train a Neural Turing Machine. An experiment's TOML goes before the defaults given here.
@@ -194,19 +186,31 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _long_sizes_are_the_tasks(self) -> Settings:
-        names = self.task.size_names
-        for size in self.long_sizes:
-            if len(size) != len(names):
-                raise ValueError(
-                    f"evaluation.long_sizes has {size_text(size)}, but a size of {self.task.name} "
-                    f"is {' x '.join(names)}"
-                )
+        parsed = self.long_sizes
+        assert len(parsed) == len(self.evaluation.long_sizes)
         return self
 
     @property
     def long_sizes(self) -> list[Size]:
         """Sizes beyond training."""
-        return [tuple(map(int, text.split("x"))) for text in self.evaluation.long_sizes]
+        try:
+            return parse_sizes(self.evaluation.long_sizes, self.task, "evaluation.long_sizes")
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+
+
+def parse_sizes(texts: Sequence[str], task: Task, where: str) -> list[Size]:
+    """Sizes of a task from what one types, such as 120 or 20x10.
+
+    Raises:
+        SettingsError: one of them is not a size of the task; it says `where` it was found.
+    """
+    for text in texts:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text) or text.count("x") + 1 != len(task.size_names):
+            names = " x ".join(task.size_names)
+            example = size_text(max(task.sizes()))
+            raise SettingsError(f"{where}: {text!r} is not a size of {task.name}: {names}, such as {example}")
+    return [tuple(map(int, text.split("x"))) for text in texts]
 
 
 def size_text(size: Size) -> str:

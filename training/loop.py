@@ -80,6 +80,16 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
         return stop.signal if not run.is_over else None
 
 
+def is_over(settings: Settings, update: int, cpu_seconds: float, best_score: float) -> bool:
+    """Whether all updates are made, the time is used up, or the model is as good as it needs to be."""
+    limit, enough = settings.cpu_minutes, settings.evaluation.enough
+    return (
+        update >= settings.num_updates
+        or (limit is not None and cpu_seconds >= 60 * limit)
+        or (enough is not None and best_score <= enough)
+    )
+
+
 class _Run:
     """A run between two updates, and how it gets from one to the next."""
 
@@ -117,13 +127,8 @@ class _Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether all updates are made, the time is used up, or the model is as good as it needs to be."""
-        limit, enough = self.settings.cpu_minutes, self.settings.evaluation.enough
-        return (
-            self.update >= self.settings.num_updates
-            or (limit is not None and self.cpu_seconds >= 60 * limit)
-            or (enough is not None and self.best_score <= enough)
-        )
+        """See the function."""
+        return is_over(self.settings, self.update, self.cpu_seconds, self.best_score)
 
     def restore(self, last: Checkpoint) -> None:
         """Go on where a checkpoint stands."""

@@ -113,10 +113,13 @@ def test_a_missing_toml_is_refused(tmp_path):
             ["--model.architecture", "plain", "--model.controller", "feedforward"],
             "model: architecture plain needs a controller that remembers",
         ),
-        (["--evaluation.long-sizes", "0"], "evaluation.long_sizes: '0' is not a size"),
+        (
+            ["--evaluation.long-sizes", "0"],
+            "evaluation.long_sizes: '0' is not a size of copy: length, such as 20",
+        ),
         (
             ["--evaluation.long-sizes", "20x10"],
-            "evaluation.long_sizes has 20x10, but a size of copy is length",
+            "evaluation.long_sizes: '20x10' is not a size of copy",
         ),
         (["--seed", "-1"], "seed: "),
     ],

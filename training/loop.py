@@ -33,7 +33,7 @@ from training.checkpoint import BEST, LAST, Checkpoint
 from training.config import OptimizerSettings, Settings, make_cell, write_settings
 from training.errors import NonFiniteError, RunDirectoryError, SettingsError
 from training.evaluate import Scores, evaluate, is_solved, total
-from training.model import Cell, NTMCell, Unrolled, kernel
+from training.model import Cell, Unrolled
 from training.records import Records
 from training.tasks import Sequences
 
@@ -98,17 +98,15 @@ class _Run:
         torch.manual_seed(settings.seed)
         self.settings, self.command, self.fabric = settings, command, fabric
         self.cell = make_cell(settings)
-        if isinstance(self.cell, NTMCell) and settings.device == "cpu" and settings.precision == "32-true":
-            self.cell.access = kernel.access
+        is_compiled = settings.device == "cpu" and settings.precision == "32-true"
+        unrolled = Unrolled(self.cell, is_compiled=is_compiled)
         decay = settings.optimizer.average_decay
         self.averaged: Cell = self.cell
         self._average = None
         if decay:
             self._average = AveragedModel(self.cell, multi_avg_fn=_mean_with(decay)).to(fabric.device)
             self.averaged = cast("Cell", self._average.module)
-        self.unrolled, self.optimizer = fabric.setup(
-            Unrolled(self.cell), _optimizer(self.cell, settings.optimizer)
-        )
+        self.unrolled, self.optimizer = fabric.setup(unrolled, _optimizer(self.cell, settings.optimizer))
         self.draws = torch.Generator().manual_seed(settings.seed + 1)
         self.update, self.metrics, self.best_score = 0, Scores(), math.inf
         self.solved: dict[str, float] = {}

@@ -142,7 +142,7 @@ def test_once_the_task_is_solved_the_learning_rate_drops_and_stays_down_after_a_
     tiny_settings, monkeypatch
 ):
     monkeypatch.setattr("training.loop.is_solved", lambda *_arguments: True)
-    run(tiny_settings("--num-updates=6"))
+    run(tiny_settings("--num-updates=6", "--optimizer.settled-learning-rate=1e-4"))
     run(tiny_settings("--num-updates=8"), resume=True)
 
     last = checkpoint.load(tiny_settings().run_dir / LAST)

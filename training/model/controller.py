@@ -9,8 +9,8 @@ Shapes: B batch, I input size, C controller size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Controller(nn.Module):
                 layers.append(FeedforwardLayer(fed, size))
             else:
                 layers.append(_RECURRENT[kind](fed, size, scale))
-        self.layers: Iterable[Any] = nn.ModuleList(layers)
+        self.layers: Sequence[Any] = cast("Sequence[Any]", nn.ModuleList(layers))
 
     def step(self, inputs: Sequence[Tensor], state: ControllerState) -> tuple[Tensor, ControllerState]:
         """One step.

@@ -30,9 +30,10 @@ _LEAST_NORM = np.float32(1e-12)  # Of a key: torch's `normalize`.
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 # Sums may be reordered, so that loops become vector instructions; NaN and infinity keep their meaning, since
-# training must see them.
+# training must see them. A loop that sums never stores as well: whether such a loop becomes vector instructions
+# depends on where its arrays happen to lie, and the order of its sum, so its last bit, would.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
-_compiled = numba.njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy")
+compiled = numba.njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy")
 
 
 def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
@@ -50,7 +51,7 @@ class _Access(torch.autograd.Function):
         read_vectors = torch.empty(batch, sizes.num_read_heads, width)
         weightings, next_memory = torch.empty_like(previous), torch.empty_like(memory)
         kept = torch.empty(batch, 3, heads, rows)
-        _forward(
+        access_forward(
             requested.detach().numpy(),
             memory.detach().numpy(),
             previous.detach().numpy(),
@@ -73,7 +74,7 @@ class _Access(torch.autograd.Function):
         requested, memory, previous, weightings, next_memory, kept = ctx.saved_tensors
         of_requested = torch.empty_like(requested)
         of_memory, of_previous = torch.empty_like(memory), torch.empty_like(previous)
-        _backward(
+        access_backward(
             requested.detach().numpy(),
             memory.detach().numpy(),
             previous.detach().numpy(),
@@ -92,8 +93,10 @@ class _Access(torch.autograd.Function):
         return of_requested, of_memory, of_previous, None
 
 
-@_compiled
-def _forward(requested, memory, previous, num_reads, num_shifts, weightings, next_memory, read_vectors, kept):  # type: ignore[no-untyped-def]
+@compiled
+def access_forward(  # type: ignore[no-untyped-def]
+    requested, memory, previous, num_reads, num_shifts, weightings, next_memory, read_vectors, kept
+):
     """Fill what comes out; `kept` [B, 3, H, N] holds likeness, attention by content and shifted attention."""
     num_batch, num_heads, num_rows = previous.shape
     width = memory.shape[1]
@@ -157,8 +160,8 @@ def _forward(requested, memory, previous, num_reads, num_shifts, weightings, nex
                 read_vectors[b, r, m] = total
 
 
-@_compiled
-def _backward(  # type: ignore[no-untyped-def]
+@compiled
+def access_backward(  # type: ignore[no-untyped-def]
     requested,
     memory,
     previous,
@@ -174,7 +177,7 @@ def _backward(  # type: ignore[no-untyped-def]
     of_memory,
     of_previous,
 ):
-    """Fill the gradients of what went in, from those of what came out. Each line undoes one of `_forward`."""
+    """Fill the gradients of what went in, from those of what came out. Each line undoes one of `access_forward`."""
     num_batch, num_heads, num_rows = previous.shape
     width = memory.shape[1]
     num_writes = num_heads - num_reads
@@ -225,6 +228,7 @@ def _backward(  # type: ignore[no-untyped-def]
                 for n in range(num_rows):
                     of_erase -= others[n] * weightings[b, num_reads + w, n]
                     of_add += of_next[n] * weightings[b, num_reads + w, n]
+                for n in range(num_rows):
                     of_attention[num_reads + w, n] += add * of_next[n] - erase * others[n]
                 of_writing[m * num_writes + w] = of_erase * erase * (_ONE - erase)
                 of_writing[(width + m) * num_writes + w] = of_add
@@ -245,8 +249,9 @@ def _backward(  # type: ignore[no-untyped-def]
             _log(shifted, logs)
             of_sharpness = _ZERO
             for n in range(num_rows):
+                of_sharpness += weightings[b, h, n] * (of_attention[h, n] - mean) * logs[n]
+            for n in range(num_rows):
                 of_power = weightings[b, h, n] * (of_attention[h, n] - mean)
-                of_sharpness += of_power * logs[n]
                 is_kept = _ONE if shifted[n] > _LEAST_ATTENTION else _ZERO
                 of_shifted[n] = is_kept * sharpness * of_power / max(shifted[n], _LEAST_ATTENTION)
 
@@ -266,14 +271,16 @@ def _backward(  # type: ignore[no-untyped-def]
             of_gate, mean = _ZERO, _ZERO
             for n in range(num_rows):
                 of_gate += of_gated[n] * (content[n] - previous[b, h, n])
-                of_previous[b, h, n] = (_ONE - gate) * of_gated[n]
                 mean += gate * of_gated[n] * content[n]
+            for n in range(num_rows):
+                of_previous[b, h, n] = (_ONE - gate) * of_gated[n]
 
             # Looking by content.
             of_strength = _ZERO
             for n in range(num_rows):
+                of_strength += content[n] * (gate * of_gated[n] - mean) * likeness[n]
+            for n in range(num_rows):
                 of_score = content[n] * (gate * of_gated[n] - mean)
-                of_strength += of_score * likeness[n]
                 of_inverse_norms[n] += strength * of_score * likeness[n]  # Times the norm; see below.
                 of_likeness[n] = strength * of_score * inverse_norms[n]
             inverse_key = _inverse_length(asked[:width])
@@ -283,6 +290,7 @@ def _backward(  # type: ignore[no-untyped-def]
                 total = _ZERO
                 for n in range(num_rows):
                     total += of_likeness[n] * memory[b, m, n]
+                for n in range(num_rows):
                     of_memory[b, m, n] += key * of_likeness[n]
                 of_key[m] = total
                 along += total * key
@@ -306,7 +314,7 @@ def _backward(  # type: ignore[no-untyped-def]
                 of_memory[b, m, n] -= of_inverse_norms[n] * memory[b, m, n]
 
 
-@_compiled
+@compiled
 def _activate(asked, width, num_shifts):  # type: ignore[no-untyped-def]
     """One head's shifts, strength, sharpness and gate."""
     shifting = np.empty(num_shifts, np.float32)
@@ -323,19 +331,19 @@ def _activate(asked, width, num_shifts):  # type: ignore[no-untyped-def]
     return shifting, _softplus(asked[at]), _ONE + _softplus(asked[at + 1]), _sigmoid(asked[at + 2])
 
 
-@_compiled
+@compiled
 def _sigmoid(x):  # type: ignore[no-untyped-def]
     # The exponent is never positive, so it cannot overflow.
     e = math.exp(-abs(x))
     return (_ONE if x >= _ZERO else e) / (_ONE + e)
 
 
-@_compiled
+@compiled
 def _softplus(x):  # type: ignore[no-untyped-def]
     return max(x, _ZERO) + np.float32(math.log1p(math.exp(-abs(x))))
 
 
-@_compiled
+@compiled
 def _inverse_length(key):  # type: ignore[no-untyped-def]
     total = _ZERO
     for value in key:
@@ -343,7 +351,7 @@ def _inverse_length(key):  # type: ignore[no-untyped-def]
     return _ONE / max(np.float32(math.sqrt(total)), _LEAST_NORM)
 
 
-@_compiled
+@compiled
 def _add_rotated(source, by, factor, into):  # type: ignore[no-untyped-def]
     """Add `factor` times the source, moved forward by some rows round the ring."""
     num_rows = len(source)
@@ -354,7 +362,7 @@ def _add_rotated(source, by, factor, into):  # type: ignore[no-untyped-def]
         into[n] += factor * source[num_rows - by + n]
 
 
-@_compiled
+@compiled
 def _rotated_product(one, source, by):  # type: ignore[no-untyped-def]
     """The inner product of `one` and the source moved forward by some rows round the ring."""
     num_rows = len(source)
@@ -367,7 +375,7 @@ def _rotated_product(one, source, by):  # type: ignore[no-untyped-def]
     return total
 
 
-@_compiled
+@compiled
 def _softmax(scores, into):  # type: ignore[no-untyped-def]
     largest = scores[0]
     for n in range(len(scores)):
@@ -375,13 +383,14 @@ def _softmax(scores, into):  # type: ignore[no-untyped-def]
     total = _ZERO
     for n in range(len(scores)):
         into[n] = math.exp(scores[n] - largest)
+    for n in range(len(scores)):
         total += into[n]
     inverse = _ONE / total
     for n in range(len(scores)):
         into[n] *= inverse
 
 
-@_compiled
+@compiled
 def _log(attention, into):  # type: ignore[no-untyped-def]
     for n in range(len(attention)):
         into[n] = math.log(max(attention[n], _LEAST_ATTENTION))

@@ -92,10 +92,12 @@ class OptimizerSettings(_Section):
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Step size at the start."""
     schedule: Literal["settle", "linear"] = "settle"
-    """What becomes of the step size: "settle" changes it once, when an evaluation finds the task solved; "linear" lets
-    it fall to 0 over the run."""
+    """What becomes of the step size: "settle" changes it once, when an evaluation finds the task as good as solved;
+    "linear" lets it fall to 0 over the run."""
+    settle_below: float | None = Field(default=None, gt=0)
+    """The score, of the kind that the task's goal is about, below which that is. Not set: the goal itself."""
     settled_learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
-    """Step size once the task is solved, small, for the model to settle on a solution that holds at greater sizes."""
+    """Step size from then on, small, for the model to settle on a solution that holds at greater sizes."""
     square_decay: float = Field(default=0.95, ge=0, lt=1)
     """How much of the running mean of squared gradients an update keeps."""
     momentum: float = Field(default=0.9, ge=0, lt=1)

@@ -233,10 +233,8 @@ class _Run:
         self.metrics = self.fabric.broadcast(self.metrics)
         # Not at an end that is not due: a run that is resumed to go further must not differ by it.
         is_due = self.update % settings.evaluation.every_updates == 0
-        if is_due and not self.solved and is_solved(self.metrics, settings.task):
-            self.solved = {"update": self.update, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
-            if settings.optimizer.schedule == "settle":
-                self._set_learning_rate(settings.optimizer.settled_learning_rate)
+        if is_due:
+            self._settle()
         # Of two that do equally well the later one is surer of itself.
         score = total(self.metrics, settings.task)
         if score <= self.best_score:
@@ -244,6 +242,15 @@ class _Run:
             if records is not None:
                 self.keep(BEST, records)
         return self.metrics
+
+    def _settle(self) -> None:
+        """Note when the task is first solved, and from where the schedule says on take smaller steps."""
+        task, optimizer = self.settings.task, self.settings.optimizer
+        if not self.solved and is_solved(self.metrics, task):
+            self.solved = {"update": self.update, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        settle_below = optimizer.settle_below or task.goal.below
+        if optimizer.schedule == "settle" and self.metrics[task.goal.measure] < settle_below:
+            self._set_learning_rate(optimizer.settled_learning_rate)
 
     def _own(self, sequences: Sequences) -> Sequences:
         """This process's part of a batch, on its device."""

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import BEST, LAST
-from training.config import read_settings
-from training.errors import CheckpointError, NonFiniteError, RunDirectoryError
+from training.config import make_cell, read_settings
+from training.errors import CheckpointError, NonFiniteError, RunDirectoryError, SettingsError
 from training.loop import SETTINGS, train
 from training.records import METRICS
 
@@ -142,12 +142,100 @@ def test_once_the_task_is_solved_the_learning_rate_drops_and_stays_down_after_a_
     tiny_settings, monkeypatch
 ):
     monkeypatch.setattr("training.loop.is_solved", lambda *_arguments: True)
-    run(tiny_settings("--num-updates=6", "--optimizer.settled-learning-rate=1e-4"))
-    run(tiny_settings("--num-updates=8"), resume=True)
+    settings = ["--optimizer.settled-learning-rate=1e-4", "--optimizer.settle-below=1000"]
+    run(tiny_settings("--num-updates=6", *settings))
+    run(tiny_settings("--num-updates=8", *settings), resume=True)
 
     last = checkpoint.load(tiny_settings().run_dir / LAST)
     assert last.solved["update"] == 5
     assert [group["lr"] for group in last.optimizer["param_groups"]] == [1e-4]
+
+
+def test_the_learning_rate_can_drop_before_the_task_is_solved(tiny_settings):
+    run(tiny_settings("--num-updates=6", "--optimizer.settle-below=100"))
+
+    last = checkpoint.load(tiny_settings().run_dir / LAST)
+    assert last.solved == {}
+    assert last.optimizer["param_groups"][0]["lr"] == tiny_settings().optimizer.settled_learning_rate
+
+
+def test_a_linear_schedule_falls_to_0_at_the_last_update(tiny_settings):
+    run(tiny_settings("--optimizer.schedule=linear", "--optimizer.learning-rate=0.012"))
+
+    last = checkpoint.load(tiny_settings().run_dir / LAST)
+    assert last.optimizer["param_groups"][0]["lr"] == pytest.approx(
+        0.001
+    )  # 12 updates: the step of the last one.
+
+
+def test_a_run_ends_once_its_model_is_as_good_as_it_needs_to_be(tiny_settings, monkeypatch):
+    monkeypatch.setattr("training.loop.evaluate", lambda *_arguments: {"wrong_bits": 0.3})
+    settings = tiny_settings("--evaluation.enough=0.3")
+
+    assert run(settings) is None
+
+    assert checkpoint.load(settings.run_dir / LAST).update == 5
+    assert run(settings, resume=True) is None
+    assert checkpoint.load(settings.run_dir / LAST).update == 5
+
+
+def test_a_run_ends_at_its_limit_of_processor_time_and_goes_on_with_a_higher_one(tiny_settings):
+    settings = tiny_settings("--cpu-minutes=1e-9")
+
+    assert run(settings) is None
+
+    assert checkpoint.load(settings.run_dir / LAST).update == 0
+    run(tiny_settings("--cpu-minutes=5"), resume=True)
+    last = checkpoint.load(settings.run_dir / LAST)
+    assert last.update == 12
+    assert 0 < last.cpu_seconds < 60
+
+
+def test_what_is_judged_and_exported_is_the_running_mean_of_the_weights(tiny_settings):
+    settings = tiny_settings(
+        "--optimizer.average-decay=0.5", "--num-updates=3", "--evaluation.every-updates=1"
+    )
+    weights = []
+    step = torch.optim.RMSprop.step
+
+    def seen(optimizer, *arguments):
+        step(optimizer, *arguments)
+        weights.append(optimizer.param_groups[0]["params"][0].detach().clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.RMSprop, "step", seen)
+        run(settings)
+
+    mean = weights[0]
+    for weight in weights[1:]:
+        mean = 0.5 * mean + 0.5 * weight
+    last = checkpoint.load(settings.run_dir / LAST)
+    name = next(iter(dict(make_cell(settings).named_parameters())))
+    torch.testing.assert_close(last.averaged[name], mean)
+    torch.testing.assert_close(checkpoint.restore_cell(last)[0].state_dict()[name], mean)
+    assert not torch.equal(last.cell[name], mean)
+
+
+def test_a_gpu_that_is_not_there_is_said(tiny_settings):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    settings = tiny_settings("--device=cuda")
+
+    with pytest.raises(SettingsError, match="device cuda: torch finds no GPU here"):
+        run(settings)
+
+    assert not settings.run_dir.exists()
+
+
+def test_half_the_precision_trains_without_the_kernel(tiny_settings):
+    settings = tiny_settings("--precision=bf16-mixed", "--num-updates=3")
+
+    run(settings)
+
+    assert [record["update"] for record in records(settings.run_dir)] == [1, 2, 3]
+    assert all(
+        tensor.dtype == torch.float32 for tensor in checkpoint.load(settings.run_dir / LAST).cell.values()
+    )
 
 
 def test_a_run_that_is_resumed_to_go_further_gives_what_one_that_never_stopped_gives(
@@ -155,11 +243,12 @@ def test_a_run_that_is_resumed_to_go_further_gives_what_one_that_never_stopped_g
 ):
     """Also when the evaluation at its first end, where none was due, found the task solved."""
     monkeypatch.setattr("training.loop.is_solved", lambda *_arguments: True)
+    settle = "--optimizer.settle-below=1000"
     further, unbroken = f"--run-dir={tmp_path / 'further'}", f"--run-dir={tmp_path / 'unbroken'}"
 
-    run(tiny_settings("--num-updates=4", further))
-    run(tiny_settings("--num-updates=8", further), resume=True)
-    run(tiny_settings("--num-updates=8", unbroken))
+    run(tiny_settings("--num-updates=4", further, settle))
+    run(tiny_settings("--num-updates=8", further, settle), resume=True)
+    run(tiny_settings("--num-updates=8", unbroken, settle))
 
     assert_same_weights(tmp_path / "further", tmp_path / "unbroken")
 

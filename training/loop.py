@@ -55,7 +55,8 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
 
     Raises:
         SettingsError: the device is not there.
-        RunDirectoryError: the directory holds a run and `resume` is not set, or another process trains there.
+        RunDirectoryError: the directory holds a run and `resume` is not set, another process trains there, or the
+            records cannot be written.
         CheckpointError: there is no checkpoint to resume from, it is truncated or of another model, or one cannot be
             written.
         NonFiniteError: the loss or a gradient is not a number; the last good checkpoint is kept.
@@ -71,12 +72,17 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
         if not is_first:
             run.go_on(None, None, stop, Console(quiet=True))
             return None
-        write_settings(settings, run_dir / SETTINGS)
-        with Records(run_dir, after_update=run.update) as records, _progress(console) as progress:
-            if not resume:
-                run.keep(LAST, records)  # From here on there is a run to resume, whatever happens.
-            run.go_on(records, progress, stop, console)
-            run.keep(LAST, records)
+        try:
+            write_settings(settings, run_dir / SETTINGS)
+            with Records(run_dir, after_update=run.update) as records, _progress(console) as progress:
+                if not resume:
+                    run.keep(LAST, records)  # From here on there is a run to resume, whatever happens.
+                run.go_on(records, progress, stop, console)
+                run.keep(LAST, records)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{run_dir} cannot be written to ({error}): the last good checkpoint is kept; make room and --resume"
+            ) from None
         return stop.signal if not run.is_over else None
 
 

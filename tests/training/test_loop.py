@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -22,7 +23,7 @@ from training.checkpoint import BEST, LAST
 from training.config import make_cell, read_settings
 from training.errors import CheckpointError, NonFiniteError, RunDirectoryError, SettingsError
 from training.loop import SETTINGS, train
-from training.records import METRICS
+from training.records import METRICS, Records
 
 ROOT = Path(__file__).parents[2]
 
@@ -214,6 +215,28 @@ def test_what_is_judged_and_exported_is_the_running_mean_of_the_weights(tiny_set
     torch.testing.assert_close(last.averaged[name], mean)
     torch.testing.assert_close(checkpoint.restore_cell(last)[0].state_dict()[name], mean)
     assert not torch.equal(last.cell[name], mean)
+
+
+def test_records_that_cannot_be_written_end_the_run_and_leave_the_last_checkpoint(tiny_settings, monkeypatch):
+    settings = tiny_settings()
+    add = Records.add
+
+    def full(records, update, values):
+        if update == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(records, update, values)
+
+    monkeypatch.setattr(Records, "add", full)
+
+    with pytest.raises(
+        RunDirectoryError, match=r"cannot be written to .*No space left.* make room and --resume"
+    ):
+        run(settings)
+
+    assert checkpoint.load(settings.run_dir / LAST).update == 4
+    monkeypatch.undo()
+    run(settings, resume=True)
+    assert [record["update"] for record in records(settings.run_dir)] == list(range(1, 13))
 
 
 def test_a_gpu_that_is_not_there_is_said(tiny_settings):

@@ -160,6 +160,9 @@ class Settings(BaseSettings):
     """Updates in the run."""
     checkpoint_every_updates: int = Field(default=100, ge=1)
     """Updates between checkpoints; a killed run loses at most this many."""
+    restart_every_updates: int | None = Field(default=None, ge=1)
+    """Updates after which the run begins again with other weights, keeping its best model, unless that is enough; see
+    `evaluation.enough`. A multiple of `evaluation.every_updates`. Not set: it never does."""
     cpu_minutes: float | None = Field(default=None, gt=0)
     """The run ends, and can be resumed, once its process has used this much processor time. Not set: no limit."""
     num_threads: int = Field(default=1, ge=1)
@@ -190,6 +193,16 @@ class Settings(BaseSettings):
     def _long_sizes_are_the_tasks(self) -> Settings:
         parsed = self.long_sizes
         assert len(parsed) == len(self.evaluation.long_sizes)
+        return self
+
+    @model_validator(mode="after")
+    def _a_model_is_judged_before_it_is_dropped(self) -> Settings:
+        restart, evaluation = self.restart_every_updates, self.evaluation
+        if restart is not None and (restart % evaluation.every_updates or evaluation.enough is None):
+            raise ValueError(
+                f"restart_every_updates {restart} needs evaluation.enough, and must be a multiple of "
+                f"evaluation.every_updates {evaluation.every_updates}"
+            )
         return self
 
     @property

@@ -142,7 +142,9 @@ class _Run:
         torch.set_rng_state(last.random_state)
         self.draws.set_state(last.sequences_state)
         if self._average is not None:
-            self._average.n_averaged.fill_(last.update)
+            self._average.n_averaged.fill_(
+                last.update % (self.settings.restart_every_updates or last.update + 1)
+            )
         self.command, self.update = last.command, last.update
         self.metrics, self.best_score, self.solved = last.metrics, last.best_score, last.solved
         self._seconds_before, self._cpu_seconds_before = last.seconds, last.cpu_seconds
@@ -247,7 +249,20 @@ class _Run:
             self.best_score = score
             if records is not None:
                 self.keep(BEST, records)
+        restart = settings.restart_every_updates
+        if restart is not None and self.update % restart == 0 and not self.is_over:
+            self._restart()
         return self.metrics
+
+    def _restart(self) -> None:
+        """Begin again with fresh weights; everything else goes on."""
+        fresh = make_cell(self.settings)
+        for cell in (self.cell, self.averaged):
+            cell.load_state_dict(fresh.state_dict())
+        if self._average is not None:
+            self._average.n_averaged.zero_()
+        self.optimizer.state.clear()
+        self._set_learning_rate(self.settings.optimizer.learning_rate)
 
     def _settle(self) -> None:
         """Note when the task is first solved, and from where the schedule says on take smaller steps."""

@@ -110,6 +110,10 @@ def test_a_missing_toml_is_refused(tmp_path):
         (["--optimizer.clip-norm", "-1"], "optimizer.clip_norm: "),
         (["--model.num-read-heads", "0"], "model.num_read_heads: "),
         (
+            ["--restart-every-updates", "150"],
+            "restart_every_updates 150 needs evaluation.enough, and must be",
+        ),
+        (
             ["--model.architecture", "plain", "--model.controller", "feedforward"],
             "model: architecture plain needs a controller that remembers",
         ),

@@ -180,6 +180,29 @@ def test_a_run_ends_once_its_model_is_as_good_as_it_needs_to_be(tiny_settings, m
     assert checkpoint.load(settings.run_dir / LAST).update == 5
 
 
+def test_a_run_whose_model_is_not_good_enough_begins_again_and_keeps_its_best(
+    tiny_settings, tmp_path, monkeypatch
+):
+    scores = iter([9.0, 3.0, 8.0, 7.0, 2.0, 0.0])
+    monkeypatch.setattr("training.loop.evaluate", lambda *_arguments: {"wrong_bits": next(scores)})
+    restart = ["--restart-every-updates=4", "--evaluation.every-updates=2", "--evaluation.enough=0"]
+    settings = tiny_settings(*restart)
+    run(settings)
+
+    steps = [record["gradient_norm"] for record in records(settings.run_dir)]
+    assert len(set(steps)) == len(steps) == 12
+    last = checkpoint.load(settings.run_dir / LAST)
+    assert {int(state["step"]) for state in last.optimizer["state"].values()} == {4}
+    assert last.best_score == 0
+
+    # And one that is killed in between makes the same attempts.
+    scores = iter([9.0, 3.0, 8.0, 7.0, 2.0, 0.0])
+    parts = tiny_settings(*restart, f"--run-dir={tmp_path / 'parts'}", "--num-updates=6")
+    run(parts)
+    run(parts.model_copy(update={"num_updates": 12}), resume=True)
+    assert_same_weights(settings.run_dir, parts.run_dir)
+
+
 def test_a_run_ends_at_its_limit_of_processor_time_and_goes_on_with_a_higher_one(tiny_settings):
     settings = tiny_settings("--cpu-minutes=1e-9")
 

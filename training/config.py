@@ -57,6 +57,8 @@ class ModelSettings(_Section):
     """Layers of the controller, each fed by the one below."""
     controller_scale: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """Recurrent weights start even in ± this over √(inputs + units)."""
+    forget_bias: float = Field(default=0.0, allow_inf_nan=False)
+    """Of an LSTM's forget gates at the start; less than 0 lets it forget soon, and leaves remembering to the memory."""
     num_read_heads: int = Field(default=1, ge=1)
     """Read heads."""
     num_write_heads: int = Field(default=1, ge=1)
@@ -300,7 +302,7 @@ def make_cell(settings: Settings) -> Cell:
     task, model = settings.task, settings.model
     sizes: dict[str, Any] = {"input_size": task.input_size, "output_size": task.output_size}
     if model.architecture == "plain":
-        controller = {"controller", "controller_size", "controller_layers", "controller_scale"}
+        controller = {"controller", "controller_size", "controller_layers", "controller_scale", "forget_bias"}
         return PlainCell(**(sizes | model.model_dump(include=controller)))
     return NTMCell(**(sizes | model.model_dump(exclude={"architecture"})))
 

@@ -38,6 +38,7 @@ class NTMCell(nn.Module):
         controller_size: units in a layer of it.
         controller_layers: its layers, each fed by the one below.
         controller_scale: its recurrent weights are drawn from U(±scale / √(inputs + units)).
+        forget_bias: of an LSTM's forget gates at the start.
         num_read_heads: R, at least 1.
         num_write_heads: W, at least 1.
         shift_reach: how far a head can move its attention in one step, in rows; 0 leaves it to content.
@@ -58,6 +59,7 @@ class NTMCell(nn.Module):
         controller_size: int = 100,
         controller_layers: int = 1,
         controller_scale: float = 5.0,
+        forget_bias: float = 0.0,
         num_read_heads: int = 1,
         num_write_heads: int = 1,
         shift_reach: int = 1,
@@ -71,7 +73,12 @@ class NTMCell(nn.Module):
         self.num_write_heads = num_write_heads
         read_size = num_read_heads * row_width
         self.controller = Controller(
-            controller, input_size + read_size, controller_size, controller_layers, controller_scale
+            controller,
+            input_size + read_size,
+            controller_size,
+            controller_layers,
+            controller_scale,
+            forget_bias,
         )
         self.heads = Heads(
             controller_size, HeadSizes(num_read_heads, num_write_heads, row_width, shift_reach)

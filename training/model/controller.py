@@ -29,18 +29,27 @@ class Controller(nn.Module):
         size: units in a layer.
         num_layers: at least 1.
         scale: recurrent weights are drawn from U(±scale / √(inputs + units)).
+        forget_bias: of an LSTM's forget gates at the start.
     """
 
     def __init__(
-        self, kind: ControllerKind, input_size: int, size: int, num_layers: int = 1, scale: float = 5.0
+        self,
+        kind: ControllerKind,
+        input_size: int,
+        size: int,
+        num_layers: int = 1,
+        scale: float = 5.0,
+        forget_bias: float = 0.0,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for fed in [input_size] + [size] * (num_layers - 1):
             if kind == "feedforward":
                 layers.append(FeedforwardLayer(fed, size))
+            elif kind == "lstm":
+                layers.append(LSTMLayer(fed, size, scale, forget_bias))
             else:
-                layers.append(_RECURRENT[kind](fed, size, scale))
+                layers.append(_OTHERS[kind](fed, size, scale))
         self.layers: Sequence[Any] = cast("Sequence[Any]", nn.ModuleList(layers))
 
     def step(self, inputs: Sequence[Tensor], state: ControllerState) -> tuple[Tensor, ControllerState]:
@@ -88,10 +97,11 @@ class FeedforwardLayer(nn.Linear):
 class LSTMLayer(nn.Module):
     """Long short-term memory, with a learned initial state."""
 
-    def __init__(self, input_size: int, size: int, scale: float) -> None:
+    def __init__(self, input_size: int, size: int, scale: float, forget_bias: float = 0.0) -> None:
         super().__init__()
         self.size = size
         self.gates = _linear(input_size + size, 4 * size, scale / math.sqrt(input_size + size))
+        nn.init.constant_(self.gates.bias[size : 2 * size], forget_bias)
         self.initial_hidden = _small(size)
         self.initial_cell = _small(size)
 
@@ -165,8 +175,7 @@ class MGULayer(nn.Module):
         return HiddenState(torch.tanh(self.initial_hidden).expand(batch_size, -1))
 
 
-_RECURRENT: dict[str, type[LSTMLayer] | type[GRULayer] | type[MGULayer]] = {
-    "lstm": LSTMLayer,
+_OTHERS: dict[str, type[GRULayer] | type[MGULayer]] = {
     "gru": GRULayer,
     "mgu": MGULayer,
 }

@@ -23,6 +23,7 @@ class PlainCell(nn.Module):
         controller_size: units in a layer.
         controller_layers: layers, each fed by the one below.
         controller_scale: weights are drawn from U(±scale / √(inputs + units)).
+        forget_bias: of an LSTM's forget gates at the start.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class PlainCell(nn.Module):
         controller_size: int,
         controller_layers: int,
         controller_scale: float,
+        forget_bias: float = 0.0,
     ) -> None:
         super().__init__()
         self.input_size = input_size
         self.output_size = output_size
         self.controller = Controller(
-            controller, input_size, controller_size, controller_layers, controller_scale
+            controller, input_size, controller_size, controller_layers, controller_scale, forget_bias
         )
         self.output = nn.Linear(controller_size, output_size)
         nn.init.xavier_uniform_(self.output.weight)

@@ -106,3 +106,9 @@ def test_each_layer_is_fed_by_the_one_below(kind):
         assert_close(output, expected)
         for after, expected_state in zip(next_state, (below_state, above_state), strict=True):
             assert_close(tuple(after), tuple(expected_state))
+
+
+def test_a_forget_bias_is_that_of_the_forget_gates_alone():
+    layer = LSTMLayer(3, 2, scale=5, forget_bias=-2)
+
+    assert layer.gates.bias.tolist() == [0, 0, -2, -2, 0, 0, 0, 0]

@@ -80,7 +80,7 @@ proto: $(VENV)/.dev ## Generate the code from the protos.
 	@$(PROTOC) $(call generate_into,protos) $(PROTOS)
 
 .PHONY: train
-train: $(VENV)/.train ## Train the shipped model again, in runs/copy.
+train: $(VENV)/.train ## Train a machine to copy, in runs/copy.
 	@$(BIN)/python -m training copy --seed 13 --run-dir runs/copy
 
 .PHONY: audit

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from export.step import Step
 from training.model import NTMCell
-from training.model.controller import LSTMController
+from training.model.controller import LSTMLayer
 
 
 class TextbookStep(Step):
@@ -25,12 +25,13 @@ class TextbookStep(Step):
     def __init__(self, cell: NTMCell) -> None:
         """Take the weights of `cell`."""
         super().__init__(cell)
-        assert isinstance(cell.controller, LSTMController)
+        [layer] = cell.controller.layers
+        assert isinstance(layer, LSTMLayer)
         self.num_heads_of_kind = [cell.num_read_heads, cell.num_write_heads]
-        self.row_width = cell.heads.row_width
-        self.controller = _lstm_cell(cell.controller)
+        self.row_width = cell.heads.sizes.row_width
+        self.controller = _lstm_cell(layer)
 
-        every, num_heads = cell.heads.linear, sum(self.num_heads_of_kind)
+        every, num_heads = cell.heads, sum(self.num_heads_of_kind)
         num_written = cell.num_write_heads * self.row_width
         addresses, erase, add = torch.split(
             torch.arange(len(every.bias)), [len(every.bias) - 2 * num_written, num_written, num_written]
@@ -98,7 +99,7 @@ def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
     return part
 
 
-def _lstm_cell(controller: LSTMController) -> nn.LSTMCell:
+def _lstm_cell(controller: LSTMLayer) -> nn.LSTMCell:
     """Torch's cell, which has its gates in another order and a matrix for the inputs and one for the state."""
     enter, keep, leave, candidate = torch.arange(4 * controller.size).chunk(4)
     gates = _rows(controller.gates, torch.cat([enter, keep, candidate, leave]))

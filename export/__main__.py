@@ -13,7 +13,7 @@ from rich.table import Table
 
 from export.errors import ExportError
 from export.publish import MODEL_FILE, publish
-from export.verification import LARGEST_INVARIANT_BATCH, NUM_STEPS, Report
+from export.verification import LARGEST_INVARIANT_BATCH, Report
 from training.errors import TrainingError
 
 
@@ -53,7 +53,7 @@ def _show(report: Report, path: Path) -> None:
     table.add_row("onnx.checker, full check", "valid")
     for size, difference in report.differences.items():
         table.add_row(
-            f"against torch, {NUM_STEPS} steps in closed loop, batch {size}",
+            f"against torch, {report.num_steps} steps in closed loop, batch {size}",
             f"outputs within {difference.output:.0e}, states {difference.state:.0e}",
         )
     table.add_row(f"each row in batches of 1 to {LARGEST_INVARIANT_BATCH}", "the same bits")

@@ -50,7 +50,7 @@ def publish(run_dir: Path, target: Path) -> tuple[Checkpoint, Report]:
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         write_onnx(step, spec, draft / MODEL_FILE)
-        report = verify(draft / MODEL_FILE, step, settings.task)
+        report = verify(draft / MODEL_FILE, step, settings.task, settings.long_sizes)
         draft.chmod(0o755)
         _move(draft, target)
     except BaseException:

@@ -84,6 +84,7 @@ def _provenance(checkpoint: Checkpoint, settings: Settings) -> model_pb2.Provena
             "training_updates": checkpoint.update,
             "training_sequences": checkpoint.update * settings.batch_size,
             "training_seconds": checkpoint.seconds,
+            "training_cpu_seconds": checkpoint.cpu_seconds,
             **{f"solved_at_{unit}": value for unit, value in checkpoint.solved.items()},
         },
         library_versions={library: version(library) for library in _LIBRARIES}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.model import NTMCell, named_tensors, with_tensors
+from training.model import Cell, named_tensors, with_tensors
 
 INPUT = "input"
 OUTPUT = "output"
@@ -20,7 +20,7 @@ OUTPUT = "output"
 class Step(nn.Module):
     """(input, *state) -> (output, *next state)."""
 
-    def __init__(self, cell: NTMCell) -> None:
+    def __init__(self, cell: Cell) -> None:
         super().__init__()
         self.cell = cell
         with torch.no_grad():

@@ -25,13 +25,16 @@ from export.spec import initial_value
 from export.step import Step
 from ntm.tensor import Array
 from ntm.v1 import model_pb2
-from training.tasks import CopyTask
+from training.tasks import Size, Task
 
-NUM_STEPS = 201
 BATCH_SIZES = (1, 2, 7, 64)
 # In units of the tensor's largest element where that is above 1: a trained LSTM sums terms of up to 90 to a gate
 # near 0, and torch's own float32 is up to 2e-5 away from its float64.
 LARGEST_DIFFERENCE = 1e-5
+# A machine that looks things up in a full memory magnifies rounding: associative recall with 20 items is 4e-5 away
+# after 88 steps. The file may be a few times as inexact as torch in the same precision, within reason.
+_TIMES_TORCH = 4
+_MOST = 1e-3
 LARGEST_INVARIANT_BATCH = 128
 _INVARIANCE_STEPS = 21
 
@@ -39,7 +42,7 @@ Tensors = dict[str, Array]
 
 
 class Difference(NamedTuple):
-    """How far torch and ONNX Runtime were apart at most, in any row and step."""
+    """How far from the cell in double precision something was at most, in any row and step."""
 
     output: float
     state: float
@@ -50,12 +53,14 @@ class Report(NamedTuple):
 
     num_nodes: int
     num_bytes: int
+    num_steps: int
+    """Steps for which both ran side by side."""
     differences: dict[int, Difference]
     """By batch size."""
 
 
-def verify(path: Path, step: Step, task: CopyTask) -> Report:
-    """Verify a written file against the cell it came from, on sequences of its task.
+def verify(path: Path, step: Step, task: Task, long_sizes: list[Size]) -> Report:
+    """Verify a written file against the cell it came from, on sequences of its task as long as any it was judged on.
 
     Raises:
         VerificationError: the file is not valid ONNX, differs from the cell, or treats batches differently.
@@ -72,15 +77,15 @@ def verify(path: Path, step: Step, task: CopyTask) -> Report:
             raise VerificationError(f"the initial value of {name} in the metadata is not the cell's")
     session = _session(path)
     exact = Step(copy.deepcopy(step.cell).double())
-    differences = {
-        size: _difference(session, spec, exact, initial, _inputs(task, NUM_STEPS, size))
-        for size in BATCH_SIZES
-    }
-    for size, difference in differences.items():
-        _check(difference.output, f"the outputs at batch {size}")
-        _check(difference.state, f"the states at batch {size}")
-    _check_invariance(session, spec, initial, task)
-    return Report(len(model.graph.node), path.stat().st_size, differences)
+    inputs = _inputs(task, long_sizes)
+    differences = {}
+    for size in BATCH_SIZES:
+        of_file, of_torch = _differences(session, spec, step, exact, initial, inputs[:, -size:])
+        _check(of_file.output, of_torch.output, f"the outputs at batch {size}", len(inputs))
+        _check(of_file.state, of_torch.state, f"the states at batch {size}", len(inputs))
+        differences[size] = of_file
+    _check_invariance(session, spec, initial, inputs[:_INVARIANCE_STEPS])
+    return Report(len(model.graph.node), path.stat().st_size, len(inputs), differences)
 
 
 def _session(path: Path) -> ort.InferenceSession:
@@ -101,44 +106,76 @@ def _run(
     }
 
 
-def _inputs(task: CopyTask, num_steps: int, batch_size: int) -> Array:
-    """[T, B, I], another sequence of the task in each row."""
-    generator = torch.Generator().manual_seed(0)
-    inputs: Array = task.draw(batch_size, num_steps // 2, generator).inputs.numpy()
-    assert len(inputs) == num_steps
-    return inputs
+def _inputs(task: Task, long_sizes: list[Size]) -> Array:
+    """[T, B, I], another sequence of the task in each row, as long as the longest it was trained or judged on."""
+    drawn = [
+        task.draw(LARGEST_INVARIANT_BATCH, size, torch.Generator().manual_seed(0)).inputs
+        for size in (max(task.sizes()), *long_sizes)
+    ]
+    longest: Array = max(drawn, key=len).numpy()
+    return longest
 
 
 def _start(initial: Tensors, batch_size: int) -> Tensors:
     return {name: np.repeat(value[None], batch_size, axis=0) for name, value in initial.items()}
 
 
-def _check(difference: float, what: str) -> None:
-    if not difference <= LARGEST_DIFFERENCE:  # Also when it is not a number.
+def _check(difference: float, of_torch: float, what: str, num_steps: int) -> None:
+    allowed = min(max(LARGEST_DIFFERENCE, _TIMES_TORCH * of_torch), _MOST)
+    if not difference <= allowed:  # Also when it is not a number.
         raise VerificationError(
-            f"{what} differ between ONNX Runtime and torch by {difference:.2g} within {NUM_STEPS} steps; "
-            f"{LARGEST_DIFFERENCE:g} is allowed. A cell that was hardly trained can be chaotic, so "
+            f"{what} differ between ONNX Runtime and torch by {difference:.2g} within {num_steps} steps; "
+            f"{allowed:.2g} is allowed. A cell that was hardly trained can be chaotic, so "
             "that rounding errors grow: train it further"
         )
 
 
 @torch.no_grad()
-def _difference(
-    session: ort.InferenceSession, spec: model_pb2.ModelSpec, exact: Step, initial: Tensors, sequence: Array
-) -> Difference:
-    """Run both in closed loop: each feeds its own state back, so that errors may grow."""
+def _differences(
+    session: ort.InferenceSession,
+    spec: model_pb2.ModelSpec,
+    single: Step,
+    exact: Step,
+    initial: Tensors,
+    sequence: Array,
+) -> tuple[Difference, Difference]:
+    """How far the file, and torch in its precision, are from the exact cell.
+
+    All run in closed loop: each feeds its own state back, so that errors may grow.
+    """
     batch_size = sequence.shape[1]
     theirs = _start(initial, batch_size)
-    ours = exact.initial_state(batch_size)
-    of_outputs, of_states = [], [_apart(theirs[name], ours[name]) for name in ours]
+    ours, best = (
+        list(single.initial_state(batch_size).values()),
+        list(exact.initial_state(batch_size).values()),
+    )
+    of_file, of_torch = _Apart(), _Apart()
+    of_file.states += [
+        _apart(theirs[name], tensor) for name, tensor in zip(exact.state_names, best, strict=True)
+    ]
     for inputs in sequence:
         their_output, theirs = _run(session, spec, inputs, theirs)
-        our_output, *our_state = exact(torch.from_numpy(inputs).double(), *ours.values())
-        ours = dict(zip(exact.state_names, our_state, strict=True))
-        of_outputs.append(_apart(their_output, our_output))
-        of_states += [_apart(theirs[name], ours[name]) for name in ours]
-    # np.max keeps NaN, max does not.
-    return Difference(float(np.max(of_outputs)), float(np.max(of_states)))
+        our_output, *ours = single(torch.from_numpy(inputs), *ours)
+        best_output, *best = exact(torch.from_numpy(inputs).double(), *best)
+        of_file.outputs.append(_apart(their_output, best_output))
+        of_torch.outputs.append(_apart(our_output.numpy(), best_output))
+        of_file.states += [
+            _apart(theirs[name], tensor) for name, tensor in zip(exact.state_names, best, strict=True)
+        ]
+        of_torch.states += [_apart(our.numpy(), tensor) for our, tensor in zip(ours, best, strict=True)]
+    return of_file.greatest(), of_torch.greatest()
+
+
+class _Apart:
+    """Differences, step by step."""
+
+    def __init__(self) -> None:
+        self.outputs: list[float] = []
+        self.states: list[float] = []
+
+    def greatest(self) -> Difference:
+        # np.max keeps NaN, max does not. A cell has a state, but torch's start needs no check.
+        return Difference(float(np.max(self.outputs)), float(np.max(self.states)))
 
 
 def _apart(their: Array, our: torch.Tensor) -> float:
@@ -148,7 +185,7 @@ def _apart(their: Array, our: torch.Tensor) -> float:
 
 
 def _check_invariance(
-    session: ort.InferenceSession, spec: model_pb2.ModelSpec, initial: Tensors, task: CopyTask
+    session: ort.InferenceSession, spec: model_pb2.ModelSpec, initial: Tensors, sequence: Array
 ) -> None:
     """A row has the same bits whatever the size of the batch and wherever in it the row stands.
 
@@ -156,10 +193,10 @@ def _check_invariance(
     """
     whole_size = LARGEST_INVARIANT_BATCH
     state = _start(initial, whole_size)
-    for at, inputs in enumerate(_inputs(task, _INVARIANCE_STEPS, whole_size)):
+    for at, inputs in enumerate(sequence):
         output, next_state = _run(session, spec, inputs, state)
         for size in range(1, whole_size + 1):
-            first = at * (whole_size - size) // (_INVARIANCE_STEPS - 1)
+            first = at * (whole_size - size) // max(1, len(sequence) - 1)
             rows = slice(first, first + size)
             part_output, part = _run(
                 session, spec, inputs[rows], {name: value[rows] for name, value in state.items()}

@@ -76,7 +76,7 @@ def test_the_readmes_help_commands_say_what_there_is(command: list[str]) -> None
 def test_the_readmes_training_and_export_commands_run_as_they_stand(tmp_path: Path) -> None:
     """In smaller: the paths are temporary ones, and settings are added that make it a matter of seconds."""
     tiny = ["--num-updates=1", "--model.memory-rows=12", "--model.row-width=5", "--model.controller-size=9"]
-    tiny += ["--task.num-bits=3", "--task.max-length=4", "--evaluation.long-lengths=5"]
+    tiny += ["--task.num-bits=3", "--task.max-length=4", "--evaluation.long-sizes=5"]
     ran = []
     for command in commands("Train") + commands("Export"):
         if command[0] == "make" or "--help" in command:

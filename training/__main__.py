@@ -1,25 +1,32 @@
-"""The command line: `python -m training copy --seed 3 --run-dir runs/copy`.
+"""The command line: `python -m training copy --seed 3 --run-dir runs/copy`, and what is done with runs.
 
-Settings are read here and nowhere else; `loop.py` does the work.
+Settings and flags are read here and nowhere else; `loop.py`, `report.py`, `plots.py` and `sweep.py` do the work.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
+import torch
 from rich.console import Console
 
 from training import checkpoint
-from training.checkpoint import LAST
-from training.config import CONFIGS, Settings, read_settings, resolve
+from training.checkpoint import BEST, LAST
+from training.config import CONFIGS, Settings, parse_sizes, read_settings, resolve
 from training.errors import SettingsError, TrainingError
 from training.loop import train
 
 _USAGE = """\
 usage: python -m training EXPERIMENT [--resume] [--SETTING VALUE ...]
+       python -m training evaluate RUN [--sizes SIZE,SIZE,...] [--num-sequences N]
+       python -m training plot RUN [RUN ...] [--size SIZE] [--to FOLDER]
+       python -m training sweep EXPERIMENT --seeds 0-9 --to FOLDER [--vary SETTING=VALUE,VALUE ...] [--jobs N]
 
 Train a Neural Turing Machine. The experiments are: {experiments}.
 
@@ -28,6 +35,9 @@ Train a Neural Turing Machine. The experiments are: {experiments}.
   python -m training copy --optimizer.learning-rate 5e-4         any setting of the experiment
   python -m training copy --resume                               go on after Ctrl-C or a crash
   python -m training copy --help                                 all settings
+  python -m training evaluate runs/copy                          errors by size: a table, JSON and a plot
+  python -m training plot runs/copy                              learning curve, the machine at work, its memory
+  python -m training sweep copy --seeds 0-9 --to runs/copies     ten runs; again: go on with those not ended
 
 A run directory holds settings.toml, the checkpoints last.pt and best.pt, metrics.jsonl and tensorboard/.\
 """
@@ -35,27 +45,39 @@ A run directory holds settings.toml, the checkpoints last.pt and best.pt, metric
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    console = Console(stderr=True, highlight=False)
-    experiments = sorted(path.stem for path in CONFIGS.glob("*.toml"))
+    console = Console(stderr=True, highlight=False, quiet=int(os.environ.get("RANK", 0)) > 0)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE.format(experiments=", ".join(experiments)))
+        print(_USAGE.format(experiments=", ".join(_experiments())))
         return 0 if arguments else 2
-    experiment, *overrides = arguments
-    prog = f"python -m training {experiment}"
-    command = shlex.join(["python", "-m", "training", *arguments])
+    command: Callable[[Sequence[str], Console], int] = _COMMANDS.get(arguments[0], _train)
     try:
-        if experiment not in experiments:
-            raise SettingsError(f"unknown experiment {experiment!r}: there are {', '.join(experiments)}")
-        resume = "--resume" in overrides
-        if resume:
-            overrides.remove("--resume")
-        settings = read_settings(CONFIGS / f"{experiment}.toml", overrides, prog)
-        if resume:
-            settings = _settings_to_resume(settings.run_dir, overrides, prog)
-        signal_number = train(settings, command, resume=resume, console=console)
+        return command(arguments, console)
     except TrainingError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
+
+
+def _experiments() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def _check_experiment(experiment: str) -> None:
+    if experiment not in _experiments():
+        raise SettingsError(f"unknown experiment {experiment!r}: there are {', '.join(_experiments())}")
+
+
+def _train(arguments: Sequence[str], console: Console) -> int:
+    experiment, *overrides = arguments
+    _check_experiment(experiment)
+    prog = f"python -m training {experiment}"
+    resume = "--resume" in overrides
+    if resume:
+        overrides.remove("--resume")
+    settings = read_settings(CONFIGS / f"{experiment}.toml", overrides, prog)
+    if resume:
+        settings = _settings_to_resume(settings.run_dir, overrides, prog)
+    command = shlex.join(["python", "-m", "training", *arguments])
+    signal_number = train(settings, command, resume=resume, console=console)
     if signal_number is not None:
         resuming = shlex.join(
             ["python", "-m", "training", experiment, "--run-dir", str(settings.run_dir), "--resume"]
@@ -72,16 +94,133 @@ def _settings_to_resume(run_dir: Path, overrides: Sequence[str], prog: str) -> S
     values = last.settings | {"run_dir": str(run_dir)}
     started_with = resolve(values, run_dir / LAST, [], prog)
     wanted = resolve(values, run_dir / LAST, overrides, prog)
-    if wanted != started_with.model_copy(update={"num_updates": wanted.num_updates}):
+    further = {"num_updates": wanted.num_updates, "cpu_minutes": wanted.cpu_minutes}
+    if wanted != started_with.model_copy(update=further):
         raise SettingsError(
             f"the run in {run_dir} is resumed with the settings it was started with: "
-            "leave out all but --run-dir and --num-updates"
+            "leave out all but --run-dir, --num-updates and --cpu-minutes"
         )
     if wanted.num_updates < last.update:
         raise SettingsError(
             f"num_updates {wanted.num_updates} is less than the {last.update} updates that the run has made"
         )
+    if wanted.num_updates != started_with.num_updates and wanted.optimizer.schedule == "linear":
+        raise SettingsError(
+            "the step size falls to 0 at num_updates, so the run cannot be made longer: start another"
+        )
     return wanted
+
+
+def _evaluate(arguments: Sequence[str], _console: Console) -> int:
+    # The figures' library takes a second to load, which training need not wait for.
+    from training import plots, report
+
+    parser = _Parser(
+        prog="python -m training evaluate", description="Errors by size, of the best checkpoint."
+    )
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--sizes", default="", help="such as 10,20 or 20x10; default: of training and beyond")
+    parser.add_argument("--num-sequences", type=_positive, default=200, help="of each size (default: 200)")
+    options = parser.parse_args(arguments[1:])
+    torch.set_num_threads(1)
+    settings = checkpoint.restore_settings(checkpoint.load(options.run / BEST))
+    sizes = parse_sizes(options.sizes.split(",") if options.sizes else [], settings.task, "--sizes")
+    result = report.report(options.run, sizes, options.num_sequences)
+    Console(highlight=False).print(report.table(result, settings.task.size_names))
+    picture = options.run / "evaluation.png"
+    plots.plot_evaluation({options.run.name: result}, settings.task.size_names, picture)
+    print(f"written: {options.run / report.EVALUATION}, {picture}")
+    return 0
+
+
+def _plot(arguments: Sequence[str], _console: Console) -> int:
+    from training import plots
+
+    parser = _Parser(
+        prog="python -m training plot",
+        description="Of one run, its learning curve, the machine at work on a sequence, and its memory as an "
+        "animation. Of several, or of folders of runs, their learning curves, one for each folder.",
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="run directories, or folders of them, such as a sweep's"
+    )
+    parser.add_argument("--size", default="", help="of the sequence; default: the largest of training")
+    parser.add_argument("--to", type=Path, help="folder for the pictures; default: the first of the runs")
+    options = parser.parse_args(arguments[1:])
+    torch.set_num_threads(1)
+    groups = {path.name: _runs_in(path) for path in options.runs}
+    folder = options.to or options.runs[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = {name: [plots.read_curve(run) for run in runs] for name, runs in groups.items()}
+    first = checkpoint.load(next(iter(groups.values()))[0] / LAST)
+    task = checkpoint.restore_settings(first).task
+    written = [folder / "learning.png"]
+    plots.plot_learning(curves, task.name, written[0])
+    if len(options.runs) == 1 and groups[options.runs[0].name] == options.runs:
+        cell, _ = checkpoint.restore_cell(checkpoint.load(options.runs[0] / BEST))
+        [size] = parse_sizes([options.size], task, "--size") if options.size else [max(task.sizes())]
+        traced, title = plots.trace(cell, task, size), plots.heading(task, size)
+        written.append(folder / "machine.png")
+        plots.plot_machine(traced, title, written[-1])
+        if traced.memory.size:
+            written.append(folder / "memory.gif")
+            plots.animate_memory(traced, title, written[-1])
+    print(f"written: {', '.join(map(str, written))}")
+    return 0
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The run directory itself, or the runs in a folder."""
+    runs = [path] if (path / LAST).exists() else sorted(last.parent for last in path.glob(f"*/{LAST}"))
+    if not runs:
+        raise SettingsError(f"{path} is not a run, and holds none: train there first")
+    return runs
+
+
+def _sweep(arguments: Sequence[str], console: Console) -> int:
+    from training.sweep import sweep, table, variations
+
+    parser = _Parser(
+        prog="python -m training sweep",
+        description="Many runs of one experiment. All other flags are settings of every run.",
+    )
+    parser.add_argument("experiment")
+    parser.add_argument("--seeds", default="0", help="such as 0-9 or 3,5,8 (default: 0)")
+    parser.add_argument(
+        "--vary", action="append", default=[], help="SETTING=VALUE,VALUE,...; may be repeated"
+    )
+    parser.add_argument("--to", type=Path, required=True, help="folder that receives the runs")
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
+    options, settings = parser.parse_known_args(arguments[1:])
+    _check_experiment(options.experiment)
+    runs = variations(options.seeds, options.vary)
+    for varied in runs:  # A setting that cannot work is refused before any run is made.
+        flags = [*settings, *(f"--{flag}={value}" for flag, value in varied.items())]
+        read_settings(CONFIGS / f"{options.experiment}.toml", flags, parser.prog)
+    rows = sweep(options.experiment, settings, runs, options.to, options.jobs, console)
+    Console(highlight=False).print(table(rows))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; see {self.prog} --help")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str], Console], int]] = {
+    "evaluate": _evaluate,
+    "plot": _plot,
+    "sweep": _sweep,
+}
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import ValidationError
 
-from training.config import Settings, make_cell
-from training.errors import CheckpointError
-from training.model import NTMCell
+from training.config import Settings, make_cell, settings_class
+from training.errors import CheckpointError, SettingsError
+from training.model import Cell
 
 LAST = "last.pt"
 BEST = "best.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Checkpoint(NamedTuple):
@@ -35,8 +35,12 @@ class Checkpoint(NamedTuple):
     """Updates done."""
     seconds: float
     """Wall-clock time that those took."""
+    cpu_seconds: float
+    """Processor time of the first process that those took, compilation included."""
     cell: dict[str, Any]
     """Weights, and the tensors of the initial state."""
+    averaged: dict[str, Any]
+    """Their running mean, which is evaluated and exported; the same where none is kept."""
     optimizer: dict[str, Any]
     """Running means and momenta."""
     random_state: torch.Tensor
@@ -48,17 +52,27 @@ class Checkpoint(NamedTuple):
     best_score: float
     """The least score of any evaluation up to here; see `evaluate.py`."""
     solved: dict[str, float]
-    """The first evaluation at which the task was solved: `update` and `seconds`. Empty before."""
+    """The first evaluation at which the task was solved: `update`, `seconds` and `cpu_seconds`. Empty before."""
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Put a checkpoint in place by one rename."""
+    """Put a checkpoint in place by one rename.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk; the last one is still there.
+    """
     beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
-        torch.save({"format": _FORMAT, **checkpoint._asdict()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            torch.save({"format": _FORMAT, **checkpoint._asdict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # What torch makes of a failed write is a RuntimeError.
+        beside.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} cannot be written ({error}): the one before is still there; make room and --resume"
+        ) from None
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -96,18 +110,38 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(**content)
 
 
-def restore_cell(checkpoint: Checkpoint) -> tuple[NTMCell, Settings]:
-    """The trained cell and the settings it was trained with.
+def restore_cell(checkpoint: Checkpoint) -> tuple[Cell, Settings]:
+    """The trained cell, averaged where the run keeps an average, and the settings it was trained with.
 
     Raises:
         CheckpointError: the weights do not fit the settings.
     """
-    try:
-        settings = Settings(**checkpoint.settings)
-        cell = make_cell(settings)
-        cell.load_state_dict(checkpoint.cell)
-    except ValidationError:
-        raise CheckpointError("the checkpoint's settings are not of this version: train again") from None
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint's weights are of another model: {error}") from None
+    settings = restore_settings(checkpoint)
+    cell = make_cell(settings)
+    load_weights(cell, checkpoint.averaged)
     return cell, settings
+
+
+def restore_settings(checkpoint: Checkpoint) -> Settings:
+    """The settings of the run.
+
+    Raises:
+        CheckpointError: they are not of this version.
+    """
+    try:
+        return settings_class(checkpoint.settings["task"]["name"])(**checkpoint.settings)
+    except (ValidationError, SettingsError, KeyError, TypeError):
+        raise CheckpointError("the checkpoint's settings are not of this version: train again") from None
+
+
+def load_weights(cell: torch.nn.Module, weights: dict[str, Any]) -> None:
+    """Put a checkpoint's weights into a cell.
+
+    Raises:
+        CheckpointError: they are of a cell of another architecture.
+    """
+    try:
+        cell.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
+        raise CheckpointError(f"the checkpoint's weights are of another model: {reason}") from None

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from training.errors import SettingsError
-from training.model.cell import InitialAttention, InitialMemory, NTMCell
+from training.model import Cell, NTMCell, PlainCell
+from training.model.cell import InitialAttention, InitialMemory
 from training.model.controller import ControllerKind
-from training.tasks import CopyTask
+from training.tasks import TASKS, Size, Task
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -32,14 +43,22 @@ class _Section(BaseModel):
 class ModelSettings(_Section):
     """The machine."""
 
+    architecture: Literal["ntm", "plain"] = "ntm"
+    """"ntm", or "plain": the controller alone, without memory and heads, as a baseline."""
     memory_rows: int = Field(default=128, ge=1)
     """Rows of the memory, N. A multiple of 4 keeps the exported model's batches exact."""
     row_width: int = Field(default=20, ge=1)
     """Numbers in a row, M."""
     controller: ControllerKind = "lstm"
-    """Which network decides: "lstm" or "feedforward"."""
+    """Which network decides: "lstm", "gru", "mgu" (minimal gated unit) or "feedforward"."""
     controller_size: int = Field(default=100, ge=1)
-    """Units of the controller."""
+    """Units in a layer of the controller."""
+    controller_layers: int = Field(default=1, ge=1)
+    """Layers of the controller, each fed by the one below."""
+    controller_scale: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Recurrent weights start even in ± this over √(inputs + units)."""
+    forget_bias: float = Field(default=0.0, allow_inf_nan=False)
+    """Of an LSTM's forget gates at the start; less than 0 lets it forget soon, and leaves remembering to the memory."""
     num_read_heads: int = Field(default=1, ge=1)
     """Read heads."""
     num_write_heads: int = Field(default=1, ge=1)
@@ -60,20 +79,38 @@ class ModelSettings(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_carries_over(self) -> ModelSettings:
+        if self.architecture == "plain" and self.controller == "feedforward":
+            raise ValueError("architecture plain needs a controller that remembers: lstm, gru or mgu")
+        return self
+
 
 class OptimizerSettings(_Section):
-    """RMSprop with momentum, and clipping."""
+    """How weights follow gradients."""
 
+    name: Literal["rmsprop", "graves-rmsprop", "adam"] = "rmsprop"
+    """"rmsprop" with momentum, "graves-rmsprop" (the same, centred, as in the paper), or "adam"."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    """Step size until the task is solved: until an evaluation finds fewer than 0.1 wrong bits in a sequence."""
+    """Step size at the start."""
+    schedule: Literal["settle", "linear"] = "settle"
+    """What becomes of the step size: "settle" changes it once, when an evaluation finds the task as good as solved;
+    "linear" lets it fall to 0 over the run."""
+    settle_below: float | None = Field(default=None, gt=0)
+    """The score, of the kind that the task's goal is about, below which that is. Not set: the goal itself."""
     settled_learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
-    """Step size from then on, small, for the model to settle on a solution that holds at greater lengths."""
+    """Step size from then on, small, for the model to settle on a solution that holds at greater sizes."""
     square_decay: float = Field(default=0.95, ge=0, lt=1)
     """How much of the running mean of squared gradients an update keeps."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """How much of the last step an update keeps."""
+    """How much of the last step (of the mean gradient, with Adam) an update keeps."""
+    epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    """Added to the root of the mean square, so that steps vanish where gradients are much smaller."""
     clip_norm: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     """Gradients of a greater norm, over all weights, are scaled down to it."""
+    average_decay: float = Field(default=0.0, ge=0, lt=1)
+    """The model that is evaluated and exported is a running mean of the weights; how much of it an update keeps. 0: the
+    weights themselves."""
 
 
 class EvaluationSettings(_Section):
@@ -82,17 +119,21 @@ class EvaluationSettings(_Section):
     every_updates: int = Field(default=200, ge=1)
     """Updates between evaluations."""
     num_sequences: int = Field(default=16, ge=1)
-    """Sequences of each length of training."""
+    """Sequences of each size of training."""
     num_long_sequences: int = Field(default=64, ge=1)
-    """Sequences of each greater length: errors are rare there, and few sequences miss them."""
-    long_lengths: tuple[int, ...] = (40, 80, 120)
-    """Lengths beyond training at which to measure whether the model generalises; it is kept where it does best."""
+    """Sequences of each greater size: errors are rare there, and few sequences miss them."""
+    long_sizes: tuple[str, ...] = ()
+    """Sizes beyond training, such as 120 or 20x10, at which to measure whether the model generalises; it is kept where
+    it does best."""
+    enough: float | None = Field(default=None, ge=0)
+    """The run ends early once the score by which models are kept is no more than this. Not set: it does not."""
 
-    @model_validator(mode="after")
-    def _lengths_are_positive(self) -> EvaluationSettings:
-        if any(length < 1 for length in self.long_lengths):
-            raise ValueError("long_lengths must all be at least 1")
-        return self
+    @field_validator("long_sizes", mode="before")
+    @classmethod
+    def _numbers_are_sizes(cls, values: object) -> object:
+        if isinstance(values, int | str):
+            values = [values]
+        return [str(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 class Settings(BaseSettings):
@@ -111,19 +152,29 @@ class Settings(BaseSettings):
         cli_hide_none_type=True,
     )
 
-    run_dir: Path = Path("runs/copy")
+    run_dir: Path
     """Folder that receives checkpoints and records."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Where all randomness of the run starts: weights and sequences."""
     batch_size: int = Field(default=16, ge=1)
-    """Sequences in an update."""
+    """Sequences in an update, for each process."""
     num_updates: int = Field(default=2000, ge=1)
     """Updates in the run."""
     checkpoint_every_updates: int = Field(default=100, ge=1)
     """Updates between checkpoints; a killed run loses at most this many."""
+    restart_every_updates: int | None = Field(default=None, ge=1)
+    """Updates after which the run begins again with other weights, keeping its best model, unless that is enough; see
+    `evaluation.enough`. A multiple of `evaluation.every_updates`. Not set: it never does."""
+    cpu_minutes: float | None = Field(default=None, gt=0)
+    """The run ends, and can be resumed, once its process has used this much processor time. Not set: no limit."""
     num_threads: int = Field(default=1, ge=1)
-    """Processor cores to use."""
-    task: CopyTask = CopyTask()
+    """Processor cores that a process uses."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute. On "cpu" in full precision the memory is accessed by a compiled kernel."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Of the arithmetic: all in float32, or matrix products in a smaller format."""
+    task: Task
+    """What to learn."""
     model: ModelSettings = ModelSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -139,6 +190,66 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """No environment variables: a run is told by its TOML and its command line alone."""
         return (init_settings,)
+
+    @model_validator(mode="after")
+    def _long_sizes_are_the_tasks(self) -> Settings:
+        parsed = self.long_sizes
+        assert len(parsed) == len(self.evaluation.long_sizes)
+        return self
+
+    @model_validator(mode="after")
+    def _a_model_is_judged_before_it_is_dropped(self) -> Settings:
+        restart, evaluation = self.restart_every_updates, self.evaluation
+        if restart is not None and (restart % evaluation.every_updates or evaluation.enough is None):
+            raise ValueError(
+                f"restart_every_updates {restart} needs evaluation.enough, and must be a multiple of "
+                f"evaluation.every_updates {evaluation.every_updates}"
+            )
+        return self
+
+    @property
+    def long_sizes(self) -> list[Size]:
+        """Sizes beyond training."""
+        try:
+            return parse_sizes(self.evaluation.long_sizes, self.task, "evaluation.long_sizes")
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+
+
+def parse_sizes(texts: Sequence[str], task: Task, where: str) -> list[Size]:
+    """Sizes of a task from what one types, such as 120 or 20x10.
+
+    Raises:
+        SettingsError: one of them is not a size of the task; it says `where` it was found.
+    """
+    for text in texts:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text) or text.count("x") + 1 != len(task.size_names):
+            names = " x ".join(task.size_names)
+            example = size_text(max(task.sizes()))
+            raise SettingsError(f"{where}: {text!r} is not a size of {task.name}: {names}, such as {example}")
+    return [tuple(map(int, text.split("x"))) for text in texts]
+
+
+def size_text(size: Size) -> str:
+    """A size as one types it, such as 20x10."""
+    return "x".join(map(str, size))
+
+
+@functools.cache
+def settings_class(task: str) -> type[Settings]:
+    """The settings of a run of one task: only those that the task has can be given.
+
+    Raises:
+        SettingsError: there is no such task.
+    """
+    if task not in TASKS:
+        raise SettingsError(f"unknown task {task!r}: there are {', '.join(TASKS)}")
+    return create_model(
+        "Settings",
+        __base__=Settings,
+        __doc__=Settings.__doc__,
+        task=(TASKS[task], TASKS[task].model_construct()),
+    )
 
 
 def read_settings(toml: Path, arguments: Sequence[str], prog: str) -> Settings:
@@ -163,28 +274,37 @@ def resolve(values: dict[str, Any], source: Path, arguments: Sequence[str], prog
     parser = _Parser(prog=prog, allow_abbrev=False)
     # Both --optimizer.learning-rate and --optimizer.learning_rate are natural to type.
     arguments = [_kebab(argument) for argument in arguments]
+    settings = settings_class(_task_name(values, source))
     command_line: CliSettingsSource[Any] = CliSettingsSource(
-        Settings, root_parser=parser, cli_parse_args=list(arguments)
+        settings, root_parser=parser, cli_parse_args=list(arguments)
     )
     try:
         # The type checker sees the fields, and not what BaseSettings itself takes.
-        return Settings(_cli_settings_source=command_line, **values)  # type: ignore[call-arg]
+        return settings(_cli_settings_source=command_line, **values)  # type: ignore[call-arg]
     except ValidationError as error:
-        raise SettingsError(_sentence(error, source)) from None
+        raise SettingsError(_sentence(error, source, settings)) from None
+
+
+def _task_name(values: dict[str, Any], source: Path) -> str:
+    task = values.get("task")
+    if not isinstance(task, dict) or not isinstance(task.get("name"), str):
+        raise SettingsError(f"{source} names no task: it needs [task] with name = one of {', '.join(TASKS)}")
+    return str(task["name"])
 
 
 def write_settings(settings: Settings, path: Path) -> None:
     """Write the resolved settings as a TOML that `read_settings` takes."""
-    path.write_text(tomli_w.dumps(settings.model_dump(mode="json")))
+    path.write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
 
 
-def make_cell(settings: Settings) -> NTMCell:
+def make_cell(settings: Settings) -> Cell:
     """The cell that the settings describe, with fresh weights."""
-    return NTMCell(
-        input_size=settings.task.input_size,
-        output_size=settings.task.output_size,
-        **settings.model.model_dump(),
-    )
+    task, model = settings.task, settings.model
+    sizes: dict[str, Any] = {"input_size": task.input_size, "output_size": task.output_size}
+    if model.architecture == "plain":
+        controller = {"controller", "controller_size", "controller_layers", "controller_scale", "forget_bias"}
+        return PlainCell(**(sizes | model.model_dump(include=controller)))
+    return NTMCell(**(sizes | model.model_dump(exclude={"architecture"})))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -201,12 +321,12 @@ def _kebab(argument: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
-def _sentence(error: ValidationError, toml: Path) -> str:
+def _sentence(error: ValidationError, toml: Path, settings: type[Settings]) -> str:
     problems = []
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"]) or "settings"
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, _names(Settings), n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, _names(settings), n=1, cutoff=0.5)
             hint = f", did you mean {near[0]}?" if near else ""
             problems.append(f"unknown setting {name} in {toml}{hint}")
         else:

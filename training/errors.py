@@ -4,7 +4,8 @@
     ├── SettingsError          a setting is unknown, malformed or cannot work
     ├── RunDirectoryError      the run directory is in use, or is not a run
     ├── CheckpointError        a checkpoint is missing, truncated or of another model
-    └── NonFiniteError         the loss or a gradient is no longer a number
+    ├── NonFiniteError         the loss or a gradient is no longer a number
+    └── SweepError             a run of a sweep failed
 
 Each message is one sentence or two for the person at the terminal: what happened and what to do next.
 """
@@ -30,3 +31,7 @@ class CheckpointError(TrainingError):
 
 class NonFiniteError(TrainingError):
     """The loss or a gradient is no longer a number."""
+
+
+class SweepError(TrainingError):
+    """A run of a sweep failed."""

@@ -2,32 +2,40 @@
 
 `config.py` says what to do, `checkpoint.py` how a run is kept, `evaluate.py` how it is judged. A run
 directory holds `settings.toml`, `last.pt`, `best.pt`, `metrics.jsonl`, `tensorboard/` and `lock`.
+
+Devices, precision and several processes are Lightning Fabric's. Under `torchrun` every process draws the sequences of
+all and takes its own, so that the run is the one that a single process makes of as large a batch. The first process
+evaluates, records and saves.
 """
 
 from __future__ import annotations
 
 import fcntl
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any, cast
 
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from training import checkpoint as checkpoints
 from training.checkpoint import BEST, LAST, Checkpoint
-from training.config import Settings, make_cell, write_settings
-from training.errors import NonFiniteError, RunDirectoryError
-from training.evaluate import evaluate, is_solved, total
-from training.model import unroll
+from training.config import OptimizerSettings, Settings, make_cell, write_settings
+from training.errors import NonFiniteError, RunDirectoryError, SettingsError
+from training.evaluate import Scores, evaluate, is_solved, total
+from training.model import Cell, Unrolled
 from training.records import Records
+from training.tasks import Sequences
 
 SETTINGS = "settings.toml"
 LOCK = "lock"
@@ -46,124 +54,290 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
         None, or the number of the signal that ended the run early; it is then saved and can be resumed.
 
     Raises:
-        RunDirectoryError: the directory holds a run and `resume` is not set, or another process trains there.
-        CheckpointError: there is no checkpoint to resume from, or it is truncated.
+        SettingsError: the device is not there.
+        RunDirectoryError: the directory holds a run and `resume` is not set, another process trains there, or the
+            records cannot be written.
+        CheckpointError: there is no checkpoint to resume from, it is truncated or of another model, or one cannot be
+            written.
         NonFiniteError: the loss or a gradient is not a number; the last good checkpoint is kept.
     """
-    with _locked(settings.run_dir, resume) as run_dir, _stop_signals() as stop:
+    fabric = _fabric(settings)
+    is_first = fabric.global_rank == 0
+    run_dir = settings.run_dir
+    with _locked(run_dir, resume) if is_first else nullcontext(), _stop_signals() as stop:
+        run = _Run(settings, command, fabric)
+        if resume:
+            run.restore(checkpoints.load(run_dir / LAST))
+            console.print(f"resuming after update {run.update}")
+        if not is_first:
+            run.go_on(None, None, stop, Console(quiet=True))
+            return None
+        try:
+            write_settings(settings, run_dir / SETTINGS)
+            with Records(run_dir, after_update=run.update) as records, _progress(console) as progress:
+                if not resume:
+                    run.keep(LAST, records)  # From here on there is a run to resume, whatever happens.
+                run.go_on(records, progress, stop, console)
+                run.keep(LAST, records)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{run_dir} cannot be written to ({error}): the last good checkpoint is kept; make room and --resume"
+            ) from None
+        return stop.signal if not run.is_over else None
+
+
+def is_over(settings: Settings, update: int, cpu_seconds: float, best_score: float) -> bool:
+    """Whether all updates are made, the time is used up, or the model is as good as it needs to be."""
+    limit, enough = settings.cpu_minutes, settings.evaluation.enough
+    return (
+        update >= settings.num_updates
+        or (limit is not None and cpu_seconds >= 60 * limit)
+        or (enough is not None and best_score <= enough)
+    )
+
+
+class _Run:
+    """A run between two updates, and how it gets from one to the next."""
+
+    def __init__(self, settings: Settings, command: str, fabric: Fabric) -> None:
         torch.set_num_threads(settings.num_threads)
         torch.manual_seed(settings.seed)
-        cell = make_cell(settings)
-        optimizer = torch.optim.RMSprop(
-            cell.parameters(),
-            lr=settings.optimizer.learning_rate,
-            alpha=settings.optimizer.square_decay,
-            momentum=settings.optimizer.momentum,
+        self.settings, self.command, self.fabric = settings, command, fabric
+        self.cell = make_cell(settings)
+        is_compiled = settings.device == "cpu" and settings.precision == "32-true"
+        unrolled = Unrolled(self.cell, is_compiled=is_compiled)
+        decay = settings.optimizer.average_decay
+        self.averaged: Cell = self.cell
+        self._average = None
+        if decay:
+            self._average = AveragedModel(self.cell, multi_avg_fn=_mean_with(decay)).to(fabric.device)
+            self.averaged = cast("Cell", self._average.module)
+        self.unrolled, self.optimizer = fabric.setup(unrolled, _optimizer(self.cell, settings.optimizer))
+        self.draws = torch.Generator().manual_seed(settings.seed + 1)
+        self.update, self.metrics, self.best_score = 0, Scores(), math.inf
+        self.solved: dict[str, float] = {}
+        self._seconds_before, self._cpu_seconds_before = 0.0, 0.0
+        self._started, self._cpu_started = time.monotonic(), time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of processor time that this process has used for the run."""
+        return self._cpu_seconds_before + time.process_time() - self._cpu_started
+
+    @property
+    def is_over(self) -> bool:
+        """See the function."""
+        return is_over(self.settings, self.update, self.cpu_seconds, self.best_score)
+
+    def restore(self, last: Checkpoint) -> None:
+        """Go on where a checkpoint stands."""
+        checkpoints.load_weights(self.cell, last.cell)
+        checkpoints.load_weights(self.averaged, last.averaged)
+        self.optimizer.load_state_dict(last.optimizer)
+        torch.set_rng_state(last.random_state)
+        self.draws.set_state(last.sequences_state)
+        if self._average is not None:
+            self._average.n_averaged.fill_(
+                last.update % (self.settings.restart_every_updates or last.update + 1)
+            )
+        self.command, self.update = last.command, last.update
+        self.metrics, self.best_score, self.solved = last.metrics, last.best_score, last.solved
+        self._seconds_before, self._cpu_seconds_before = last.seconds, last.cpu_seconds
+
+    def keep(self, name: str, records: Records) -> None:
+        """Save a checkpoint, never without what was recorded up to it."""
+        records.sync()
+        checkpoints.save(
+            Checkpoint(
+                settings=self.settings.model_dump(mode="json"),
+                command=self.command,
+                update=self.update,
+                seconds=self.seconds,
+                cpu_seconds=self.cpu_seconds,
+                cell=self.cell.state_dict(),
+                averaged=self.averaged.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                random_state=torch.get_rng_state(),
+                sequences_state=self.draws.get_state(),
+                metrics=self.metrics,
+                best_score=self.best_score,
+                solved=self.solved,
+            ),
+            self.settings.run_dir / name,
         )
-        draws = torch.Generator().manual_seed(settings.seed + 1)
-        update, seconds_before, metrics, best_score = 0, 0.0, dict[str, float](), math.inf
-        solved: dict[str, float] = {}
 
-        if resume:
-            last = checkpoints.load(run_dir / LAST)
-            cell.load_state_dict(last.cell)
-            optimizer.load_state_dict(last.optimizer)
-            torch.set_rng_state(last.random_state)
-            draws.set_state(last.sequences_state)
-            update, seconds_before, metrics, best_score = (
-                last.update,
-                last.seconds,
-                last.metrics,
-                last.best_score,
+    def go_on(
+        self, records: Records | None, progress: Progress | None, stop: _Stop, console: Console
+    ) -> None:
+        """Update until the run is over or somebody asks it to stop; the first process alone has records."""
+        settings = self.settings
+        if progress is not None:
+            bar = progress.add_task("", total=settings.num_updates, completed=self.update, shown="")
+        while not self._agreed(self.is_over or stop.signal is not None):
+            record = self._step()
+            if self.update % settings.evaluation.every_updates == 0 or self.update == settings.num_updates:
+                record |= self._evaluate(records, console)
+            if records is None or progress is None:
+                continue
+            records.add(self.update, record)
+            if self.update % settings.checkpoint_every_updates == 0:
+                self.keep(LAST, records)
+            rate = record["sequences"] / record["seconds"]
+            shown = f"loss {record['loss']:.4f}  wrong bits {record['wrong_bits_in_training']:6.2f}  "
+            progress.update(bar, completed=self.update, shown=f"{shown}{rate:4.0f} sequences/s")
+
+    def _step(self) -> dict[str, float]:
+        """One update; returns what is recorded of it."""
+        settings, fabric = self.settings, self.fabric
+        size = settings.task.draw_size(self.draws)
+        sequences = self._own(settings.task.draw(settings.batch_size * fabric.world_size, size, self.draws))
+        targets = sequences.targets
+        answers = self.unrolled(sequences.inputs)[-len(targets) :]
+        loss = F.binary_cross_entropy_with_logits(answers.float(), targets)
+
+        self.optimizer.zero_grad()
+        fabric.backward(loss)
+        norm = fabric.clip_gradients(
+            self.unrolled, self.optimizer, max_norm=settings.optimizer.clip_norm, error_if_nonfinite=False
+        )
+        assert norm is not None
+        self._check_finite(loss, norm)
+        if settings.optimizer.schedule == "linear":
+            self._set_learning_rate(
+                settings.optimizer.learning_rate * (1 - self.update / settings.num_updates)
             )
-            solved, command = last.solved, last.command
-            console.print(f"resuming after update {update}")
-        write_settings(settings, run_dir / SETTINGS)
-        started = time.monotonic()
+        self.optimizer.step()
+        if self._average is not None:
+            self._average.update_parameters(self.cell)
+        self.update += 1
 
-        def keep(name: str) -> None:
-            records.sync()
-            checkpoints.save(
-                Checkpoint(
-                    settings=settings.model_dump(mode="json"),
-                    command=command,
-                    update=update,
-                    seconds=seconds_before + time.monotonic() - started,
-                    cell=cell.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    random_state=torch.get_rng_state(),
-                    sequences_state=draws.get_state(),
-                    metrics=metrics,
-                    best_score=best_score,
-                    solved=solved,
-                ),
-                run_dir / name,
+        wrong = ((answers > 0) != targets.bool()).sum() / settings.batch_size
+        loss, wrong = self._mean(torch.stack([loss.detach(), wrong.detach()])).tolist()
+        return {
+            "sequences": self.update * settings.batch_size * fabric.world_size,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "steps": len(sequences.inputs),
+            "loss": loss,
+            "wrong_bits_in_training": wrong,
+            "gradient_norm": float(norm),
+        }
+
+    def _evaluate(self, records: Records | None, console: Console) -> Scores:
+        """Judge the model, keep it if it is the best so far, and settle once it solves the task."""
+        settings = self.settings
+        if records is not None:
+            self.metrics = evaluate(self.averaged, settings)
+            sequences = self.update * settings.batch_size * self.fabric.world_size
+            scores = "  ".join(
+                f"{name.replace('_', ' ')} {value:.2f}" for name, value in self.metrics.items()
             )
+            console.print(f"{sequences:7d} sequences  {self.seconds:5.0f} s  {scores}")
+        self.metrics = self.fabric.broadcast(self.metrics)
+        # Not at an end that is not due: a run that is resumed to go further must not differ by it.
+        is_due = self.update % settings.evaluation.every_updates == 0
+        if is_due:
+            self._settle()
+        # Of two that do equally well the later one is surer of itself.
+        score = total(self.metrics, settings.task)
+        if score <= self.best_score:
+            self.best_score = score
+            if records is not None:
+                self.keep(BEST, records)
+        restart = settings.restart_every_updates
+        if restart is not None and self.update % restart == 0 and not self.is_over:
+            self._restart()
+        return self.metrics
 
-        with Records(run_dir, after_update=update) as records, _progress(console) as progress:
-            bar = progress.add_task("", total=settings.num_updates, completed=update, shown="")
-            if not resume:
-                keep(LAST)  # From here on there is a run to resume, whatever happens.
-            while update < settings.num_updates and stop.signal is None:
-                length = settings.task.draw_length(draws)
-                sequences = settings.task.draw(settings.batch_size, length, draws)
-                outputs, _ = unroll(cell, sequences.inputs)
-                answers = outputs[-len(sequences.targets) :]
-                loss = F.binary_cross_entropy_with_logits(answers, sequences.targets)
+    def _restart(self) -> None:
+        """Begin again with fresh weights; everything else goes on."""
+        fresh = make_cell(self.settings)
+        for cell in (self.cell, self.averaged):
+            cell.load_state_dict(fresh.state_dict())
+        if self._average is not None:
+            self._average.n_averaged.zero_()
+        self.optimizer.state.clear()
+        self._set_learning_rate(self.settings.optimizer.learning_rate)
 
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                norm = torch.nn.utils.clip_grad_norm_(cell.parameters(), settings.optimizer.clip_norm)
-                _check_finite(loss, norm, update + 1, run_dir)
-                optimizer.step()
-                update += 1
+    def _settle(self) -> None:
+        """Note when the task is first solved, and from where the schedule says on take smaller steps."""
+        task, optimizer = self.settings.task, self.settings.optimizer
+        if not self.solved and is_solved(self.metrics, task):
+            self.solved = {"update": self.update, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        settle_below = optimizer.settle_below or task.goal.below
+        if optimizer.schedule == "settle" and self.metrics[task.goal.measure] < settle_below:
+            self._set_learning_rate(optimizer.settled_learning_rate)
 
-                seconds = seconds_before + time.monotonic() - started
-                wrong = ((answers > 0) != sequences.targets.bool()).sum() / settings.batch_size
-                record = {
-                    "sequences": update * settings.batch_size,
-                    "seconds": seconds,
-                    "length": length,
-                    "loss": loss.item(),
-                    "wrong_bits_in_training": wrong.item(),
-                    "gradient_norm": norm.item(),
-                }
-                is_due = update % settings.evaluation.every_updates == 0
-                if is_due or update == settings.num_updates:
-                    metrics = evaluate(cell, settings)
-                    record |= metrics
-                    console.print(_line(update, settings, seconds, metrics))
-                    # Not at an end that is not due: a run that is resumed to go further must not differ by it.
-                    if is_due and not solved and is_solved(metrics):
-                        solved = {"update": update, "seconds": seconds}
-                        for group in optimizer.param_groups:
-                            group["lr"] = settings.optimizer.settled_learning_rate
-                    # Of two that do equally well the later one is surer of itself.
-                    if total(metrics) <= best_score:
-                        best_score = total(metrics)
-                        keep(BEST)
-                records.add(update, record)
-                if update % settings.checkpoint_every_updates == 0:
-                    keep(LAST)
-                rate = update * settings.batch_size / seconds
-                shown = f"loss {loss.item():.4f}  wrong bits {wrong.item():6.2f}  {rate:4.0f} sequences/s"
-                progress.update(bar, completed=update, shown=shown)
-            keep(LAST)
-        return stop.signal if update < settings.num_updates else None
+    def _own(self, sequences: Sequences) -> Sequences:
+        """This process's part of a batch, on its device."""
+        first = self.fabric.global_rank * self.settings.batch_size
+        rows = slice(first, first + self.settings.batch_size)
+        return Sequences(*(part[:, rows].to(self.fabric.device) for part in sequences))
+
+    def _mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Over the processes."""
+        return values if self.fabric.world_size == 1 else cast("torch.Tensor", self.fabric.all_reduce(values))
+
+    def _agreed(self, wish: bool) -> bool:
+        """Whether any process wishes to stop: they must stop after the same update."""
+        return wish if self.fabric.world_size == 1 else bool(self._mean(torch.tensor(float(wish))) > 0)
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def _check_finite(self, loss: torch.Tensor, gradient_norm: torch.Tensor) -> None:
+        for name, value in ("loss", loss), ("gradient's norm", gradient_norm):
+            if not torch.isfinite(value):
+                raise NonFiniteError(
+                    f"at update {self.update + 1} the {name} is {value.item()}: the last good checkpoint is kept in "
+                    f"{self.settings.run_dir}; start again in another --run-dir with a lower "
+                    "--optimizer.learning-rate or --optimizer.clip-norm"
+                )
 
 
-def _check_finite(loss: torch.Tensor, gradient_norm: torch.Tensor, update: int, run_dir: Path) -> None:
-    for name, value in ("loss", loss), ("gradient's norm", gradient_norm):
-        if not torch.isfinite(value):
-            raise NonFiniteError(
-                f"at update {update} the {name} is {value.item()}: the last good checkpoint is kept in {run_dir}; "
-                "start again in another --run-dir with a lower --optimizer.learning-rate or --optimizer.clip-norm"
-            )
+def _fabric(settings: Settings) -> Fabric:
+    """The devices and processes of a run: one, or those that `torchrun` started."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device cuda: torch finds no GPU here; leave --device out to train on the CPU")
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fabric = Fabric(
+        accelerator=settings.device,
+        devices=num_here,
+        num_nodes=num_processes // num_here,
+        strategy="ddp" if num_processes > 1 else "auto",
+        precision=settings.precision,
+    )
+    fabric.launch()
+    return fabric
 
 
-def _line(update: int, settings: Settings, seconds: float, metrics: dict[str, float]) -> str:
-    scores = "  ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in metrics.items())
-    return f"{update * settings.batch_size:7d} sequences  {seconds:5.0f} s  {scores}"
+def _optimizer(cell: Cell, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    if settings.name == "adam":
+        return torch.optim.Adam(
+            cell.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.momentum, 0.999),
+            eps=settings.epsilon,
+        )
+    return torch.optim.RMSprop(
+        cell.parameters(),
+        lr=settings.learning_rate,
+        alpha=settings.square_decay,
+        momentum=settings.momentum,
+        eps=settings.epsilon,
+        centered=settings.name == "graves-rmsprop",
+    )
+
+
+def _mean_with(decay: float) -> Any:
+    return get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
 
 def _progress(console: Console) -> Progress:

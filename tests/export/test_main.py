@@ -44,7 +44,7 @@ def test_the_best_checkpoint_is_exported_and_named_in_the_report(capsys, run_dir
     monkeypatch.setattr(
         publish, "write_onnx", lambda _step, spec, path: (exported.append(spec), path.touch())
     )
-    monkeypatch.setattr(publish, "verify", lambda *_arguments: Report(1, 1, {}))
+    monkeypatch.setattr(publish, "verify", lambda *_arguments: Report(1, 1, 1, {}))
 
     assert main([str(run), str(tmp_path / "models" / "m" / "1")]) == 0
 

@@ -25,7 +25,7 @@ TINY = [
     "--evaluation.every-updates=5",
     "--evaluation.num-sequences=2",
     "--evaluation.num-long-sequences=2",
-    "--evaluation.long-lengths=5",
+    "--evaluation.long-sizes=5",
 ]
 
 

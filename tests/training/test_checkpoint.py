@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from training import checkpoint
 from training.checkpoint import LAST
 from training.errors import CheckpointError
 from training.loop import train
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -70,10 +75,32 @@ def test_a_failure_while_saving_leaves_the_last_checkpoint_whole(run_dir, monkey
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match=r"no space left on device.* the one before is still there"):
         checkpoint.save(loaded, run_dir / LAST)
 
     assert (run_dir / LAST).read_bytes() == before
+    assert not (run_dir / LAST).with_suffix(".tmp").exists()
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_last_checkpoint_and_says_so(run_dir):
+    """The system's own limit on the size of files stands for the full disk: writing fails half way."""
+    before = (run_dir / LAST).read_bytes()
+    program = (
+        "import resource, signal, sys; from pathlib import Path; from training import checkpoint;"
+        "path = Path(sys.argv[1]); loaded = checkpoint.load(path);"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, -1));"
+        "checkpoint.save(loaded, path)"
+    )
+
+    ended = subprocess.run(
+        [sys.executable, "-c", program, run_dir / LAST], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert "CheckpointError" in ended.stderr.splitlines()[-1]
+    assert "the one before is still there; make room and --resume" in ended.stderr
+    assert (run_dir / LAST).read_bytes() == before
+    assert not (run_dir / LAST).with_suffix(".tmp").exists()
 
 
 def test_weights_that_do_not_fit_the_settings_are_refused(run_dir):

@@ -6,26 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from training.config import CONFIGS, Settings, read_settings, write_settings
+from training.config import CONFIGS, read_settings, settings_class, write_settings
 from training.errors import SettingsError
+from training.tasks import TASKS
 
 COPY = CONFIGS / "copy.toml"
 
 
 def test_the_command_line_wins_over_the_toml_and_the_toml_over_the_defaults(tmp_path):
     toml = tmp_path / "my.toml"
-    toml.write_text("seed = 7\n[optimizer]\nlearning_rate = 1e-2\nmomentum = 0.5\n")
+    toml.write_text(
+        "run_dir = 'x'\nseed = 7\n[task]\nname = 'copy'\n[optimizer]\nlearning_rate = 1e-2\nmomentum = 0.5\n"
+    )
 
     settings = read_settings(toml, ["--seed", "3", "--optimizer.learning-rate", "1e-5"], "test")
 
     assert settings.seed == 3
     assert settings.optimizer.learning_rate == 1e-5
     assert settings.optimizer.momentum == 0.5
-    assert settings.optimizer.square_decay == Settings().optimizer.square_decay
-
-
-def test_the_defaults_that_help_shows_are_those_of_the_copy_experiment():
-    assert read_settings(COPY, [], "test") == Settings()
+    assert settings.optimizer.square_decay == 0.95
 
 
 @pytest.mark.parametrize("flag", ["--run-dir", "--run_dir"])
@@ -34,17 +33,17 @@ def test_a_flag_may_be_typed_with_hyphens_or_underscores(flag):
 
 
 def test_written_settings_read_back_the_same(tmp_path):
-    settings = read_settings(COPY, ["--seed", "5", "--evaluation.long-lengths", "30,50"], "test")
+    settings = read_settings(COPY, ["--seed", "5", "--evaluation.long-sizes", "30,50"], "test")
 
     write_settings(settings, tmp_path / "settings.toml")
 
-    assert settings.evaluation.long_lengths == (30, 50)
+    assert settings.long_sizes == [(30,), (50,)]
     assert read_settings(tmp_path / "settings.toml", [], "test") == settings
 
 
 def test_an_unknown_setting_in_a_toml_is_refused_with_the_name_it_may_have_meant(tmp_path):
     toml = tmp_path / "my.toml"
-    toml.write_text("[optimizer]\nlearning_rat = 1\n")
+    toml.write_text("run_dir = 'x'\n[task]\nname = 'copy'\n[optimizer]\nlearning_rat = 1\n")
 
     with pytest.raises(SettingsError) as refusal:
         read_settings(toml, [], "test")
@@ -67,6 +66,29 @@ def test_a_toml_that_cannot_be_read_is_refused(tmp_path, content):
         read_settings(tmp_path / "my.toml", [], "test")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "[task]\nname = 'juggling'\n",
+            "unknown task 'juggling': there are copy, repeat-copy, associative-recall",
+        ),
+        ("run_dir = 'x'\n", "names no task"),
+        ("task = 3\n", "names no task"),
+    ],
+)
+def test_a_task_that_is_unknown_or_not_named_is_refused_with_those_there_are(tmp_path, content, message):
+    (tmp_path / "my.toml").write_text(content)
+
+    with pytest.raises(SettingsError, match=message):
+        read_settings(tmp_path / "my.toml", [], "test")
+
+
+def test_a_setting_of_another_task_is_refused():
+    with pytest.raises(SettingsError, match=r"unrecognized arguments: --task\.max-repeats=3"):
+        read_settings(COPY, ["--task.max-repeats=3"], "test")
+
+
 def test_a_missing_toml_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="cannot read the settings"):
         read_settings(tmp_path / "none.toml", [], "test")
@@ -80,13 +102,29 @@ def test_a_missing_toml_is_refused(tmp_path):
         (["--model.memory-rows", "0"], "model.memory_rows: "),
         (["--model.shift-reach", "64"], "model: shift_reach 64 needs memory_rows of at least 129, not 128"),
         (
-            ["--model.controller", "gru"],
-            "model.controller: input should be 'lstm' or 'feedforward', not 'gru'",
+            ["--model.controller", "transformer"],
+            "model.controller: input should be 'lstm', 'gru', 'mgu' or 'feedforward', not 'transformer'",
         ),
         (["--task.min-length", "30"], "task: min_length 30 is greater than max_length 20"),
         (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate: "),
         (["--optimizer.clip-norm", "-1"], "optimizer.clip_norm: "),
-        (["--evaluation.long-lengths", "0"], "evaluation: long_lengths must all be at least 1"),
+        (["--model.num-read-heads", "0"], "model.num_read_heads: "),
+        (
+            ["--restart-every-updates", "150"],
+            "restart_every_updates 150 needs evaluation.enough, and must be",
+        ),
+        (
+            ["--model.architecture", "plain", "--model.controller", "feedforward"],
+            "model: architecture plain needs a controller that remembers",
+        ),
+        (
+            ["--evaluation.long-sizes", "0"],
+            "evaluation.long_sizes: '0' is not a size of copy: length, such as 20",
+        ),
+        (
+            ["--evaluation.long-sizes", "20x10"],
+            "evaluation.long_sizes: '20x10' is not a size of copy",
+        ),
         (["--seed", "-1"], "seed: "),
     ],
 )
@@ -107,7 +145,8 @@ def test_every_setting_has_a_sentence():
                 assert field.description, f"{name} has no sentence"
                 assert field.description.rstrip().endswith("."), name
 
-    check(Settings)
+    for task in TASKS:
+        check(settings_class(task))
 
 
 def test_every_experiment_can_be_read():

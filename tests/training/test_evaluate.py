@@ -2,34 +2,74 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
-from training.config import make_cell
-from training.evaluate import evaluate, is_solved, wrong_bits
+from training.config import CONFIGS, make_cell, read_settings
+from training.evaluate import evaluate, is_solved, measure, total
+from training.tasks.copy import CopyTask
+from training.tasks.dynamic_ngrams import DynamicNGramsTask
+
+
+def saying(settings, logit: float) -> torch.nn.Module:
+    """A cell that says the same at every step."""
+    cell = make_cell(settings)
+    torch.nn.init.zeros_(cell.output.weight)
+    torch.nn.init.constant_(cell.output.bias, logit)
+    return cell
 
 
 def test_a_model_that_says_nothing_gets_every_set_bit_wrong(tiny_settings):
     settings = tiny_settings()
-    cell = make_cell(settings)
-    torch.nn.init.zeros_(cell.output.weight)
-    torch.nn.init.constant_(cell.output.bias, -1)
-    drawn = settings.task.draw(10, 4, torch.Generator().manual_seed(9 + 4))
+    drawn = settings.task.draw(10, (4,), torch.Generator().manual_seed(9 + 4))
 
-    assert wrong_bits(cell, settings.task, 4, 10, seed=9) * 10 == drawn.targets.sum()
+    measured = measure(saying(settings, -1), settings.task, (4,), 10, seed=9)
+
+    assert measured["wrong_bits"] * 10 == drawn.targets.sum()
 
 
-def test_scores_name_each_length_and_are_the_same_each_time(tiny_settings):
+def test_a_model_that_does_not_know_pays_a_bit_for_each_bit(tiny_settings):
+    settings = tiny_settings()
+
+    measured = measure(saying(settings, 0), settings.task, (4,), 10)
+
+    assert measured["cost_bits"] == pytest.approx(4 * settings.task.num_bits)
+
+
+def test_scores_name_each_size_and_are_the_same_each_time(tiny_settings):
     settings = tiny_settings()
     cell = make_cell(settings)
 
     scores = evaluate(cell, settings)
 
-    assert list(scores) == ["wrong_bits", "wrong_bits_at_5"]
+    assert list(scores) == ["wrong_bits", "cost_bits", "wrong_bits_at_5"]
     assert scores == evaluate(cell, settings)
-    lengths = [wrong_bits(cell, settings.task, length, 2) for length in (1, 2, 3)]
+    lengths = [measure(cell, settings.task, (length,), 2)["wrong_bits"] for length in (1, 2, 3)]
     assert scores["wrong_bits"] == sum(lengths) / 3
 
 
-def test_a_task_is_solved_below_a_tenth_of_a_wrong_bit():
-    assert is_solved({"wrong_bits": 0.09, "wrong_bits_at_120": 400})
-    assert not is_solved({"wrong_bits": 0.1})
+def test_a_task_whose_optimum_is_not_free_is_scored_by_the_cost_over_it():
+    settings = read_settings(CONFIGS / "dynamic-ngrams.toml", ["--task.num-bits=30"], "test")
+    task = settings.task
+
+    scores = evaluate(saying(settings, 0), settings)
+
+    optimal = measure(saying(settings, 0), task, (30,), settings.evaluation.num_sequences)["optimal_bits"]
+    assert scores["cost_over_optimal"] == pytest.approx(29 / optimal)
+    assert total(scores, task) == scores["cost_over_optimal"]
+
+
+def test_a_task_is_solved_below_its_goal():
+    assert is_solved({"wrong_bits": 0.09, "wrong_bits_at_120": 400}, CopyTask())
+    assert not is_solved({"wrong_bits": 0.1}, CopyTask())
+    assert is_solved({"wrong_bits": 40, "cost_over_optimal": 1.01}, DynamicNGramsTask())
+    assert not is_solved({"wrong_bits": 40, "cost_over_optimal": 1.02}, DynamicNGramsTask())
+
+
+def test_checkpoints_are_chosen_by_the_goals_measure_at_all_sizes():
+    scores = {"wrong_bits": 1.0, "cost_bits": 9.0, "wrong_bits_at_40": 2.0, "wrong_bits_at_80": math.inf}
+
+    assert total(scores, CopyTask()) == math.inf
+    assert total(scores | {"wrong_bits_at_80": 3.0}, CopyTask()) == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -19,10 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import BEST, LAST
-from training.config import read_settings
-from training.errors import CheckpointError, NonFiniteError, RunDirectoryError
+from training.config import make_cell, read_settings
+from training.errors import CheckpointError, NonFiniteError, RunDirectoryError, SettingsError
 from training.loop import SETTINGS, train
-from training.records import METRICS
+from training.records import METRICS, Records
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +59,7 @@ def wait_for_evaluation(process: subprocess.Popen, number: int) -> None:
     said = ""
     for line in process.stderr:
         said += line
-        if said.count("at 5") == number:
+        if said.count("wrong bits at 5") == number:
             return
     pytest.fail(f"training ended early: {said}")
 
@@ -72,12 +73,14 @@ def test_a_run_leaves_settings_checkpoints_and_a_record_of_every_update(tiny_set
     kept = records(settings.run_dir)
     assert [record["update"] for record in kept] == list(range(1, 13))
     assert kept[-1]["sequences"] == 24
-    assert {"loss", "wrong_bits_in_training", "gradient_norm", "seconds", "length"} <= kept[0].keys()
+    assert {"loss", "wrong_bits_in_training", "gradient_norm", "seconds", "cpu_seconds", "steps"} <= kept[
+        0
+    ].keys()
     assert [record["update"] for record in kept if "wrong_bits" in record] == [5, 10, 12]
     assert any((settings.run_dir / "tensorboard").iterdir())
     last = checkpoint.load(settings.run_dir / LAST)
     assert (last.update, last.command) == (12, "the command")
-    assert last.metrics.keys() == {"wrong_bits", "wrong_bits_at_5"}
+    assert last.metrics.keys() == {"wrong_bits", "cost_bits", "wrong_bits_at_5"}
 
 
 def test_the_best_checkpoint_is_the_last_of_those_that_did_best(tiny_settings, monkeypatch):
@@ -139,25 +142,159 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny_setti
 def test_once_the_task_is_solved_the_learning_rate_drops_and_stays_down_after_a_resume(
     tiny_settings, monkeypatch
 ):
-    monkeypatch.setattr("training.loop.is_solved", lambda _scores: True)
-    run(tiny_settings("--num-updates=6"))
-    run(tiny_settings("--num-updates=8"), resume=True)
+    monkeypatch.setattr("training.loop.is_solved", lambda *_arguments: True)
+    settings = ["--optimizer.settled-learning-rate=1e-4", "--optimizer.settle-below=1000"]
+    run(tiny_settings("--num-updates=6", *settings))
+    run(tiny_settings("--num-updates=8", *settings), resume=True)
 
     last = checkpoint.load(tiny_settings().run_dir / LAST)
     assert last.solved["update"] == 5
     assert [group["lr"] for group in last.optimizer["param_groups"]] == [1e-4]
 
 
+def test_the_learning_rate_can_drop_before_the_task_is_solved(tiny_settings):
+    run(tiny_settings("--num-updates=6", "--optimizer.settle-below=100"))
+
+    last = checkpoint.load(tiny_settings().run_dir / LAST)
+    assert last.solved == {}
+    assert last.optimizer["param_groups"][0]["lr"] == tiny_settings().optimizer.settled_learning_rate
+
+
+def test_a_linear_schedule_falls_to_0_at_the_last_update(tiny_settings):
+    run(tiny_settings("--optimizer.schedule=linear", "--optimizer.learning-rate=0.012"))
+
+    last = checkpoint.load(tiny_settings().run_dir / LAST)
+    assert last.optimizer["param_groups"][0]["lr"] == pytest.approx(
+        0.001
+    )  # 12 updates: the step of the last one.
+
+
+def test_a_run_ends_once_its_model_is_as_good_as_it_needs_to_be(tiny_settings, monkeypatch):
+    monkeypatch.setattr("training.loop.evaluate", lambda *_arguments: {"wrong_bits": 0.3})
+    settings = tiny_settings("--evaluation.enough=0.3")
+
+    assert run(settings) is None
+
+    assert checkpoint.load(settings.run_dir / LAST).update == 5
+    assert run(settings, resume=True) is None
+    assert checkpoint.load(settings.run_dir / LAST).update == 5
+
+
+def test_a_run_whose_model_is_not_good_enough_begins_again_and_keeps_its_best(
+    tiny_settings, tmp_path, monkeypatch
+):
+    scores = iter([9.0, 3.0, 8.0, 7.0, 2.0, 0.0])
+    monkeypatch.setattr("training.loop.evaluate", lambda *_arguments: {"wrong_bits": next(scores)})
+    restart = ["--restart-every-updates=4", "--evaluation.every-updates=2", "--evaluation.enough=0"]
+    settings = tiny_settings(*restart)
+    run(settings)
+
+    steps = [record["gradient_norm"] for record in records(settings.run_dir)]
+    assert len(set(steps)) == len(steps) == 12
+    last = checkpoint.load(settings.run_dir / LAST)
+    assert {int(state["step"]) for state in last.optimizer["state"].values()} == {4}
+    assert last.best_score == 0
+
+    # And one that is killed in between makes the same attempts.
+    scores = iter([9.0, 3.0, 8.0, 7.0, 2.0, 0.0])
+    parts = tiny_settings(*restart, f"--run-dir={tmp_path / 'parts'}", "--num-updates=6")
+    run(parts)
+    run(parts.model_copy(update={"num_updates": 12}), resume=True)
+    assert_same_weights(settings.run_dir, parts.run_dir)
+
+
+def test_a_run_ends_at_its_limit_of_processor_time_and_goes_on_with_a_higher_one(tiny_settings):
+    settings = tiny_settings("--cpu-minutes=1e-9")
+
+    assert run(settings) is None
+
+    assert checkpoint.load(settings.run_dir / LAST).update == 0
+    run(tiny_settings("--cpu-minutes=5"), resume=True)
+    last = checkpoint.load(settings.run_dir / LAST)
+    assert last.update == 12
+    assert 0 < last.cpu_seconds < 60
+
+
+def test_what_is_judged_and_exported_is_the_running_mean_of_the_weights(tiny_settings):
+    settings = tiny_settings(
+        "--optimizer.average-decay=0.5", "--num-updates=3", "--evaluation.every-updates=1"
+    )
+    weights = []
+    step = torch.optim.RMSprop.step
+
+    def seen(optimizer, *arguments):
+        step(optimizer, *arguments)
+        weights.append(optimizer.param_groups[0]["params"][0].detach().clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.RMSprop, "step", seen)
+        run(settings)
+
+    mean = weights[0]
+    for weight in weights[1:]:
+        mean = 0.5 * mean + 0.5 * weight
+    last = checkpoint.load(settings.run_dir / LAST)
+    name = next(iter(dict(make_cell(settings).named_parameters())))
+    torch.testing.assert_close(last.averaged[name], mean)
+    torch.testing.assert_close(checkpoint.restore_cell(last)[0].state_dict()[name], mean)
+    assert not torch.equal(last.cell[name], mean)
+
+
+def test_records_that_cannot_be_written_end_the_run_and_leave_the_last_checkpoint(tiny_settings, monkeypatch):
+    settings = tiny_settings()
+    add = Records.add
+
+    def full(records, update, values):
+        if update == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(records, update, values)
+
+    monkeypatch.setattr(Records, "add", full)
+
+    with pytest.raises(
+        RunDirectoryError, match=r"cannot be written to .*No space left.* make room and --resume"
+    ):
+        run(settings)
+
+    assert checkpoint.load(settings.run_dir / LAST).update == 4
+    monkeypatch.undo()
+    run(settings, resume=True)
+    assert [record["update"] for record in records(settings.run_dir)] == list(range(1, 13))
+
+
+def test_a_gpu_that_is_not_there_is_said(tiny_settings):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    settings = tiny_settings("--device=cuda")
+
+    with pytest.raises(SettingsError, match="device cuda: torch finds no GPU here"):
+        run(settings)
+
+    assert not settings.run_dir.exists()
+
+
+def test_half_the_precision_trains_without_the_kernel(tiny_settings):
+    settings = tiny_settings("--precision=bf16-mixed", "--num-updates=3")
+
+    run(settings)
+
+    assert [record["update"] for record in records(settings.run_dir)] == [1, 2, 3]
+    assert all(
+        tensor.dtype == torch.float32 for tensor in checkpoint.load(settings.run_dir / LAST).cell.values()
+    )
+
+
 def test_a_run_that_is_resumed_to_go_further_gives_what_one_that_never_stopped_gives(
     tiny_settings, tmp_path, monkeypatch
 ):
     """Also when the evaluation at its first end, where none was due, found the task solved."""
-    monkeypatch.setattr("training.loop.is_solved", lambda _scores: True)
+    monkeypatch.setattr("training.loop.is_solved", lambda *_arguments: True)
+    settle = "--optimizer.settle-below=1000"
     further, unbroken = f"--run-dir={tmp_path / 'further'}", f"--run-dir={tmp_path / 'unbroken'}"
 
-    run(tiny_settings("--num-updates=4", further))
-    run(tiny_settings("--num-updates=8", further), resume=True)
-    run(tiny_settings("--num-updates=8", unbroken))
+    run(tiny_settings("--num-updates=4", further, settle))
+    run(tiny_settings("--num-updates=8", further, settle), resume=True)
+    run(tiny_settings("--num-updates=8", unbroken, settle))
 
     assert_same_weights(tmp_path / "further", tmp_path / "unbroken")
 
@@ -266,7 +403,9 @@ def test_a_loss_or_gradient_that_is_not_a_number_stops_and_keeps_the_last_good_c
     loss_of = torch.nn.functional.binary_cross_entropy_with_logits
     calls = []
 
-    def spoiled(answers, targets):
+    def spoiled(answers, targets, reduction="mean"):
+        if reduction != "mean":  # An evaluation.
+            return loss_of(answers, targets, reduction=reduction)
         calls.append(1)
         if len(calls) < 6:
             return loss_of(answers, targets)

@@ -19,12 +19,13 @@ def test_help_names_the_experiments_and_shows_how_to_resume(capsys):
     assert main(["--help"]) == 0
 
     said = capsys.readouterr().out
-    assert "experiments are: copy" in said
+    assert "The experiments are: associative-recall, " in said
+    assert " copy, copy-gru, " in said
     assert "--resume" in said
 
 
 def test_an_unknown_experiment_is_refused_with_those_there_are(capsys):
-    assert "unknown experiment 'cpoy': there are copy" in refusal(capsys, ["cpoy"])
+    assert "unknown experiment 'cpoy': there are associative-recall, " in refusal(capsys, ["cpoy"])
 
 
 def test_an_unknown_flag_is_refused(capsys):

@@ -1,13 +1,34 @@
-"""The Neural Turing Machine cell of Graves, Wayne and Danihelka (2014), section 3.
+"""The Neural Turing Machine cell of Graves, Wayne and Danihelka (2014), section 3, and its baselines.
 
 In the order the data flows through one step: `controller.py` reads the input and decides, `heads.py` turns
 its decision into requests, `addressing.py` turns requests into attention over the memory rows, `memory.py`
-writes and reads by that attention, `cell.py` ties them into a step, `state.py` is what passes from one step
-to the next, `unroll.py` runs many steps.
+writes and reads by that attention. `access.py` is the last three in one, and `kernel.py` the same compiled for
+training on a CPU. `cell.py` ties all into a step, `plain.py` is the controller alone, `state.py` is what passes
+from one step to the next, `unroll.py` runs many steps, `sequence.py` many steps as one operation.
 """
 
 from training.model.cell import NTMCell
-from training.model.state import LSTMState, NTMState, Stateless, named_tensors, with_tensors
-from training.model.unroll import unroll
+from training.model.plain import PlainCell
+from training.model.state import (
+    HiddenState,
+    LSTMState,
+    NTMState,
+    PlainState,
+    named_tensors,
+    with_tensors,
+)
+from training.model.unroll import Cell, Unrolled, unroll
 
-__all__ = ["LSTMState", "NTMCell", "NTMState", "Stateless", "named_tensors", "unroll", "with_tensors"]
+__all__ = [
+    "Cell",
+    "HiddenState",
+    "LSTMState",
+    "NTMCell",
+    "NTMState",
+    "PlainCell",
+    "PlainState",
+    "Unrolled",
+    "named_tensors",
+    "unroll",
+    "with_tensors",
+]

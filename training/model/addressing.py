@@ -22,9 +22,9 @@ from torch import Tensor
 # A row of zeros has no direction. Its squared norm counts as at least this, so that its similarity is 0 and its
 # gradient finite. These floors are maxima and not sums because the ONNX exporter's optimiser takes a sum with so
 # small a number for a sum with 0 and drops it.
-_LEAST_SQUARED_NORM = 1e-8
+LEAST_SQUARED_NORM = 1e-8
 # Attention of 0 has no logarithm. As far as sharpening is concerned this is the least there is.
-_LEAST_ATTENTION = 1e-16
+LEAST_ATTENTION = 1e-16
 
 
 class AddressRequest(NamedTuple):
@@ -80,7 +80,7 @@ def focus_by_content(key: Tensor, strength: Tensor, memory: Tensor) -> Tensor:
 def _row_norms(memory: Tensor) -> Tensor:
     """[B, M, N] to [B, 1, N]."""
     ones = torch.ones(1, memory.shape[1], dtype=memory.dtype, device=memory.device)
-    return (ones @ (memory * memory)).clamp_min(_LEAST_SQUARED_NORM).sqrt()
+    return (ones @ (memory * memory)).clamp_min(LEAST_SQUARED_NORM).sqrt()
 
 
 def interpolate(by_content: Tensor, previous: Tensor, gate: Tensor) -> Tensor:
@@ -131,4 +131,4 @@ def sharpen(weightings: Tensor, sharpness: Tensor) -> Tensor:
     Returns:
         [B, H, N], each row summing to 1.
     """
-    return torch.softmax(sharpness * weightings.clamp_min(_LEAST_ATTENTION).log(), dim=-1)
+    return torch.softmax(sharpness * weightings.clamp_min(LEAST_ATTENTION).log(), dim=-1)

@@ -17,10 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.model import memory as memory_access
-from training.model.addressing import address
-from training.model.controller import ControllerKind, make_controller
-from training.model.heads import Heads
+from training.model.access import access
+from training.model.controller import Controller, ControllerKind
+from training.model.heads import Heads, HeadSizes
 from training.model.state import NTMState
 
 InitialMemory = Literal["constant", "learned", "random"]
@@ -36,7 +35,10 @@ class NTMCell(nn.Module):
         memory_rows: N.
         row_width: M.
         controller: which network decides.
-        controller_size: its units.
+        controller_size: units in a layer of it.
+        controller_layers: its layers, each fed by the one below.
+        controller_scale: its recurrent weights are drawn from U(±scale / √(inputs + units)).
+        forget_bias: of an LSTM's forget gates at the start.
         num_read_heads: R, at least 1.
         num_write_heads: W, at least 1.
         shift_reach: how far a head can move its attention in one step, in rows; 0 leaves it to content.
@@ -55,6 +57,9 @@ class NTMCell(nn.Module):
         row_width: int = 20,
         controller: ControllerKind = "lstm",
         controller_size: int = 100,
+        controller_layers: int = 1,
+        controller_scale: float = 5.0,
+        forget_bias: float = 0.0,
         num_read_heads: int = 1,
         num_write_heads: int = 1,
         shift_reach: int = 1,
@@ -67,8 +72,19 @@ class NTMCell(nn.Module):
         self.num_read_heads = num_read_heads
         self.num_write_heads = num_write_heads
         read_size = num_read_heads * row_width
-        self.controller = make_controller(controller, input_size + read_size, controller_size)
-        self.heads = Heads(controller_size, num_read_heads, num_write_heads, row_width, shift_reach)
+        self.controller = Controller(
+            controller,
+            input_size + read_size,
+            controller_size,
+            controller_layers,
+            controller_scale,
+            forget_bias,
+        )
+        self.heads = Heads(
+            controller_size, HeadSizes(num_read_heads, num_write_heads, row_width, shift_reach)
+        )
+        # Training on a CPU puts the compiled one in its place; see `kernel.py`.
+        self.access = access
         self.output = nn.Linear(controller_size + read_size, output_size)
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.normal_(self.output.bias, std=0.01)
@@ -118,16 +134,15 @@ class NTMCell(nn.Module):
         controlled, controller_state = self.controller.step(
             [inputs, state.read_vectors.flatten(1)], state.controller
         )
-        requested, to_write = self.heads(controlled)
         previous = torch.cat([state.read_weightings, state.write_weightings], dim=1)
-        weightings = address(requested, state.memory, previous)
+        accessed = self.access(self.heads(controlled), state.memory, previous, self.heads.sizes)
         read_weightings, write_weightings = torch.split(
-            weightings, [self.num_read_heads, self.num_write_heads], dim=1
+            accessed.weightings, [self.num_read_heads, self.num_write_heads], dim=1
         )
-        memory = memory_access.write(state.memory, write_weightings, to_write.erase, to_write.add)
-        read_vectors = memory_access.read(memory, read_weightings)
-        outputs = self.output(torch.cat([controlled, read_vectors.flatten(1)], dim=-1))
-        return outputs, NTMState(memory, read_weightings, write_weightings, read_vectors, controller_state)
+        outputs = self.output(torch.cat([controlled, accessed.read_vectors.flatten(1)], dim=-1))
+        return outputs, NTMState(
+            accessed.memory, read_weightings, write_weightings, accessed.read_vectors, controller_state
+        )
 
 
 def _start(value: Tensor, is_learned: bool) -> nn.Parameter | nn.Buffer:

@@ -1,7 +1,7 @@
 """Controllers: the network that reads the input and what the heads read, and decides (section 3.4).
 
-An LSTM or a single feed-forward layer, behind one interface: `step` and `initial_state`. `heads.py` turns
-their output into requests.
+One or more layers of a kind, each fed by the one below, behind one interface: `step` and `initial_state`. `heads.py`
+turns their output into requests; `plain.py` uses a controller without memory, as the paper's baselines do.
 
 Shapes: B batch, I input size, C controller size.
 """
@@ -10,51 +10,103 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from training.model.state import ControllerState, LSTMState, Stateless
+from training.model.state import ControllerState, HiddenState, LayerState, LSTMState
 
-ControllerKind = Literal["lstm", "feedforward"]
-
-
-def make_controller(
-    kind: ControllerKind, input_size: int, size: int
-) -> LSTMController | FeedforwardController:
-    """The controller of this kind."""
-    if kind == "lstm":
-        return LSTMController(input_size, size)
-    return FeedforwardController(input_size, size)
+ControllerKind = Literal["lstm", "gru", "mgu", "feedforward"]
 
 
-class LSTMController(nn.Module):
-    """One LSTM layer with a learned initial state."""
+class Controller(nn.Module):
+    """Layers of one kind.
 
-    def __init__(self, input_size: int, size: int) -> None:
+    Args:
+        kind: which.
+        input_size: numbers that the lowest layer is fed.
+        size: units in a layer.
+        num_layers: at least 1.
+        scale: recurrent weights are drawn from U(±scale / √(inputs + units)).
+        forget_bias: of an LSTM's forget gates at the start.
+    """
+
+    def __init__(
+        self,
+        kind: ControllerKind,
+        input_size: int,
+        size: int,
+        num_layers: int = 1,
+        scale: float = 5.0,
+        forget_bias: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.size = size
-        self.gates = nn.Linear(input_size + size, 4 * size)
-        # The scale decides whether copy is learned: with Xavier's it was not within 28k sequences, with
-        # this one it takes 6 to 32k.
-        bound = 5 / math.sqrt(input_size + size)
-        nn.init.uniform_(self.gates.weight, -bound, bound)
-        nn.init.zeros_(self.gates.bias)
-        self.initial_hidden = nn.Parameter(torch.randn(size) * 0.05)
-        self.initial_cell = nn.Parameter(torch.randn(size) * 0.05)
+        layers: list[nn.Module] = []
+        for fed in [input_size] + [size] * (num_layers - 1):
+            if kind == "feedforward":
+                layers.append(FeedforwardLayer(fed, size))
+            elif kind == "lstm":
+                layers.append(LSTMLayer(fed, size, scale, forget_bias))
+            else:
+                layers.append(_OTHERS[kind](fed, size, scale))
+        self.layers: Sequence[Any] = cast("Sequence[Any]", nn.ModuleList(layers))
 
-    def step(self, inputs: Sequence[Tensor], state: ControllerState) -> tuple[Tensor, LSTMState]:
+    def step(self, inputs: Sequence[Tensor], state: ControllerState) -> tuple[Tensor, ControllerState]:
         """One step.
 
         Args:
             inputs: parts that together are [B, I].
-            state: [B, C] each.
+            state: of each layer that has one.
 
         Returns:
-            [B, C] the output, in (-1, 1), and the next state.
+            [B, C] the highest layer's output, in (-1, 1), and the next state.
         """
-        assert isinstance(state, LSTMState)
+        before, after = iter(state), list[LayerState]()
+        for layer in self.layers:
+            if isinstance(layer, FeedforwardLayer):
+                output: Tensor = layer(torch.cat(list(inputs), dim=-1))
+            else:
+                output, layer_state = layer.step(inputs, next(before))
+                after.append(layer_state)
+            inputs = [output]
+        return output, tuple(after)
+
+    def initial_state(self, batch_size: int) -> ControllerState:
+        """Of each layer that has one, the same in every row."""
+        return tuple(
+            layer.initial_state(batch_size)
+            for layer in self.layers
+            if not isinstance(layer, FeedforwardLayer)
+        )
+
+
+class FeedforwardLayer(nn.Linear):
+    """A layer of tanh units, [B, I] to [B, C]; whatever it must remember goes through the memory."""
+
+    def __init__(self, input_size: int, size: int) -> None:
+        super().__init__(input_size, size)
+        nn.init.xavier_uniform_(self.weight, gain=nn.init.calculate_gain("tanh"))
+        nn.init.zeros_(self.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """In (-1, 1)."""
+        return torch.tanh(super().forward(inputs))
+
+
+class LSTMLayer(nn.Module):
+    """Long short-term memory, with a learned initial state."""
+
+    def __init__(self, input_size: int, size: int, scale: float, forget_bias: float = 0.0) -> None:
+        super().__init__()
+        self.size = size
+        self.gates = _linear(input_size + size, 4 * size, scale / math.sqrt(input_size + size))
+        nn.init.constant_(self.gates.bias[size : 2 * size], forget_bias)
+        self.initial_hidden = _small(size)
+        self.initial_cell = _small(size)
+
+    def step(self, inputs: Sequence[Tensor], state: LSTMState) -> tuple[Tensor, LSTMState]:
+        """One step: parts that together are [B, I], and [B, C] each, to [B, C] and the next state."""
         gates = self.gates(torch.cat([*inputs, state.hidden], dim=-1))
         opened, candidate = torch.split(gates, [3 * self.size, self.size], dim=-1)
         enter, keep, leave = torch.sigmoid(opened).chunk(3, dim=-1)
@@ -69,20 +121,74 @@ class LSTMController(nn.Module):
         )
 
 
-class FeedforwardController(nn.Module):
-    """One layer of tanh units; whatever it must remember goes through the memory."""
+class GRULayer(nn.Module):
+    """Gated recurrent units (Cho et al. 2014), as torch has them, with a learned initial state.
 
-    def __init__(self, input_size: int, size: int) -> None:
+    r = σ(R [x, h]), z = σ(Z [x, h]), n = tanh(A x + r (B h)), h' = (1 - z) n + z h, each with its bias.
+    """
+
+    def __init__(self, input_size: int, size: int, scale: float) -> None:
         super().__init__()
         self.size = size
-        self.linear = nn.Linear(input_size, size)
-        nn.init.xavier_uniform_(self.linear.weight, gain=nn.init.calculate_gain("tanh"))
-        nn.init.zeros_(self.linear.bias)
+        bound = scale / math.sqrt(input_size + size)
+        self.gates = _linear(input_size + size, 2 * size, bound)
+        self.from_inputs = _linear(input_size, size, bound)
+        self.from_hidden = _linear(size, size, bound)
+        self.initial_hidden = _small(size)
 
-    def step(self, inputs: Sequence[Tensor], state: ControllerState) -> tuple[Tensor, Stateless]:
-        """One step: parts that together are [B, I] to [B, C], in (-1, 1)."""
-        return torch.tanh(self.linear(torch.cat(list(inputs), dim=-1))), Stateless()
+    def step(self, inputs: Sequence[Tensor], state: HiddenState) -> tuple[Tensor, HiddenState]:
+        """One step: parts that together are [B, I], and [B, C], to [B, C] and the next state."""
+        both = torch.cat([*inputs, state.hidden], dim=-1)
+        reset, keep = torch.sigmoid(self.gates(both)).chunk(2, dim=-1)
+        fed = both[:, : -self.size]
+        candidate = torch.tanh(self.from_inputs(fed) + reset * self.from_hidden(state.hidden))
+        hidden = candidate + keep * (state.hidden - candidate)
+        return hidden, HiddenState(hidden)
 
-    def initial_state(self, batch_size: int) -> Stateless:
-        """Nothing, whatever the batch."""
-        return Stateless()
+    def initial_state(self, batch_size: int) -> HiddenState:
+        """[B, C], the same in every row."""
+        return HiddenState(torch.tanh(self.initial_hidden).expand(batch_size, -1))
+
+
+class MGULayer(nn.Module):
+    """Minimal gated units (Zhou et al. 2016), one gate for both purposes, with a learned initial state.
+
+    f = σ(F [x, h]), n = tanh(A [x, f h]), h' = (1 - f) h + f n, each with its bias.
+    """
+
+    def __init__(self, input_size: int, size: int, scale: float) -> None:
+        super().__init__()
+        bound = scale / math.sqrt(input_size + size)
+        self.gate = _linear(input_size + size, size, bound)
+        self.candidate = _linear(input_size + size, size, bound)
+        self.initial_hidden = _small(size)
+
+    def step(self, inputs: Sequence[Tensor], state: HiddenState) -> tuple[Tensor, HiddenState]:
+        """One step: parts that together are [B, I], and [B, C], to [B, C] and the next state."""
+        gate = torch.sigmoid(self.gate(torch.cat([*inputs, state.hidden], dim=-1)))
+        candidate = torch.tanh(self.candidate(torch.cat([*inputs, gate * state.hidden], dim=-1)))
+        hidden = state.hidden + gate * (candidate - state.hidden)
+        return hidden, HiddenState(hidden)
+
+    def initial_state(self, batch_size: int) -> HiddenState:
+        """[B, C], the same in every row."""
+        return HiddenState(torch.tanh(self.initial_hidden).expand(batch_size, -1))
+
+
+_OTHERS: dict[str, type[GRULayer] | type[MGULayer]] = {
+    "gru": GRULayer,
+    "mgu": MGULayer,
+}
+
+
+def _linear(input_size: int, size: int, bound: float) -> nn.Linear:
+    # The scale decides whether copy is learned: with Xavier's it was not within 28k sequences, with 5 / √(inputs +
+    # units) it takes 6 to 32k.
+    linear = nn.Linear(input_size, size)
+    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _small(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(size) * 0.05)

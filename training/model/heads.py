@@ -4,7 +4,7 @@ One linear map serves all heads, so that a step makes few and large matrix produ
 `memory.py` act on the requests.
 
 Shapes: B batch, H heads (the read heads, then the write heads), W write heads, C controller size, M row
-width, S shift positions.
+width, S shift positions, P numbers that the heads ask for.
 """
 
 from __future__ import annotations
@@ -26,52 +26,73 @@ class WriteRequest(NamedTuple):
     """a [B, M, W]."""
 
 
-class Heads(nn.Module):
-    """The learned map from the controller's output to requests."""
+class HeadSizes(NamedTuple):
+    """How many heads there are, and of what size."""
 
-    def __init__(
-        self,
-        controller_size: int,
-        num_read_heads: int,
-        num_write_heads: int,
-        row_width: int,
-        shift_reach: int,
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_read_heads + num_write_heads
-        self.num_write_heads = num_write_heads
-        self.row_width = row_width
-        self._address_sizes = [row_width, 2 * shift_reach + 1, 2, 1]
-        self._num_address = self.num_heads * sum(self._address_sizes)
-        self._num_write = num_write_heads * row_width
-        self.linear = nn.Linear(controller_size, self._num_address + 2 * self._num_write)
+    num_read_heads: int
+    num_write_heads: int
+    row_width: int
+    """M."""
+    shift_reach: int
+    """How far a head can move its attention in one step, in rows."""
+
+    @property
+    def num_heads(self) -> int:
+        """H, the read heads and the write heads."""
+        return self.num_read_heads + self.num_write_heads
+
+    @property
+    def num_shifts(self) -> int:
+        """S."""
+        return 2 * self.shift_reach + 1
+
+    @property
+    def address_sizes(self) -> list[int]:
+        """What a head needs to address: key, kernel, strength and sharpness, gate."""
+        return [self.row_width, self.num_shifts, 2, 1]
+
+    @property
+    def num_requested(self) -> int:
+        """P: what all heads need to address, then what the write heads erase, then what they add."""
+        return self.num_heads * sum(self.address_sizes) + 2 * self.num_write_heads * self.row_width
+
+
+class Heads(nn.Linear):
+    """The learned map from the controller's output [B, C] to all numbers that the heads ask for [B, P]."""
+
+    def __init__(self, controller_size: int, sizes: HeadSizes) -> None:
+        super().__init__(controller_size, sizes.num_requested)
+        self.sizes = sizes
         # Large weights, as in pytorch-ntm: heads that differ from step to step from the first sequence on.
-        nn.init.xavier_uniform_(self.linear.weight, gain=1.4)
-        nn.init.normal_(self.linear.bias, std=0.01)
+        nn.init.xavier_uniform_(self.weight, gain=1.4)
+        nn.init.normal_(self.bias, std=0.01)
 
-    def forward(self, controlled: Tensor) -> tuple[AddressRequest, WriteRequest]:
-        """Requests of all heads.
 
-        Args:
-            controlled: [B, C], the controller's output.
-        """
-        address, erase, add = torch.split(
-            self.linear(controlled), [self._num_address, self._num_write, self._num_write], dim=-1
-        )
-        by_head = address.reshape(-1, self.num_heads, sum(self._address_sizes))
-        key, kernel, positive, gate = torch.split(by_head, self._address_sizes, dim=-1)
-        strength, sharpness = torch.split(softplus(positive), 1, dim=-1)
-        by_column = (-1, self.row_width, self.num_write_heads)
-        return (
-            AddressRequest(
-                key=key,
-                strength=strength,
-                gate=torch.sigmoid(gate),
-                kernel=torch.softmax(kernel, dim=-1),
-                sharpness=1 + sharpness,
-            ),
-            WriteRequest(erase=torch.sigmoid(erase).reshape(by_column), add=add.reshape(by_column)),
-        )
+def split(requested: Tensor, sizes: HeadSizes) -> tuple[AddressRequest, WriteRequest]:
+    """Requests of all heads, each quantity in its range.
+
+    Args:
+        requested: [B, P].
+        sizes: of the heads.
+    """
+    num_write = sizes.num_write_heads * sizes.row_width
+    address, erase, add = torch.split(
+        requested, [sizes.num_requested - 2 * num_write, num_write, num_write], dim=-1
+    )
+    by_head = address.reshape(-1, sizes.num_heads, sum(sizes.address_sizes))
+    key, kernel, positive, gate = torch.split(by_head, sizes.address_sizes, dim=-1)
+    strength, sharpness = torch.split(softplus(positive), 1, dim=-1)
+    by_column = (-1, sizes.row_width, sizes.num_write_heads)
+    return (
+        AddressRequest(
+            key=key,
+            strength=strength,
+            gate=torch.sigmoid(gate),
+            kernel=torch.softmax(kernel, dim=-1),
+            sharpness=1 + sharpness,
+        ),
+        WriteRequest(erase=torch.sigmoid(erase).reshape(by_column), add=add.reshape(by_column)),
+    )
 
 
 def softplus(x: Tensor) -> Tensor:

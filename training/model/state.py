@@ -1,20 +1,20 @@
 """State: everything that passes from one step to the next, and by what name.
 
-`cell.py` makes and consumes it. The names given here are the names of the exported graph's inputs, so they
-are what a caller of the server sees.
+The cells make and consume it. The names given here are the names of the exported graph's inputs, so they are what a
+caller of the server sees.
 
 Shapes: B batch, N memory rows, M row width, R read heads, W write heads, C controller size.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
 class LSTMState(NamedTuple):
-    """What an LSTM controller carries along."""
+    """What an LSTM layer carries along."""
 
     hidden: Tensor
     """[B, C], in (-1, 1)."""
@@ -22,11 +22,16 @@ class LSTMState(NamedTuple):
     """[B, C]."""
 
 
-class Stateless(NamedTuple):
-    """A feed-forward controller carries nothing along."""
+class HiddenState(NamedTuple):
+    """What a layer of gated or minimal gated units carries along."""
+
+    hidden: Tensor
+    """[B, C], in (-1, 1)."""
 
 
-ControllerState = LSTMState | Stateless
+LayerState = LSTMState | HiddenState
+ControllerState = tuple[LayerState, ...]
+"""Layer by layer; a feed-forward controller carries nothing along."""
 
 
 class NTMState(NamedTuple):
@@ -43,24 +48,30 @@ class NTMState(NamedTuple):
     controller: ControllerState
 
 
-def named_tensors(state: NTMState) -> dict[str, Tensor]:
+class PlainState(NamedTuple):
+    """The whole state of a controller that works alone."""
+
+    controller: ControllerState
+
+
+def named_tensors(state: NTMState | PlainState) -> dict[str, Tensor]:
     """Every tensor of the state under a flat name; the controller's begin with `controller_`."""
-    return {
-        "memory": state.memory,
-        "read_weightings": state.read_weightings,
-        "write_weightings": state.write_weightings,
-        "read_vectors": state.read_vectors,
-        **{f"controller_{name}": tensor for name, tensor in state.controller._asdict().items()},
-    }
+    named = {name: value for name, value in state._asdict().items() if name != "controller"}
+    for prefix, layer in zip(_prefixes(state.controller), state.controller, strict=True):
+        named |= {f"{prefix}_{name}": tensor for name, tensor in layer._asdict().items()}
+    return named
 
 
-def with_tensors(like: NTMState, named: dict[str, Tensor]) -> NTMState:
+def with_tensors(like: Any, named: dict[str, Tensor]) -> Any:
     """The inverse of `named_tensors`: a state with the structure of `like` and the tensors of `named`."""
-    kind = type(like.controller)
-    return NTMState(
-        memory=named["memory"],
-        read_weightings=named["read_weightings"],
-        write_weightings=named["write_weightings"],
-        read_vectors=named["read_vectors"],
-        controller=kind(*(named[f"controller_{name}"] for name in kind._fields)),
+    layers = zip(_prefixes(like.controller), like.controller, strict=True)
+    controller = tuple(
+        type(layer)(*(named[f"{prefix}_{name}"] for name in layer._fields)) for prefix, layer in layers
     )
+    others = {name: named[name] for name in like._fields if name != "controller"}
+    return type(like)(**others, controller=controller)
+
+
+def _prefixes(layers: ControllerState) -> list[str]:
+    """One layer needs no number."""
+    return ["controller"] if len(layers) == 1 else [f"controller_{i + 1}" for i in range(len(layers))]

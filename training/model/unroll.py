@@ -5,14 +5,19 @@ Shapes: T steps, B batch, I input size, O output size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from training.model import kernel, sequence
 from training.model.cell import NTMCell
-from training.model.state import NTMState
+from training.model.plain import PlainCell
+
+Cell = NTMCell | PlainCell
 
 
-def unroll(cell: NTMCell, inputs: Tensor, state: NTMState | None = None) -> tuple[Tensor, NTMState]:
+def unroll(cell: Cell, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """Feed a sequence to the cell, one step after the other.
 
     Args:
@@ -30,3 +35,27 @@ def unroll(cell: NTMCell, inputs: Tensor, state: NTMState | None = None) -> tupl
         step_outputs, state = cell.step(step_inputs, state)
         outputs.append(step_outputs)
     return torch.stack(outputs), state
+
+
+class Unrolled(nn.Module):
+    """A cell as a function of whole sequences, from [T, B, I] to logits [T, B, O]: what training runs.
+
+    Args:
+        cell: the cell.
+        is_compiled: use `kernel.py` and `sequence.py`, which are for float32 on a CPU. The cell's own step then uses
+            the kernel as well.
+    """
+
+    def __init__(self, cell: Cell, *, is_compiled: bool) -> None:
+        super().__init__()
+        self.cell = cell
+        if is_compiled and isinstance(cell, NTMCell):
+            cell.access = kernel.access
+        self._is_one_operation = is_compiled and sequence.fits(cell)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """All outputs, from the initial state on."""
+        if self._is_one_operation:
+            assert isinstance(self.cell, NTMCell)
+            return sequence.unrolled_outputs(self.cell, inputs)
+        return unroll(self.cell, inputs)[0]

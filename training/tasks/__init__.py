@@ -1,6 +1,16 @@
-"""The tasks: one file each, from settings to batches of sequences."""
+"""The tasks: one file each, from settings to batches of sequences. docs/adding-a-task.md adds another."""
 
+from training.tasks.associative_recall import AssociativeRecallTask
 from training.tasks.copy import CopyTask
-from training.tasks.sequences import Sequences
+from training.tasks.dynamic_ngrams import DynamicNGramsTask
+from training.tasks.priority_sort import PrioritySortTask
+from training.tasks.repeat_copy import RepeatCopyTask
+from training.tasks.task import Goal, Sequences, Size, Task
 
-__all__ = ["CopyTask", "Sequences"]
+TASKS: dict[str, type[Task]] = {
+    task.model_fields["name"].default: task
+    for task in (CopyTask, RepeatCopyTask, AssociativeRecallTask, DynamicNGramsTask, PrioritySortTask)
+}
+"""Every task by its name in a TOML."""
+
+__all__ = ["TASKS", "Goal", "Sequences", "Size", "Task"]

@@ -8,18 +8,18 @@ Shapes: T length of the sequence to copy, B batch, K bits.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from training.tasks.sequences import Sequences
+from training.tasks.task import Sequences, Size, Task, in_order, random_bits
 
 
-class CopyTask(BaseModel):
+class CopyTask(Task):
     """Settings of the copy task, and its sequences."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    size_names: ClassVar = ("length",)
 
     name: Literal["copy"] = "copy"
     """The task."""
@@ -32,8 +32,7 @@ class CopyTask(BaseModel):
 
     @model_validator(mode="after")
     def _lengths_are_in_order(self) -> CopyTask:
-        if self.min_length > self.max_length:
-            raise ValueError(f"min_length {self.min_length} is greater than max_length {self.max_length}")
+        in_order("min_length", self.min_length, "max_length", self.max_length)
         return self
 
     @property
@@ -56,13 +55,14 @@ class CopyTask(BaseModel):
         """For people who call the served model."""
         return f"{self.num_bits} bits in (0, 1), to be read at 0.5 once the delimiter was sent"
 
-    def draw_length(self, generator: torch.Generator) -> int:
-        """A training length, each equally likely."""
-        return int(torch.randint(self.min_length, self.max_length + 1, (), generator=generator))
+    def sizes(self) -> list[Size]:
+        """Every length of training."""
+        return [(length,) for length in range(self.min_length, self.max_length + 1)]
 
-    def draw(self, batch_size: int, length: int, generator: torch.Generator) -> Sequences:
-        """Random sequences of `length` vectors: inputs [2T + 1, B, K + 1], targets [T, B, K]."""
-        vectors = torch.randint(0, 2, (length, batch_size, self.num_bits), generator=generator).float()
+    def draw(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
+        """Random sequences of T vectors: inputs [2T + 1, B, K + 1], targets [T, B, K]."""
+        (length,) = size
+        vectors = random_bits(length, batch_size, self.num_bits, generator=generator)
         inputs = torch.zeros(2 * length + 1, batch_size, self.input_size)
         inputs[:length, :, : self.num_bits] = vectors
         inputs[length, :, self.num_bits] = 1

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from training.model.heads import Heads, softplus
+from training.model.heads import Heads, HeadSizes, softplus, split
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_requests_have_the_documented_shapes_and_ranges(scale):
     torch.manual_seed(0)
-    heads = Heads(controller_size=5, num_read_heads=2, num_write_heads=3, row_width=4, shift_reach=2)
+    sizes = HeadSizes(num_read_heads=2, num_write_heads=3, row_width=4, shift_reach=2)
+    heads = Heads(5, sizes)
 
-    request, to_write = heads(scale * torch.randn(7, 5))
+    request, to_write = split(heads(scale * torch.randn(7, 5)), sizes)
 
     assert request.key.shape == (7, 5, 4)
     assert request.strength.shape == request.gate.shape == request.sharpness.shape == (7, 5, 1)

@@ -1,0 +1,115 @@
+"""Pictures show what the records and the machine hold; what they look like was looked at."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training import plots
+from training.__main__ import main
+from training.config import make_cell
+from training.model import unroll
+from training.tasks.copy import CopyTask
+
+
+@pytest.fixture
+def run_dir(tiny_arguments, tmp_path):
+    assert main(["copy", *tiny_arguments, f"--run-dir={tmp_path / 'run'}"]) == 0
+    return tmp_path / "run"
+
+
+def test_a_trace_is_what_the_cell_does_step_by_step(tiny_settings):
+    settings = tiny_settings("--model.num-read-heads=2", "--model.num-write-heads=3")
+    torch.manual_seed(0)
+    cell = make_cell(settings)
+
+    traced = plots.trace(cell, settings.task, (4,), seed=5)
+
+    inputs, targets = settings.task.draw(1, (4,), torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        outputs, final = unroll(cell, inputs)
+    np.testing.assert_array_equal(traced.inputs, inputs[:, 0].T)
+    np.testing.assert_array_equal(traced.targets[:, -4:], targets[:, 0].T)
+    assert np.isnan(traced.targets[:, :-4]).all()
+    np.testing.assert_allclose(traced.outputs, torch.sigmoid(outputs[:, 0]).T, rtol=1e-5)
+    np.testing.assert_array_equal(traced.memory[-1], final.memory[0].T)
+    np.testing.assert_array_equal(traced.reading[:, -1], final.read_weightings[0].amax(dim=0))
+    np.testing.assert_array_equal(traced.writing[:, -1], final.write_weightings[0].amax(dim=0))
+    np.testing.assert_array_equal(traced.read[:, -1], final.read_vectors[0].flatten())
+    assert traced.added.shape == (4, 9)
+
+
+def test_plot_makes_the_learning_curve_the_machine_and_the_animation_of_a_run(capsys, run_dir):
+    assert main(["plot", str(run_dir)]) == 0
+
+    for name in ("learning.png", "machine.png", "memory.gif"):
+        assert (run_dir / name).stat().st_size > 5_000
+    with Image.open(run_dir / "memory.gif") as animation:
+        assert animation.n_frames == 7  # 2 T + 1, for the longest of training, T = 3.
+    assert "memory.gif" in capsys.readouterr().out
+
+
+def test_a_plain_network_is_plotted_without_a_memory(tiny_arguments, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*tiny_arguments, "--model.architecture=plain", f"--run-dir={run}"]
+    assert main(["copy", *arguments]) == 0
+
+    assert main(["plot", str(run), "--size=5"]) == 0
+
+    assert (run / "machine.png").exists()
+    assert not (run / "memory.gif").exists()
+
+
+def test_several_runs_or_folders_of_runs_share_a_picture_of_learning(tiny_arguments, tmp_path):
+    for folder, seed in [("ntm", 0), ("ntm", 1), ("lstm", 0)]:
+        run = tmp_path / folder / f"seed={seed}"
+        run.parent.mkdir(exist_ok=True)
+        assert main(["copy", *tiny_arguments, f"--seed={seed}", f"--run-dir={run}"]) == 0
+
+    assert main(["plot", str(tmp_path / "ntm"), str(tmp_path / "lstm"), "--to", str(tmp_path / "out")]) == 0
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["learning.png"]
+
+
+def test_a_curve_has_the_evaluations_and_nothing_else(run_dir):
+    curve = plots.read_curve(run_dir)
+
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert curve.sequences == [10, 20, 24]
+    assert curve.costs == [line["cost_bits"] for line in lines if line["update"] in (5, 10, 12)]
+
+
+def test_a_run_that_ended_early_stays_at_its_last_cost():
+    curve = plots.Curve([10, 20], [5.0, 3.0])
+
+    assert plots._carried(curve, np.array([5, 10, 15, 20, 40])).tolist() == [5, 5, 5, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("attended", "expected"),
+    [
+        ([2, 3, 4], [1, 2, 3, 4, 5]),
+        ([15, 0, 1], [14, 15, 0, 1, 2]),
+        ([], list(range(16))),
+        (list(range(16)), list(range(16))),
+    ],
+)
+def test_weightings_are_shown_where_on_the_ring_the_heads_are(attended, expected):
+    weighting = np.zeros((16, 3), np.float32)
+    weighting[attended, 1] = 0.8
+
+    assert plots._attended(weighting).tolist() == expected
+
+
+def test_a_folder_without_runs_is_refused(capsys, tmp_path):
+    assert main(["plot", str(tmp_path)]) == 1
+
+    assert "is not a run, and holds none: train there first" in capsys.readouterr().err
+
+
+def test_the_heading_says_what_the_sequence_is():
+    assert plots.heading(CopyTask(), (20,)) == "copy, length 20"

@@ -1,0 +1,75 @@
+"""Sweeps make every run once, also when they are stopped in between, and sum up what became of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from training import checkpoint
+from training.__main__ import main
+from training.checkpoint import LAST
+from training.errors import SettingsError
+from training.sweep import variations
+
+
+def sweep(folder, tiny_arguments, *more: str) -> int:
+    return main(["sweep", "copy", "--to", str(folder), *tiny_arguments, *more])
+
+
+def test_every_seed_is_combined_with_every_value():
+    runs = variations("0-1,7", ["optimizer.learning-rate=1e-3,1e-4"])
+
+    assert len(runs) == 6
+    assert {"optimizer.learning-rate": "1e-4", "seed": "7"} in runs
+
+
+@pytest.mark.parametrize(
+    ("seeds", "vary"), [("x", []), ("3-1", []), ("", []), ("0", ["lr"]), ("0", ["lr="]), ("0", ["=3"])]
+)
+def test_what_is_no_list_of_seeds_or_values_is_refused(seeds, vary):
+    with pytest.raises(SettingsError, match="is not"):
+        variations(seeds, vary)
+
+
+def test_a_sweep_goes_on_with_what_has_not_ended_and_leaves_the_rest_alone(capsys, tiny_arguments, tmp_path):
+    """One run has ended, one was stopped after 4 updates, one has not begun."""
+    common = [*tiny_arguments, "--optimizer.learning-rate=1e-3"]
+    assert main(["copy", *common, "--seed=0", f"--run-dir={tmp_path / 'seed=0'}"]) == 0
+    stopped = tmp_path / "seed=1"
+    assert main(["copy", *common, "--seed=1", f"--run-dir={stopped}", "--num-updates=4"]) == 0
+    last = checkpoint.load(stopped / LAST)
+    checkpoint.save(last._replace(settings=last.settings | {"num_updates": 12}), stopped / LAST)
+    ended = (tmp_path / "seed=0" / LAST).stat().st_mtime_ns
+
+    assert sweep(tmp_path, common, "--seeds=0-2") == 0
+
+    assert (tmp_path / "seed=0" / LAST).stat().st_mtime_ns == ended
+    assert [checkpoint.load(tmp_path / f"seed={seed}" / LAST).update for seed in (0, 1, 2)] == [12, 12, 12]
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["run"] for row in rows] == ["seed=0", "seed=1", "seed=2"]
+    assert {"solved_at_sequences", "solved_at_cpu_minutes", "sequences", "cpu_minutes", "wrong_bits"} <= rows[
+        0
+    ].keys()
+    assert rows[0]["sequences"] == 24
+    assert "seed=2" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_made(capsys, tiny_arguments, tmp_path):
+    (tmp_path / "seed=0").mkdir()
+    (tmp_path / "seed=0" / "notes.txt").write_text("somebody's")
+
+    assert sweep(tmp_path, tiny_arguments, "--seeds=0-1", "--jobs=2") == 1
+
+    said = capsys.readouterr().err
+    assert "seed=0 is in use: give another --run-dir" in said
+    assert "1 of 2 runs failed: seed=0; give the command again" in said
+    assert checkpoint.load(tmp_path / "seed=1" / LAST).update == 12
+    assert (tmp_path / "seed=0" / "notes.txt").read_text() == "somebody's"
+
+
+def test_a_setting_that_cannot_work_is_refused_before_any_run_is_made(capsys, tiny_arguments, tmp_path):
+    assert sweep(tmp_path / "sweep", tiny_arguments, "--vary=batch-size=2,0") == 1
+
+    assert "batch_size: input should be greater than or equal to 1" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()

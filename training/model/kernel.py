@@ -1,0 +1,396 @@
+"""The kernel: addressing, writing and reading as one compiled operation with a gradient worked out by hand.
+
+`access.py` says the same in torch operations, and is what is exported and what runs on a GPU. On a CPU torch spends
+most of a training step on starting some two hundred small operations, forward and backward; here they are two
+loops, compiled by numba when first called, with a sequence's memory in the processor's cache. A test holds the two
+together, values and gradients.
+
+Shapes: B batch, H heads (R read heads, then W write heads), N memory rows, M row width, S shift positions,
+P numbers that the heads ask for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from training.model.access import Accessed
+from training.model.addressing import LEAST_ATTENTION, LEAST_SQUARED_NORM
+from training.model.heads import HeadSizes
+
+_LEAST_ATTENTION = np.float32(LEAST_ATTENTION)
+_LEAST_SQUARED_NORM = np.float32(LEAST_SQUARED_NORM)
+_LEAST_NORM = np.float32(1e-12)  # Of a key: torch's `normalize`.
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+# Sums may be reordered, so that loops become vector instructions; NaN and infinity keep their meaning, since
+# training must see them. A loop that sums never stores as well: whether such a loop becomes vector instructions
+# depends on where its arrays happen to lie, and the order of its sum, so its last bit, would.
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+compiled = numba.njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy")
+
+
+def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
+    """What `access.access` does, for float32 on a CPU, with a gradient."""
+    return Accessed(*_Access.apply(requested, memory, previous, sizes))  # type: ignore[no-untyped-call]
+
+
+class _Access(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        requested, memory, previous = requested.contiguous(), memory.contiguous(), previous.contiguous()
+        (batch, heads, rows), width = previous.shape, memory.shape[1]
+        read_vectors = torch.empty(batch, sizes.num_read_heads, width)
+        weightings, next_memory = torch.empty_like(previous), torch.empty_like(memory)
+        kept = torch.empty(batch, 3, heads, rows)
+        access_forward(
+            requested.detach().numpy(),
+            memory.detach().numpy(),
+            previous.detach().numpy(),
+            sizes.num_read_heads,
+            sizes.num_shifts,
+            weightings.numpy(),
+            next_memory.numpy(),
+            read_vectors.numpy(),
+            kept.numpy(),
+        )
+        ctx.save_for_backward(requested, memory, previous, weightings, next_memory, kept)
+        ctx.sizes = sizes
+        return weightings, next_memory, read_vectors
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_weightings: Tensor, of_next_memory: Tensor, of_read_vectors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        requested, memory, previous, weightings, next_memory, kept = ctx.saved_tensors
+        of_requested = torch.empty_like(requested)
+        of_memory, of_previous = torch.empty_like(memory), torch.empty_like(previous)
+        access_backward(
+            requested.detach().numpy(),
+            memory.detach().numpy(),
+            previous.detach().numpy(),
+            ctx.sizes.num_read_heads,
+            ctx.sizes.num_shifts,
+            weightings.detach().numpy(),
+            next_memory.detach().numpy(),
+            kept.numpy(),
+            of_weightings.contiguous().numpy(),
+            of_next_memory.contiguous().numpy(),
+            of_read_vectors.contiguous().numpy(),
+            of_requested.numpy(),
+            of_memory.numpy(),
+            of_previous.numpy(),
+        )
+        return of_requested, of_memory, of_previous, None
+
+
+@compiled
+def access_forward(  # type: ignore[no-untyped-def]
+    requested, memory, previous, num_reads, num_shifts, weightings, next_memory, read_vectors, kept
+):
+    """Fill what comes out; `kept` [B, 3, H, N] holds likeness, attention by content and shifted attention."""
+    num_batch, num_heads, num_rows = previous.shape
+    width = memory.shape[1]
+    num_writes = num_heads - num_reads
+    reach = num_shifts // 2
+    per_head = width + num_shifts + 3
+    scores = np.empty(num_rows, np.float32)
+    inverse_norms = np.empty(num_rows, np.float32)
+    gated = np.empty(num_rows, np.float32)
+    for b in range(num_batch):
+        scores[:] = _ZERO
+        for m in range(width):
+            for n in range(num_rows):
+                scores[n] += memory[b, m, n] * memory[b, m, n]
+        for n in range(num_rows):
+            inverse_norms[n] = _ONE / math.sqrt(max(scores[n], _LEAST_SQUARED_NORM))
+
+        for h in range(num_heads):
+            asked = requested[b, h * per_head : (h + 1) * per_head]
+            shifting, strength, sharpness, gate = _activate(asked, width, num_shifts)
+            likeness, content, shifted = kept[b, 0, h], kept[b, 1, h], kept[b, 2, h]
+
+            inverse_key = _inverse_length(asked[:width])
+            likeness[:] = _ZERO
+            for m in range(width):
+                key = asked[m] * inverse_key
+                for n in range(num_rows):
+                    likeness[n] += key * memory[b, m, n]
+            for n in range(num_rows):
+                likeness[n] *= inverse_norms[n]
+                scores[n] = strength * likeness[n]
+            _softmax(scores, content)
+
+            for n in range(num_rows):
+                gated[n] = previous[b, h, n] + gate * (content[n] - previous[b, h, n])
+            shifted[:] = _ZERO
+            for i in range(num_shifts):
+                _add_rotated(gated, reach - i, shifting[i], shifted)
+
+            _log(shifted, scores)
+            for n in range(num_rows):
+                scores[n] *= sharpness
+            _softmax(scores, weightings[b, h])
+
+        writing = requested[b, num_heads * per_head :]
+        for m in range(width):
+            for n in range(num_rows):
+                next_memory[b, m, n] = memory[b, m, n]
+            for w in range(num_writes):
+                erase = _sigmoid(writing[m * num_writes + w])
+                for n in range(num_rows):
+                    next_memory[b, m, n] *= _ONE - erase * weightings[b, num_reads + w, n]
+            for w in range(num_writes):
+                add = writing[(width + m) * num_writes + w]
+                for n in range(num_rows):
+                    next_memory[b, m, n] += add * weightings[b, num_reads + w, n]
+            for r in range(num_reads):
+                total = _ZERO
+                for n in range(num_rows):
+                    total += weightings[b, r, n] * next_memory[b, m, n]
+                read_vectors[b, r, m] = total
+
+
+@compiled
+def access_backward(  # type: ignore[no-untyped-def]
+    requested,
+    memory,
+    previous,
+    num_reads,
+    num_shifts,
+    weightings,
+    next_memory,
+    kept,
+    of_weightings,
+    of_next_memory,
+    of_read_vectors,
+    of_requested,
+    of_memory,
+    of_previous,
+):
+    """Fill the gradients of what went in, from those of what came out. Each line undoes one of `access_forward`."""
+    num_batch, num_heads, num_rows = previous.shape
+    width = memory.shape[1]
+    num_writes = num_heads - num_reads
+    reach = num_shifts // 2
+    per_head = width + num_shifts + 3
+    of_attention = np.empty((num_heads, num_rows), np.float32)
+    of_next = np.empty(num_rows, np.float32)
+    others = np.empty(num_rows, np.float32)
+    gated = np.empty(num_rows, np.float32)
+    of_gated = np.empty(num_rows, np.float32)
+    of_shifted = np.empty(num_rows, np.float32)
+    of_likeness = np.empty(num_rows, np.float32)
+    of_inverse_norms = np.empty(num_rows, np.float32)
+    inverse_norms = np.empty(num_rows, np.float32)
+    logs = np.empty(num_rows, np.float32)
+    of_shifting = np.empty(num_shifts, np.float32)
+    of_key = np.empty(width, np.float32)
+    for b in range(num_batch):
+        of_attention[:] = of_weightings[b]
+        writing = requested[b, num_heads * per_head :]
+        of_writing = of_requested[b, num_heads * per_head :]
+        inverse_norms[:] = _ZERO
+        for m in range(width):
+            # Reading.
+            for n in range(num_rows):
+                of_next[n] = of_next_memory[b, m, n]
+                inverse_norms[n] += memory[b, m, n] * memory[b, m, n]
+            for r in range(num_reads):
+                of_read = of_read_vectors[b, r, m]
+                for n in range(num_rows):
+                    of_next[n] += of_read * weightings[b, r, n]
+                    of_attention[r, n] += of_read * next_memory[b, m, n]
+            # Writing: the product over the heads, and for each head's part the product over the others.
+            for n in range(num_rows):
+                of_memory[b, m, n] = of_next[n]
+            for w in range(num_writes):
+                erase = _sigmoid(writing[m * num_writes + w])
+                add = writing[(width + m) * num_writes + w]
+                for n in range(num_rows):
+                    others[n] = of_next[n] * memory[b, m, n]
+                    of_memory[b, m, n] *= _ONE - erase * weightings[b, num_reads + w, n]
+                for v in range(num_writes):
+                    if v != w:
+                        erased = _sigmoid(writing[m * num_writes + v])
+                        for n in range(num_rows):
+                            others[n] *= _ONE - erased * weightings[b, num_reads + v, n]
+                of_erase, of_add = _ZERO, _ZERO
+                for n in range(num_rows):
+                    of_erase -= others[n] * weightings[b, num_reads + w, n]
+                    of_add += of_next[n] * weightings[b, num_reads + w, n]
+                for n in range(num_rows):
+                    of_attention[num_reads + w, n] += add * of_next[n] - erase * others[n]
+                of_writing[m * num_writes + w] = of_erase * erase * (_ONE - erase)
+                of_writing[(width + m) * num_writes + w] = of_add
+
+        for n in range(num_rows):
+            inverse_norms[n] = _ONE / math.sqrt(max(inverse_norms[n], _LEAST_SQUARED_NORM))
+        of_inverse_norms[:] = _ZERO
+        for h in range(num_heads):
+            asked = requested[b, h * per_head : (h + 1) * per_head]
+            of_asked = of_requested[b, h * per_head : (h + 1) * per_head]
+            shifting, strength, sharpness, gate = _activate(asked, width, num_shifts)
+            likeness, content, shifted = kept[b, 0, h], kept[b, 1, h], kept[b, 2, h]
+
+            # Sharpening.
+            mean = _ZERO
+            for n in range(num_rows):
+                mean += of_attention[h, n] * weightings[b, h, n]
+            _log(shifted, logs)
+            of_sharpness = _ZERO
+            for n in range(num_rows):
+                of_sharpness += weightings[b, h, n] * (of_attention[h, n] - mean) * logs[n]
+            for n in range(num_rows):
+                of_power = weightings[b, h, n] * (of_attention[h, n] - mean)
+                is_kept = _ONE if shifted[n] > _LEAST_ATTENTION else _ZERO
+                of_shifted[n] = is_kept * sharpness * of_power / max(shifted[n], _LEAST_ATTENTION)
+
+            # Shifting.
+            for n in range(num_rows):
+                gated[n] = previous[b, h, n] + gate * (content[n] - previous[b, h, n])
+            of_gated[:] = _ZERO
+            mean = _ZERO
+            for i in range(num_shifts):
+                _add_rotated(of_shifted, i - reach, shifting[i], of_gated)
+                of_shifting[i] = _rotated_product(of_shifted, gated, reach - i)
+                mean += of_shifting[i] * shifting[i]
+            for i in range(num_shifts):
+                of_asked[width + i] = shifting[i] * (of_shifting[i] - mean)
+
+            # Interpolating.
+            of_gate, mean = _ZERO, _ZERO
+            for n in range(num_rows):
+                of_gate += of_gated[n] * (content[n] - previous[b, h, n])
+                mean += gate * of_gated[n] * content[n]
+            for n in range(num_rows):
+                of_previous[b, h, n] = (_ONE - gate) * of_gated[n]
+
+            # Looking by content.
+            of_strength = _ZERO
+            for n in range(num_rows):
+                of_strength += content[n] * (gate * of_gated[n] - mean) * likeness[n]
+            for n in range(num_rows):
+                of_score = content[n] * (gate * of_gated[n] - mean)
+                of_inverse_norms[n] += strength * of_score * likeness[n]  # Times the norm; see below.
+                of_likeness[n] = strength * of_score * inverse_norms[n]
+            inverse_key = _inverse_length(asked[:width])
+            along = _ZERO
+            for m in range(width):
+                key = asked[m] * inverse_key
+                total = _ZERO
+                for n in range(num_rows):
+                    total += of_likeness[n] * memory[b, m, n]
+                for n in range(num_rows):
+                    of_memory[b, m, n] += key * of_likeness[n]
+                of_key[m] = total
+                along += total * key
+            if inverse_key == _ONE / _LEAST_NORM:
+                along = _ZERO
+            for m in range(width):
+                of_asked[m] = (of_key[m] - along * asked[m] * inverse_key) * inverse_key
+
+            at = width + num_shifts
+            of_asked[at] = of_strength * _sigmoid(asked[at])
+            of_asked[at + 1] = of_sharpness * _sigmoid(asked[at + 1])
+            of_asked[at + 2] = of_gate * gate * (_ONE - gate)
+
+        # The norms: likeness is a product over the norm, so its share of their gradient is minus itself over it.
+        floor = _ONE / math.sqrt(_LEAST_SQUARED_NORM)
+        for n in range(num_rows):
+            is_kept = _ONE if inverse_norms[n] < floor else _ZERO
+            of_inverse_norms[n] *= is_kept * inverse_norms[n] * inverse_norms[n]
+        for m in range(width):
+            for n in range(num_rows):
+                of_memory[b, m, n] -= of_inverse_norms[n] * memory[b, m, n]
+
+
+@compiled
+def _activate(asked, width, num_shifts):  # type: ignore[no-untyped-def]
+    """One head's shifts, strength, sharpness and gate."""
+    shifting = np.empty(num_shifts, np.float32)
+    largest = asked[width]
+    for i in range(num_shifts):
+        largest = max(largest, asked[width + i])
+    total = _ZERO
+    for i in range(num_shifts):
+        shifting[i] = math.exp(asked[width + i] - largest)
+        total += shifting[i]
+    for i in range(num_shifts):
+        shifting[i] /= total
+    at = width + num_shifts
+    return shifting, _softplus(asked[at]), _ONE + _softplus(asked[at + 1]), _sigmoid(asked[at + 2])
+
+
+@compiled
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    # The exponent is never positive, so it cannot overflow.
+    e = math.exp(-abs(x))
+    return (_ONE if x >= _ZERO else e) / (_ONE + e)
+
+
+@compiled
+def _softplus(x):  # type: ignore[no-untyped-def]
+    return max(x, _ZERO) + np.float32(math.log1p(math.exp(-abs(x))))
+
+
+@compiled
+def _inverse_length(key):  # type: ignore[no-untyped-def]
+    total = _ZERO
+    for value in key:
+        total += value * value
+    return _ONE / max(np.float32(math.sqrt(total)), _LEAST_NORM)
+
+
+@compiled
+def _add_rotated(source, by, factor, into):  # type: ignore[no-untyped-def]
+    """Add `factor` times the source, moved forward by some rows round the ring."""
+    num_rows = len(source)
+    by %= num_rows
+    for n in range(num_rows - by):
+        into[by + n] += factor * source[n]
+    for n in range(by):
+        into[n] += factor * source[num_rows - by + n]
+
+
+@compiled
+def _rotated_product(one, source, by):  # type: ignore[no-untyped-def]
+    """The inner product of `one` and the source moved forward by some rows round the ring."""
+    num_rows = len(source)
+    by %= num_rows
+    total = _ZERO
+    for n in range(num_rows - by):
+        total += one[by + n] * source[n]
+    for n in range(by):
+        total += one[n] * source[num_rows - by + n]
+    return total
+
+
+@compiled
+def _softmax(scores, into):  # type: ignore[no-untyped-def]
+    largest = scores[0]
+    for n in range(len(scores)):
+        largest = max(largest, scores[n])
+    total = _ZERO
+    for n in range(len(scores)):
+        into[n] = math.exp(scores[n] - largest)
+    for n in range(len(scores)):
+        total += into[n]
+    inverse = _ONE / total
+    for n in range(len(scores)):
+        into[n] *= inverse
+
+
+@compiled
+def _log(attention, into):  # type: ignore[no-untyped-def]
+    for n in range(len(attention)):
+        into[n] = math.log(max(attention[n], _LEAST_ATTENTION))

@@ -1,0 +1,150 @@
+"""Sweeps: many runs of one experiment, with other seeds or settings, and a table of what became of them.
+
+Each run is a process of its own, `python -m training EXPERIMENT ...`, in a folder of the sweep's. A sweep that was
+stopped is given again with the same command: runs that have ended are left alone, others go on from their last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from training import checkpoint
+from training.checkpoint import LAST
+from training.errors import CheckpointError, SettingsError, SweepError
+from training.loop import is_over
+
+SUMMARY = "summary.json"
+
+
+def variations(seeds: str, vary: Sequence[str]) -> list[dict[str, str]]:
+    """The settings of every run, by flag: each seed with each combination of the values.
+
+    Args:
+        seeds: such as "0-9" or "3,5,8".
+        vary: each such as "optimizer.learning-rate=1e-3,3e-4".
+
+    Raises:
+        SettingsError: one of them is not of that form.
+    """
+    choices = [[{"seed": str(seed)} for seed in _numbers(seeds)]]
+    for each in vary:
+        flag, equals, values = each.partition("=")
+        if not flag or not equals or not all(values.split(",")):
+            raise SettingsError(f"--vary {each!r} is not SETTING=VALUE,VALUE,...")
+        choices.insert(0, [{flag.removeprefix("--"): value} for value in values.split(",")])
+    return [
+        {key: value for part in parts for key, value in part.items()} for parts in itertools.product(*choices)
+    ]
+
+
+def sweep(
+    experiment: str,
+    settings: Sequence[str],
+    runs: list[dict[str, str]],
+    folder: Path,
+    jobs: int,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Make the runs that have not ended yet, `jobs` at a time, and write `summary.json` into the folder.
+
+    Raises:
+        SweepError: a run failed. The others are made, and the summary is written.
+    """
+    folders = {folder / _name(varied): varied for varied in runs}
+    failed = []
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        made = {
+            pool.submit(_run, experiment, settings, varied, path): path for path, varied in folders.items()
+        }
+        for future in concurrent.futures.as_completed(made):
+            path, problem = made[future], future.result()
+            console.print(f"{path}: {problem or 'done'}", markup=False, soft_wrap=True)
+            failed += [path.name] * (problem is not None)
+    rows = [summarise(path) for path in folders if (path / LAST).exists()]
+    (folder / SUMMARY).write_text(json.dumps(rows, indent=1) + "\n")
+    if failed:
+        raise SweepError(
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; give the command again"
+        )
+    return rows
+
+
+def summarise(run_dir: Path) -> dict[str, Any]:
+    """What became of a run: when it met its goal, what it has cost, and its scores at its best."""
+    last = checkpoint.load(run_dir / LAST)
+    solved = last.solved
+    best = checkpoint.load(run_dir / checkpoint.BEST).metrics if (run_dir / checkpoint.BEST).exists() else {}
+    batch = last.settings["batch_size"]
+    return {
+        "run": run_dir.name,
+        "solved_at_sequences": int(solved["update"]) * batch if solved else None,
+        "solved_at_cpu_minutes": round(solved["cpu_seconds"] / 60, 2) if solved else None,
+        "sequences": last.update * batch,
+        "cpu_minutes": round(last.cpu_seconds / 60, 2),
+        **best,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The summary for the terminal."""
+    shown = Table()
+    for column in rows[0] if rows else []:
+        shown.add_column(
+            column.replace("_", " "), overflow="fold", justify="left" if column == "run" else "right"
+        )
+    for row in rows:
+        shown.add_row(*["-" if value is None else _short(value) for value in row.values()])
+    return shown
+
+
+def _run(experiment: str, settings: Sequence[str], varied: dict[str, str], run_dir: Path) -> str | None:
+    """Make one run, or go on with it; returns what went wrong."""
+    command = [sys.executable, "-m", "training", experiment, "--run-dir", str(run_dir)]
+    if (run_dir / LAST).exists():
+        try:
+            last = checkpoint.load(run_dir / LAST)
+            restored = checkpoint.restore_settings(last)
+        except CheckpointError as error:
+            return str(error)
+        if is_over(restored, last.update, last.cpu_seconds, last.best_score):
+            return None
+        command.append("--resume")
+    else:
+        command += [*settings, *(f"--{flag}={value}" for flag, value in varied.items())]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    if ended.returncode == 0:
+        return None
+    said = ended.stderr.strip().splitlines()
+    return said[-1] if said else f"ended with {ended.returncode}"
+
+
+def _name(varied: dict[str, str]) -> str:
+    """Such as `learning-rate=1e-3,seed=4`: the last part of a flag says enough."""
+    return ",".join(f"{flag.rpartition('.')[2]}={value}" for flag, value in varied.items()).replace("/", "-")
+
+
+def _numbers(text: str) -> list[int]:
+    numbers: list[int] = []
+    for part in text.split(","):
+        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if bounds is None or int(bounds[1]) > int(bounds[2] or bounds[1]):
+            raise SettingsError(f"--seeds {text!r} is not a list such as 0-9 or 3,5,8")
+        numbers += range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1)
+    return numbers
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -226,13 +226,32 @@ class Journal:
 
     def _reopen(self) -> None:
         """Come back as another replica: what this one knew of its sessions may be out of date."""
+        old, has_come_back = self.store, threading.Event()
         try:
-            old, self.store = self.store, self._open_store()
-            self._loop.call_soon_threadsafe(self._on_lapse)
-            self._set_beat(self.store.beat())
-            old.close()
+            store = self._open_store()
+            try:
+                beat = store.beat()
+            except ServingError:
+                store.close()
+                raise
         except ServingError as error:
             log.warning("the session store cannot be opened again", error=str(error))
+            return
+
+        def come_back() -> None:
+            # The lease is valid again only when nothing is left that was known under the old one.
+            self.store = store
+            self._on_lapse()
+            self._set_beat(beat)
+            has_come_back.set()
+
+        self._loop.call_soon_threadsafe(come_back)
+        while not has_come_back.wait(self._beat_interval_s) and not self._closing.is_set():
+            pass
+        try:
+            old.close()
+        except StoreError as error:
+            log.warning("the session store could not be closed in good order", error=str(error))
 
     def _set_beat(self, beat: Beat) -> None:
         self._beat_at_s = monotonic()

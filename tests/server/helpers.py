@@ -87,6 +87,7 @@ async def pending(caller: Caller, model: str, count: int) -> None:
     served = caller.server.sessions.model(model, None)
     while served.num_pending != count:
         await asyncio.sleep(0)
+    await asyncio.sleep(0)  # what came in this turn goes to the engine in the next
 
 
 async def crash(server: Server) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import numpy_helper
 
 from export.errors import VerificationError
@@ -17,6 +18,7 @@ from export.step import Step
 from export.verification import BATCH_SIZES, verify
 from tests.export.conftest import write_run
 from training.checkpoint import BEST, load, restore_cell
+from training.tasks.associative_recall import AssociativeRecallTask
 from training.tasks.copy import CopyTask
 
 
@@ -126,3 +128,22 @@ def test_the_shipped_model_copies_sequences_far_longer_than_it_was_trained_on():
             said.append(output)
 
         assert (np.stack(said[length + 1 :]) > 0.5).astype(np.float32).tobytes() == vectors.tobytes(), length
+
+
+def test_the_shipped_recall_model_finds_items_in_lists_twice_as_long_as_any_it_was_trained_on():
+    path = SHIPPED.parents[2] / "associative-recall" / "1" / "model.onnx"
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    spec = read_spec(onnx.load(path))
+    for num_items, most_wrong_bits in ((2, 0), (6, 0), (12, 0.1), (20, 1)):
+        inputs, targets = AssociativeRecallTask().draw(200, (num_items,), torch.Generator().manual_seed(2026))
+        state = {state.input_name: np.repeat(initial_value(state)[None], 200, 0) for state in spec.states}
+        said = []
+        for step_inputs in inputs.numpy():
+            output, *after = session.run(
+                ["output", *(state.output_name for state in spec.states)], {"input": step_inputs, **state}
+            )
+            state = dict(zip(state, after, strict=True))
+            said.append(output)
+
+        wrong = (np.stack(said[-3:]) > 0.5) != targets.numpy().astype(bool)
+        assert wrong.sum() / 200 <= most_wrong_bits, num_items

@@ -28,9 +28,10 @@ ARG PIP_EXTRA_INDEX_URL
 ARG PIP_INDEX_URL
 WORKDIR /src
 RUN python -m venv --without-pip /opt/venv
-COPY pyproject.toml constraints.txt constraints-gpu.txt README.md ./
-COPY protos protos
-RUN mkdir -p client export server/store training/model training/tasks
+COPY pyproject.toml constraints.txt constraints-gpu.txt ./
+# Stand-ins for what pyproject.toml names.
+RUN touch README.md \
+    && mkdir -p client export protos/ntm/v1 server/store training/model training/tasks
 
 
 FROM build AS build-server
@@ -47,6 +48,7 @@ RUN packages=/opt/venv/lib/python3.11/site-packages \
     && rm -rf $packages/onnx/reference $packages/onnxruntime/transformers $packages/onnxruntime/quantization \
         $packages/onnxruntime/tools \
     && find $packages -type d \( -name tests -o -name test \) -prune -exec rm -rf {} +
+COPY protos protos
 COPY server server
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
@@ -55,6 +57,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM build AS build-client
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --constraint constraints.txt '.[client]' rich
+COPY protos protos
 COPY client client
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
@@ -63,6 +66,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM build AS build-train
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --constraint constraints.txt '.[export]'
+COPY protos protos
 COPY export export
 COPY training training
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -45,7 +45,6 @@ class Compose:
             "NTM_SECRETS": str(secrets),
             **settings,
         }
-        self._files: tuple[str, ...] = ("-f", "docker-compose.yml")
 
     @property
     def address(self) -> str:
@@ -58,27 +57,22 @@ class Compose:
         return f"127.0.0.1:{self.router_port}"
 
     def run(self, *args: str, check: bool = True, files: tuple[str, ...] = ()) -> str:
-        """Run docker compose with every profile at hand; returns what it printed."""
-        named = [part for file in files for part in ("-f", file)]
-        command = ["docker", "compose", *self._files, *named, "--progress", "quiet", *args]
+        """Run docker compose on this project; returns what it printed."""
+        named = [part for file in ("docker-compose.yml", *files) for part in ("-f", file)]
+        command = ["docker", "compose", *named, "--progress", "quiet", *args]
         ended = subprocess.run(
             command, cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=600, check=False
         )
         assert not check or ended.returncode == 0, f"{' '.join(command)}: {ended.stdout}{ended.stderr}"
         return ended.stdout + ended.stderr
 
-    def roll(self) -> None:
-        """deploy/roll.sh, as `make roll` runs it."""
+    def shell(self, *command: str) -> str:
+        """Run any command where this project is the one that docker compose means; returns what it printed."""
         ended = subprocess.run(
-            ["deploy/roll.sh"],
-            cwd=ROOT,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+            command, cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=300, check=False
         )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert ended.returncode == 0, f"{' '.join(command)}: {ended.stdout}{ended.stderr}"
+        return ended.stdout + ended.stderr
 
     def containers(self, service: str) -> list[str]:
         """Ids of a service's containers that run, oldest first."""

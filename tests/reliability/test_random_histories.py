@@ -69,6 +69,7 @@ class Histories(RuleBasedStateMachine):
     def __init__(self, store: str, models: Path) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self.loop)  # grpc.aio looks for it when a call is made outside of it
         self.store = store
         self.models = models
         self.living: dict[str, Known] = {}
@@ -113,6 +114,7 @@ class Histories(RuleBasedStateMachine):
                 self.run(self._check_everything())
             finally:
                 self.run(self._stop(self.server.stop()))
+        asyncio.set_event_loop(None)
         self.loop.close()
 
     async def _stop(self, stopping: Awaitable[None]) -> None:

@@ -1,0 +1,87 @@
+"""The journal: what comes together is committed together, in order, and what is not committed is told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from server.errors import StoreError, StoreUnavailableError
+from server.journal import Journal
+from server.store import NEW, Entry, Refusal, Write
+from server.store.sqlite import SqliteStore
+
+
+class Held(SqliteStore):
+    """A store whose commits wait until they are let go, and may fail."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync="normal")
+        self.may_go = threading.Event()
+        self.sizes: list[int] = []
+        self.fails = False
+
+    def commit(self, writes: Sequence[Write]) -> list[Refusal | StoreError | None]:
+        assert self.may_go.wait(20)
+        self.sizes.append(len(writes))
+        if self.fails:
+            raise StoreUnavailableError("the line is cut")
+        return super().commit(writes)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Held]:
+    store = Held(tmp_path / "sessions.sqlite3")
+    yield store
+    store.close()
+
+
+def a_session(number: int) -> Write:
+    session_id = f"s{number}"
+    return Write(session_id, NEW, 0, 0.0, entry=Entry(session_id, "m", "", 0, 0.0, b""))
+
+
+async def test_changes_that_come_while_a_commit_is_under_way_go_into_the_next_together(store: Held) -> None:
+    journal = Journal(store, lambda: store, beat_interval_s=60)
+    first = asyncio.ensure_future(journal.committed(a_session(0)))
+    while not journal._wake.acquire(blocking=False) or journal._queue:  # the writer has taken it
+        await asyncio.sleep(0)
+    journal._wake.release()
+    others = [asyncio.ensure_future(journal.committed(a_session(number))) for number in range(1, 6)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    assert not first.done()
+    store.may_go.set()
+
+    assert [await each for each in (first, *others)] == [None] * 6
+    assert sum(store.sizes) == 6
+    assert len(store.sizes) <= 3
+    await asyncio.to_thread(journal.close)
+
+
+async def test_every_caller_of_a_commit_that_fails_is_told(store: Held) -> None:
+    journal = Journal(store, lambda: store, beat_interval_s=60)
+    store.fails = True
+    store.may_go.set()
+
+    outcomes = await asyncio.gather(*(journal.committed(a_session(number)) for number in range(3)))
+
+    assert {type(outcome) for outcome in outcomes} == {StoreUnavailableError}
+    store.fails = False
+    assert await journal.committed(a_session(0)) is None
+    await asyncio.to_thread(journal.close)
+
+
+async def test_what_is_in_line_is_written_before_the_journal_closes(store: Held) -> None:
+    journal = Journal(store, lambda: store, beat_interval_s=60)
+    waiting = asyncio.ensure_future(journal.committed(a_session(0)))
+    await asyncio.sleep(0)
+
+    store.may_go.set()
+    await asyncio.to_thread(journal.close)
+
+    assert await waiting is None

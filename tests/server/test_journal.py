@@ -20,11 +20,13 @@ class Held(SqliteStore):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync="normal")
+        self.has_begun = threading.Event()
         self.may_go = threading.Event()
         self.sizes: list[int] = []
         self.fails = False
 
     def commit(self, writes: Sequence[Write]) -> list[Refusal | StoreError | None]:
+        self.has_begun.set()
         assert self.may_go.wait(20)
         self.sizes.append(len(writes))
         if self.fails:
@@ -47,19 +49,15 @@ def a_session(number: int) -> Write:
 async def test_changes_that_come_while_a_commit_is_under_way_go_into_the_next_together(store: Held) -> None:
     journal = Journal(store, lambda: store, beat_interval_s=60)
     first = asyncio.ensure_future(journal.committed(a_session(0)))
-    while not journal._wake.acquire(blocking=False) or journal._queue:  # the writer has taken it
-        await asyncio.sleep(0)
-    journal._wake.release()
+    await asyncio.to_thread(store.has_begun.wait, 20)
     others = [asyncio.ensure_future(journal.committed(a_session(number))) for number in range(1, 6)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    while len(journal._queue) < 5:
+        await asyncio.sleep(0)
 
-    assert not first.done()
     store.may_go.set()
 
     assert [await each for each in (first, *others)] == [None] * 6
-    assert sum(store.sizes) == 6
-    assert len(store.sizes) <= 3
+    assert store.sizes == [1, 5]
     await asyncio.to_thread(journal.close)
 
 

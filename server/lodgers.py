@@ -29,12 +29,16 @@ class Lodgers:
         return self._row_of.get(slot, slot)
 
     def seats_of(self, slots: Sequence[int]) -> list[int] | None:
-        """The seats where the next run finds the states of some slots; None if it does not find all of them."""
+        """The seats where the next run finds the states of some slots; None if it does not find all, each in its own.
+
+        Sessions that were forked from one another share a slot, and each needs a seat.
+        """
         first, row_of = self._runner.first_seat, self._row_of
         if slots[0] not in row_of:
             return None
         seats = [row_of.get(slot, -1) - first for slot in slots]
-        return seats if min(seats) >= 0 and max(seats) < self._runner.num_seats else None
+        is_found = min(seats) >= 0 and max(seats) < self._runner.num_seats
+        return seats if is_found and len({*seats}) == len(seats) else None
 
     def add(self, seats: Iterable[int], slots: Sequence[int]) -> None:
         """Let states lodge in the seats where the last run has left them.

@@ -430,3 +430,20 @@ async def test_a_bug_is_answered_internal_without_its_inside_and_logged_whole(
 
     assert [entry["event"] for entry in log] == ["a call failed unexpectedly"]
     assert isinstance(log[0]["exc_info"], ZeroDivisionError)
+
+
+async def test_sessions_forked_from_one_another_step_together_and_apart(caller: Caller) -> None:
+    """They hold one slot, whose state still lodges where a run has left it."""
+    inputs = random_inputs(3)
+    await caller.create("accumulator")
+    await caller.step(inputs[:1])
+    for session_id in ("f", "g"):
+        request = pb.ForkSessionRequest(source_session_id="s", session_id=session_id)
+        await caller.stub.ForkSession(request)
+    batch = np.stack([inputs[1:2], inputs[2:3], inputs[1:2]])
+
+    answer = await a_batch(caller, "sfg", batch)
+
+    for outputs, own in zip(to_array(answer.outputs), batch, strict=True):
+        expected = accumulated(np.concatenate([inputs[:1], own]))[1:]
+        np.testing.assert_array_equal(outputs, expected)

@@ -81,8 +81,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build-train /opt/venv /opt/venv
 # Whoever runs it: a job writes models as the owner of the directory that is mounted.
-RUN install --directory --mode 1777 /work/runs /work/models
-WORKDIR /work
+RUN install --directory --mode 1777 /ntm/runs /ntm/models
+WORKDIR /ntm
 ENV HOME=/tmp MPLCONFIGDIR=/tmp TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
 USER 10001:10001
 ENTRYPOINT ["python", "-m"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from client import Client
-from tests.compose.compose import Compose, docker
+from tests.compose.compose import Compose, docker, wait_until
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.compose]
@@ -44,18 +44,16 @@ def test_a_model_is_trained_exported_into_the_mounted_directory_and_served(
     for directory in (tmp_path, models):
         directory.chmod(0o777)
     tiny = ["--num-updates=1", "--model.memory-rows=12", "--model.row-width=5", "--model.controller-size=9"]
-    tiny += ["--task.num-bits=3", "--task.max-length=4", "--evaluation.long-lengths=5"]
+    tiny += ["--task.num-bits=3", "--task.max-length=4", "--evaluation.long-sizes=5"]
     train = ("run", "--rm", "train", "training", "copy", "--run-dir", "runs/copy", *tiny)
 
     project.run(*train)
     project.run("run", "--rm", "train", "export", "runs/copy", "models/copy/1")
     project.run("up", "--detach", "--wait")
     project.run("run", "--rm", "train", "export", "runs/copy", "models/copy/2")
-    project.run("restart", "server")
-    project.run("up", "--detach", "--wait")
 
     assert models.joinpath("copy", "2", "model.onnx").stat().st_uid == 12345
     with Client(project.address) as client:
-        assert [(model.name, model.version) for model in client.models()] == [("copy", 2), ("copy", 1)]
+        wait_until(lambda: [model.version for model in client.models()] == [2, 1], "the new version is served")
     compiler = docker("run", "--rm", "--entrypoint", "g++", "ntm-train", "--version")
     assert "Free Software Foundation" in compiler

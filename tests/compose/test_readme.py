@@ -54,6 +54,8 @@ def test_a_model_is_trained_exported_into_the_mounted_directory_and_served(
 
     assert models.joinpath("copy", "2", "model.onnx").stat().st_uid == 12345
     with Client(project.address) as client:
-        wait_until(lambda: [model.version for model in client.models()] == [2, 1], "the new version is served")
+        wait_until(
+            lambda: [model.version for model in client.models()] == [2, 1], "the new version is served"
+        )
     compiler = docker("run", "--rm", "--entrypoint", "g++", "ntm-train", "--version")
     assert "Free Software Foundation" in compiler

@@ -89,8 +89,8 @@ def load_all(root: Path) -> dict[ModelFile, StepModel]:
         ) from None
     except OSError as error:
         raise ModelRepositoryError(
-            f"the models directory {error.filename} cannot be read by the server's user (uid {os.getuid()}; "
-            f"{error.strerror}): let it, for example with chmod -R a+rX"
+            f"the models directory {error.filename} cannot be read by the server's user (uid {os.getuid()}): let it, "
+            f"for example with chmod -R a+rX ({error.strerror})"
         ) from error
     models: dict[ModelFile, StepModel] = {}
     problems: list[str] = []

@@ -84,8 +84,8 @@ def full(console: Console) -> int:
         "step_graph": partial(step_graph.compare, num_rounds=7, duration_s=0.5),
         "serving": partial(serving.compare, num_rounds=5, duration_s=1.0),
         "latency": partial(serving.compare_latency, num_rounds=5, duration_s=2.0),
-        "stores": partial(serving.compare_stores, num_rounds=5, duration_s=2.0),
-        "residence": partial(residence.compare, num_rounds=3, duration_s=3.0),
+        "stores": partial(serving.compare_stores, num_rounds=5, duration_s=1.0),
+        "residence": partial(residence.compare, num_rounds=2, duration_s=2.0),
         "growth": partial(growth.compare, num_rounds=5, duration_s=0.7),
     }
     for what, measure in parts.items():

@@ -128,7 +128,8 @@ def closed_loop(
         address: HOST:PORT of the server.
         lanes: one entry for each lane. They share the connections evenly.
         kind: "unary": every message is a call. "stream": every lane is a call with a stream of messages.
-        in_flight: messages of a lane that may wait for their answers.
+        in_flight: messages of a lane that may wait for their answers. gRPC keeps the order of a stream's messages, but
+            not that of calls.
         num_messages: messages of each lane, all of which are counted.
         duration_s: time after which no more is sent; what is answered later is not counted.
         warmup_messages: messages of each lane before those that are counted.

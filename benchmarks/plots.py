@@ -14,7 +14,13 @@ from matplotlib.axes import Axes
 from benchmarks import growth
 from benchmarks.measuring import Figures
 from benchmarks.server_process import Shape
-from benchmarks.serving import FEW_STREAMS_OF_CHUNKS, STREAMS_OF_CHUNKS, STREAMS_OF_SINGLE_STEPS, name
+from benchmarks.serving import (
+    BATCHES_OF_SINGLE_STEPS,
+    FEW_STREAMS_OF_CHUNKS,
+    STREAMS_OF_CHUNKS,
+    STREAMS_OF_SINGLE_STEPS,
+    name,
+)
 
 _OURS, _OTHERS, _LIMITS = "tab:blue", "tab:orange", "tab:gray"
 
@@ -31,7 +37,7 @@ def _throughput(figures: Figures, path: Path) -> None:
         ("engine alone, 64 sessions, T=32", "engine, 64 sessions in one message, T=32", _OURS),
         ("BatchStep, 64 sessions, T=32", name(Shape("BatchStep", 64, 32)), _OURS),
         ("StreamSteps, 64 streams, T=32", name(STREAMS_OF_CHUNKS), _OURS),
-        ("BatchStep, 64 sessions, T=1", name(Shape("BatchStep", 64, 1, in_flight=4)), _OURS),
+        ("BatchStep, 4 callers of 64 sessions, T=1", name(BATCHES_OF_SINGLE_STEPS), _OURS),
         ("StreamSteps, 32 streams, T=1", name(STREAMS_OF_SINGLE_STEPS), _OURS),
         ("empty gRPC service, 32 streams, T=1", name(STREAMS_OF_SINGLE_STEPS, "echo with asyncio"), _LIMITS),
         ("Triton, 64 streams, T=1", name(Shape("StreamSteps", 64, 1), "Triton"), _OTHERS),

@@ -21,6 +21,7 @@ from benchmarks.measuring import Figures, machine, ratio
 from benchmarks.peers import triton
 from benchmarks.server_process import Shape
 from benchmarks.serving import (
+    BATCHES_OF_SINGLE_STEPS,
     FEW_STREAMS_OF_CHUNKS,
     SHAPES_BY_STORE,
     STORES,
@@ -53,7 +54,7 @@ RATIOS = (
     Ratio("engine, 64 sessions in a message each, T=32", _BARE, 1 / 1.15, 0.5),
     Ratio("engine, 64 sessions in one message, T=1", _BARE),
     Ratio(name(Shape("BatchStep", 64, 32)), _BARE, 0.8, 0.5),
-    Ratio(name(Shape("BatchStep", 64, 1, in_flight=4)), _BARE, 0.45, 0.15),
+    Ratio(name(BATCHES_OF_SINGLE_STEPS), _BARE, 0.45, 0.15),
     Ratio(name(STREAMS_OF_CHUNKS), _BARE, 0.8, 0.25),
     Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "echo with asyncio"), 0.75, 0.15),
     Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "Triton"), 0.8),

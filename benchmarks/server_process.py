@@ -56,11 +56,12 @@ class Shape:
 
     rpc: Rpc
     num_sessions: int
-    """S."""
+    """S, of all lanes together."""
     num_steps: int
     """T, of each session in a message."""
     in_flight: int = 1
-    """Messages of a lane that may wait for their answers."""
+    """Messages of a lane that may wait for their answers; more than one only on a stream, since gRPC keeps no order
+    between calls, and one that overtakes another of its session leaves a gap."""
     num_lanes: int = 1
     """Of BatchSteps, each with an equal part of the sessions; every other session has a lane to itself."""
 

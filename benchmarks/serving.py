@@ -31,6 +31,8 @@ MAX_BATCH_SIZE = 64
 # What Triton can do as well: one step a message.
 STREAMS_OF_SINGLE_STEPS = Shape("StreamSteps", 32, 1, in_flight=4)
 STREAMS_OF_CHUNKS = Shape("StreamSteps", 64, 32, in_flight=4)
+# Four callers, each with 64 sessions of its own.
+BATCHES_OF_SINGLE_STEPS = Shape("BatchStep", 256, 1, num_lanes=4)
 # The naive service runs one step after another, for however many streams; with few, it answers within a round.
 FEW_STREAMS_OF_CHUNKS = Shape("StreamSteps", 4, 32)
 OFFERED_PER_S = (250, 500, 1000, 2000)
@@ -49,10 +51,10 @@ def compare(num_rounds: int, duration_s: float) -> Figures:
                 cases.add_engine(num_sessions, 32)
             for num_steps in (1, 32):
                 cases.add_ours(Shape("BatchStep", num_sessions, num_steps))
-                cases.add_ours(Shape("BatchStep", num_sessions, num_steps, in_flight=4))
             for num_steps in (1, 8, 32):
                 cases.add_ours(Shape("StreamSteps", num_sessions, num_steps, in_flight=4))
             cases.add_ours(Shape("Step", num_sessions, 1))
+        cases.add_ours(BATCHES_OF_SINGLE_STEPS)
         cases.add_ours(STREAMS_OF_SINGLE_STEPS)
         for flavour in echo.FLAVOURS:
             cases.add_echo(flavour, STREAMS_OF_SINGLE_STEPS)
@@ -74,7 +76,7 @@ def compare_main(num_rounds: int, duration_s: float) -> Figures:
         cases.add_engine(64, 32)
         for shape in (
             Shape("BatchStep", 64, 32),
-            Shape("BatchStep", 64, 1, in_flight=4),
+            BATCHES_OF_SINGLE_STEPS,
             STREAMS_OF_CHUNKS,
             STREAMS_OF_SINGLE_STEPS,
         ):
@@ -110,8 +112,9 @@ def name(shape: Shape, server: str = "", messages_per_s: float | None = None) ->
     """The name of a case."""
     offered = f", {messages_per_s:g} messages/s offered" if messages_per_s else ""
     who = f"{server}: " if server else ""
-    depth = f", {shape.in_flight} in flight" if shape.in_flight > 1 and shape.rpc != "StreamSteps" else ""
-    return f"{who}{shape.rpc}, {shape.num_sessions} sessions, T={shape.num_steps}{depth}{offered}"
+    callers = f"{shape.num_lanes} x " if shape.num_lanes > 1 else ""
+    num_sessions = shape.num_sessions // shape.num_lanes
+    return f"{who}{shape.rpc}, {callers}{num_sessions} sessions, T={shape.num_steps}{offered}"
 
 
 @contextmanager

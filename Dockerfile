@@ -43,11 +43,14 @@ RUN --mount=type=cache,target=/root/.cache/pip \
         *) echo "VARIANT is cpu or gpu, not $VARIANT" >&2; exit 1 ;; \
     esac \
     && pip --python /opt/venv/bin/python install --constraint constraints.txt "$@"
-# What is imported neither by the server nor by what it imports: test suites, and tools for making other models.
+# What is imported neither by the server nor by what it imports: test suites, what compilers and type checkers read,
+# tools for making other models, and ONNX Runtime's library for C programs, which its Python module holds a copy of.
 RUN packages=/opt/venv/lib/python3.11/site-packages \
     && rm -rf $packages/onnx/reference $packages/onnxruntime/transformers $packages/onnxruntime/quantization \
-        $packages/onnxruntime/tools \
-    && find $packages -type d \( -name tests -o -name test \) -prune -exec rm -rf {} +
+        $packages/onnxruntime/tools $packages/onnxruntime/capi/libonnxruntime.so* $packages/numpy/f2py \
+        $packages/numpy/distutils \
+    && find $packages -type d \( -name tests -o -name test \) -prune -exec rm -rf {} + \
+    && find $packages -type f \( -name '*.pyi' -o -name '*.h' -o -name '*.hpp' -o -name '*.a' \) -delete
 COPY protos protos
 COPY server server
 RUN --mount=type=cache,target=/root/.cache/pip \

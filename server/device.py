@@ -6,6 +6,7 @@ is compared with what a session really has, and a difference is an error or is s
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ RequestedDevice = Literal["cpu", "cuda", "auto"]
 
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 _CPU_PROVIDER = "CPUExecutionProvider"
+_DRIVER = "libcuda.so.1"
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,14 @@ def _refuse_two_builds() -> None:
         )
 
 
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
+
+
 def _is_installed(distribution: str) -> bool:
     try:
         metadata.version(distribution)
@@ -150,6 +160,11 @@ def _what_cuda_misses(cuda: Device) -> str | None:
         return (
             f"ONNX Runtime {ort.__version__} is built without {_CUDA_PROVIDER} (it has {', '.join(available)}); "
             "install the extra `gpu` in place of `server`"
+        )
+    if not _has_driver():
+        return (
+            f"{_DRIVER}, of NVIDIA's driver, does not load: install the driver and, for a container, NVIDIA's "
+            "container toolkit (docker-compose.gpu.yml reserves a GPU), or use --device cpu"
         )
     ort.preload_dlls()
     trial = helper.make_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from importlib import metadata
 
 import onnxruntime
@@ -11,6 +12,7 @@ import structlog.testing
 from server import device
 from server.errors import DeviceError
 
+BOTH_PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 HAS_CUDA_BUILD = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
@@ -37,11 +39,26 @@ def test_a_provider_that_does_not_load_is_no_silent_cpu(monkeypatch: pytest.Monk
     def on_the_cpu(model: bytes, options: object, providers: object) -> onnxruntime.InferenceSession:
         return real_session(model, options, providers=["CPUExecutionProvider"])
 
-    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: BOTH_PROVIDERS)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
 
     with pytest.raises(DeviceError, match="asked for CUDAExecutionProvider and took CPUExecutionProvider"):
+        device.choose("cuda", 0)
+
+
+def test_a_machine_without_nvidias_driver_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commonest case of the image for GPUs: on a machine, or in a container, that was given none."""
+
+    def not_found(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: BOTH_PROVIDERS)
+    monkeypatch.setattr(ctypes, "CDLL", not_found)
+
+    with pytest.raises(
+        DeviceError, match=r"libcuda\.so\.1, of NVIDIA's driver, does not load: install the driver"
+    ):
         device.choose("cuda", 0)
 
 
@@ -67,9 +84,8 @@ def test_cuda_gets_the_device_the_limit_and_an_arena_that_grows_by_what_is_asked
             return [given[-1][0]]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    monkeypatch.setattr(
-        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: BOTH_PROVIDERS)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
 
     chosen = device.choose("cuda", 1, memory_limit_mib=512)

@@ -1,7 +1,7 @@
 """Engine: the loop that owns one model's device. Schedule, run, hand back.
 
 One thread takes a batch from the scheduler, runs it on the model runner, and reports the messages that have
-ended. As long as nobody else waits and no message has ended, the same batch goes on from turn to turn, each session
+ended. A batch runs for a quantum of time, and on as long as nobody else waits and no message has ended, each session
 in its seat (`model_runner.py` says what that is). A message is whole or nothing for each of its sessions: it begins
 from the slot that the session has and ends in another, which the session takes over only when every turn has succeeded
 (`sessions.py` does that), so there is nothing to undo.
@@ -97,7 +97,9 @@ class BatchReport:
     """For each message that had its first turn."""
 
 
-# Turns that are prepared in one piece at most; a newcomer makes what is prepared beyond the next turn useless.
+# How long a batch runs before those who wait get their turn. A change of the batch costs some Python for each message
+# and, where more sessions wait than fit, copies of their state, so it does not come after every turn.
+_QUANTUM_S = 2e-3
 _MOST_TURNS_AT_ONCE = 32
 
 
@@ -125,6 +127,7 @@ class Engine:
         self._scheduler: Scheduler[Message] = Scheduler(runner.max_batch_size)
         self._wake = threading.Condition()
         self._num_holds = 0
+        self._turn_time_s: dict[int, float] = {}
         self._is_closing = False
         self._is_abandoned = False
         self._thread = threading.Thread(target=self._loop, name=f"engine {runner.model.label}", daemon=True)
@@ -210,14 +213,11 @@ class Engine:
         turn_times_s: list[float] = []
         stepping = [message for message in batch if message.num_left and not message.has_ended]
         num_rows = sum(message.num_rows for message in stepping)
-        # Each piece is twice the last: one that a newcomer is likely to cut short is small.
-        num_turns = 1
         while stepping:
-            num_turns = min(num_turns, _MOST_TURNS_AT_ONCE, *(message.num_left for message in stepping))
+            num_turns = min(self._turns_in_a_quantum(num_rows), *(message.num_left for message in stepping))
             self._take_turns(stepping, num_turns, turn_times_s)
             if any(message.has_ended or not message.num_left for message in stepping) or self._is_wanted():
                 break
-            num_turns *= 2
         for message in batch:
             message.has_ended = message.has_ended or not message.num_left
         ended = [message for message in batch if message.has_ended]
@@ -238,12 +238,18 @@ class Engine:
         for message in messages:
             message.load_state = None
 
+    def _turns_in_a_quantum(self, num_rows: int) -> int:
+        """A power of two, so that messages of as many steps, or a multiple, that begin together also end together."""
+        turn_time_s = self._turn_time_s.get(num_rows, _QUANTUM_S)  # of the last turn of so many rows
+        num_turns = max(1, min(_MOST_TURNS_AT_ONCE, int(_QUANTUM_S / turn_time_s)))
+        return 1 << num_turns.bit_length() - 1
+
     def _is_wanted(self) -> bool:
         """Whether the loop has something else to attend to; a glance, without the lock."""
         return bool(len(self._scheduler) or self._num_holds or self._is_abandoned)
 
     def _take_turns(self, batch: list[Message], num_turns: int, turn_times_s: list[float]) -> None:
-        """Run up to so many turns of a batch, at least one; a session that fails, fails alone."""
+        """Run so many turns of a batch, fewer if one fails; a session that fails, fails alone."""
         for message in batch:
             if not message.steps_done:
                 self._lodgers.forget(message.write_slots)  # whose they were before has no use for them
@@ -255,7 +261,7 @@ class Engine:
         inputs[:, seats] = together
         outputs = np.empty((num_turns, num_rows, *no_outputs.shape[1:]), no_outputs.dtype)
         num_done, failed = 0, False
-        while num_done < num_turns and not failed and not (num_done and self._is_wanted()):
+        while num_done < num_turns and not failed:
             start_s = perf_counter()
             self._lodgers.make_room_for_run(num_rows)
             self._hand_back()
@@ -265,7 +271,8 @@ class Engine:
                 failed = True
             else:
                 num_done += 1
-                turn_times_s.append(perf_counter() - start_s)
+                self._turn_time_s[num_rows] = perf_counter() - start_s
+                turn_times_s.append(self._turn_time_s[num_rows])
         done = outputs[:num_done, seats].swapaxes(0, 1)
         are_finite = bool(np.isfinite(done).all())
         first_row = 0

@@ -1,8 +1,8 @@
 """Scheduler: who runs next. Continuous batching with fair turns, and no tensors.
 
-Whenever the device is free it takes one step of each waiting message, in turn, as many as fit into the batch.
-A message with T steps takes T turns, and after each goes to the end of the line, so a long message never
-holds up a short one. `engine.py` runs what this decides.
+Whenever the device is free it takes the next waiting messages, in turn, as many as fit into the batch. After a
+step, or as many as fit into a short quantum of time, those with steps left go to the end of the line, so a long
+message never holds up a short one. `engine.py` runs what this decides.
 """
 
 from __future__ import annotations

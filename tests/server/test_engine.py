@@ -64,6 +64,24 @@ def test_a_batch_that_nobody_disturbs_goes_on_and_keeps_its_size(tmp_path: Path)
         np.testing.assert_array_equal(message.outputs[0], accumulated(message.inputs[0]))
 
 
+@pytest.mark.parametrize(("quantum_s", "most"), [(1e-9, 1), (1e9, 32)])
+def test_those_who_wait_take_turns_of_a_quantum_each(
+    quantum_s: float, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two messages and a single row: neither is held up for longer than the other's quantum."""
+    monkeypatch.setattr("server.engine._QUANTUM_S", quantum_s)
+    harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=1)
+    harness.run(harness.message(5, random_inputs(1)))  # from now on it is known how long a turn takes
+    messages = [harness.message(number, random_inputs(96, seed=number)) for number in range(2)]
+
+    harness.run(*messages)
+    harness.engine.close()
+
+    assert [len(report.turn_times_s) for report in harness.reports[1:]] == [most] * (2 * 96 // most)
+    for message in messages:
+        np.testing.assert_array_equal(message.outputs[0], accumulated(message.inputs[0]))
+
+
 def test_state_ends_in_the_slot_of_the_message_and_not_before(tmp_path: Path) -> None:
     harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=4)
     message = harness.message(0, random_inputs(7))

@@ -8,6 +8,7 @@ sessions are given back to the store, then the engines stop.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import re
 import signal
@@ -269,6 +270,9 @@ async def run(settings: ServerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     await server.start()
+    # What is there now stays. A full collection that looks through it takes 20 ms, in which nobody is answered.
+    gc.collect()
+    gc.freeze()
     await stopping.wait()
     # A second signal stops at once.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -51,6 +51,7 @@ class Curve(NamedTuple):
 
     sequences: list[float]
     costs: list[float]
+    """Of a sequence, in bits above the least possible."""
 
 
 class Trace(NamedTuple):
@@ -81,7 +82,10 @@ def read_curve(run_dir: Path) -> Curve:
         record = json.loads(line)
         if "cost_bits" in record:
             curve.sequences.append(record["sequences"])
-            curve.costs.append(record["cost_bits"])
+            least = (
+                record["cost_bits"] / record["cost_over_optimal"] if "cost_over_optimal" in record else 0.0
+            )
+            curve.costs.append(record["cost_bits"] - least)
     return curve
 
 
@@ -108,7 +112,7 @@ def plot_learning(groups: dict[str, list[Curve]], title: str, path: Path) -> Non
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("sequences (thousands)")
-        axes.set_ylabel("cost of a sequence (bits)")
+        axes.set_ylabel("cost of a sequence above the least (bits)")
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend()

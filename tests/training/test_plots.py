@@ -83,6 +83,14 @@ def test_a_curve_has_the_evaluations_and_nothing_else(run_dir):
     assert curve.costs == [line["cost_bits"] for line in lines if line["update"] in (5, 10, 12)]
 
 
+def test_a_curve_is_above_what_the_best_predictor_pays(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"sequences": 10, "cost_bits": 150, "cost_over_optimal": 1.25}\n'
+    )
+
+    assert plots.read_curve(tmp_path) == plots.Curve([10], [30.0])
+
+
 def test_a_run_that_ended_early_stays_at_its_last_cost():
     curve = plots.Curve([10, 20], [5.0, 3.0])
 

@@ -32,9 +32,11 @@ BATCH_SIZES = (1, 2, 7, 64)
 # near 0, and torch's own float32 is up to 2e-5 away from its float64.
 LARGEST_DIFFERENCE = 1e-5
 # A machine that looks things up in a full memory magnifies rounding: associative recall with 20 items is 4e-5 away
-# after 88 steps. The file may be a few times as inexact as torch in the same precision, within reason.
+# after 88 steps, priority sort with its ten heads 3e-3 after 36. So each step is held to the cell's by itself, and
+# where steps follow one another the file may be a few times as inexact as torch in the same precision, within reason.
 _TIMES_TORCH = 4
-_MOST = 1e-3
+_MOST_IN_A_STEP = 1e-4
+_MOST = 1e-2
 LARGEST_INVARIANT_BATCH = 128
 _INVARIANCE_STEPS = 21
 
@@ -80,10 +82,12 @@ def verify(path: Path, step: Step, task: Task, long_sizes: list[Size]) -> Report
     inputs = _inputs(task, long_sizes)
     differences = {}
     for size in BATCH_SIZES:
-        of_file, of_torch = _differences(session, spec, step, exact, initial, inputs[:, -size:])
-        _check(of_file.output, of_torch.output, f"the outputs at batch {size}", len(inputs))
-        _check(of_file.state, of_torch.state, f"the states at batch {size}", len(inputs))
-        differences[size] = of_file
+        rows = inputs[:, -size:]
+        alone = _differences(session, spec, step, exact, initial, rows, is_closed_loop=False)
+        together = _differences(session, spec, step, exact, initial, rows, is_closed_loop=True)
+        _check(*alone, _MOST_IN_A_STEP, f"at batch {size}, in one step")
+        _check(*together, _MOST, f"at batch {size}, within {len(rows)} steps")
+        differences[size] = together[0]
     _check_invariance(session, spec, initial, inputs[:_INVARIANCE_STEPS])
     return Report(len(model.graph.node), path.stat().st_size, len(inputs), differences)
 
@@ -120,14 +124,15 @@ def _start(initial: Tensors, batch_size: int) -> Tensors:
     return {name: np.repeat(value[None], batch_size, axis=0) for name, value in initial.items()}
 
 
-def _check(difference: float, of_torch: float, what: str, num_steps: int) -> None:
-    allowed = min(max(LARGEST_DIFFERENCE, _TIMES_TORCH * of_torch), _MOST)
-    if not difference <= allowed:  # Also when it is not a number.
-        raise VerificationError(
-            f"{what} differ between ONNX Runtime and torch by {difference:.2g} within {num_steps} steps; "
-            f"{allowed:.2g} is allowed. A cell that was hardly trained can be chaotic, so "
-            "that rounding errors grow: train it further"
-        )
+def _check(of_file: Difference, of_torch: Difference, most: float, where: str) -> None:
+    for what, difference, reference in zip(("outputs", "states"), of_file, of_torch, strict=True):
+        allowed = min(max(LARGEST_DIFFERENCE, _TIMES_TORCH * reference), most)
+        if not difference <= allowed:  # Also when it is not a number.
+            raise VerificationError(
+                f"the {what} {where}, differ between ONNX Runtime and torch by {difference:.2g}; "
+                f"{allowed:.2g} is allowed. A cell that was hardly trained can be chaotic, so "
+                "that rounding errors grow: train it further"
+            )
 
 
 @torch.no_grad()
@@ -138,10 +143,12 @@ def _differences(
     exact: Step,
     initial: Tensors,
     sequence: Array,
+    is_closed_loop: bool,
 ) -> tuple[Difference, Difference]:
     """How far the file, and torch in its precision, are from the exact cell.
 
-    All run in closed loop: each feeds its own state back, so that errors may grow.
+    In closed loop each feeds its own state back, so that errors may grow; else all take every step from the exact
+    cell's state, rounded.
     """
     batch_size = sequence.shape[1]
     theirs = _start(initial, batch_size)
@@ -154,6 +161,10 @@ def _differences(
         _apart(theirs[name], tensor) for name, tensor in zip(exact.state_names, best, strict=True)
     ]
     for inputs in sequence:
+        if not is_closed_loop:
+            ours = [tensor.float() for tensor in best]
+            best = [tensor.double() for tensor in ours]
+            theirs = {name: tensor.numpy() for name, tensor in zip(exact.state_names, ours, strict=True)}
         their_output, theirs = _run(session, spec, inputs, theirs)
         our_output, *ours = single(torch.from_numpy(inputs), *ours)
         best_output, *best = exact(torch.from_numpy(inputs).double(), *best)

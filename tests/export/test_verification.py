@@ -6,19 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-import torch
 from onnx import numpy_helper
 
 from export.errors import VerificationError
-from export.onnx_file import read_spec, write_onnx
-from export.spec import initial_value, model_spec
+from export.onnx_file import write_onnx
+from export.spec import model_spec
 from export.step import Step
 from export.verification import BATCH_SIZES, verify
 from tests.export.conftest import write_run
 from training.checkpoint import BEST, load, restore_cell
-from training.tasks.associative_recall import AssociativeRecallTask
 from training.tasks.copy import CopyTask
 
 
@@ -29,7 +26,6 @@ def step(run_dir) -> Step:
 
 TASK = CopyTask(num_bits=3)
 LONG = [(100,)]
-SHIPPED = Path(__file__).parents[2] / "models" / "copy" / "1" / "model.onnx"
 
 
 def changed(model_file: Path, tmp_path: Path, change) -> Path:
@@ -84,7 +80,9 @@ def test_outputs_that_are_swapped_in_the_metadata_are_found(model_file, step, tm
 
     path = changed(model_file, tmp_path, swap)
 
-    with pytest.raises(VerificationError, match="at batch 1 differ between ONNX Runtime and torch"):
+    with pytest.raises(
+        VerificationError, match="at batch 1, in one step, differ between ONNX Runtime and torch"
+    ):
         verify(path, step, TASK, LONG)
 
 
@@ -107,43 +105,3 @@ def test_rows_whose_bits_depend_on_the_batch_are_found(tmp_path):
 
     with pytest.raises(VerificationError, match=r"have other bits than in a batch of 128; .* multiple of 4"):
         verify(tmp_path / "odd.onnx", odd, TASK, LONG)
-
-
-def test_the_shipped_model_copies_sequences_far_longer_than_it_was_trained_on():
-    session = ort.InferenceSession(SHIPPED, providers=["CPUExecutionProvider"])
-    spec = read_spec(onnx.load(SHIPPED))
-    rng = np.random.default_rng(2026)
-    for length in (1, 20, 100, 120):
-        vectors = rng.integers(0, 2, (length, 50, 8)).astype(np.float32)
-        inputs = np.zeros((2 * length + 1, 50, 9), np.float32)
-        inputs[:length, :, :8] = vectors
-        inputs[length, :, 8] = 1
-        state = {state.input_name: np.repeat(initial_value(state)[None], 50, 0) for state in spec.states}
-        said = []
-        for step_inputs in inputs:
-            output, *after = session.run(
-                ["output", *(state.output_name for state in spec.states)], {"input": step_inputs, **state}
-            )
-            state = dict(zip(state, after, strict=True))
-            said.append(output)
-
-        assert (np.stack(said[length + 1 :]) > 0.5).astype(np.float32).tobytes() == vectors.tobytes(), length
-
-
-def test_the_shipped_recall_model_finds_items_in_lists_twice_as_long_as_any_it_was_trained_on():
-    path = SHIPPED.parents[2] / "associative-recall" / "1" / "model.onnx"
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    spec = read_spec(onnx.load(path))
-    for num_items, most_wrong_bits in ((2, 0), (6, 0), (12, 0.1), (20, 1)):
-        inputs, targets = AssociativeRecallTask().draw(200, (num_items,), torch.Generator().manual_seed(2026))
-        state = {state.input_name: np.repeat(initial_value(state)[None], 200, 0) for state in spec.states}
-        said = []
-        for step_inputs in inputs.numpy():
-            output, *after = session.run(
-                ["output", *(state.output_name for state in spec.states)], {"input": step_inputs, **state}
-            )
-            state = dict(zip(state, after, strict=True))
-            said.append(output)
-
-        wrong = (np.stack(said[-3:]) > 0.5) != targets.numpy().astype(bool)
-        assert wrong.sum() / 200 <= most_wrong_bits, num_items

@@ -108,6 +108,8 @@ class OptimizerSettings(_Section):
     """Added to the root of the mean square, so that steps vanish where gradients are much smaller."""
     clip_norm: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     """Gradients of a greater norm, over all weights, are scaled down to it."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """How much of each weight is added to its gradient, after clipping: what the task has no use for fades away."""
     average_decay: float = Field(default=0.0, ge=0, lt=1)
     """The model that is evaluated and exported is a running mean of the weights; how much of it an update keeps. 0: the
     weights themselves."""

@@ -325,6 +325,7 @@ def _optimizer(cell: Cell, settings: OptimizerSettings) -> torch.optim.Optimizer
             lr=settings.learning_rate,
             betas=(settings.momentum, 0.999),
             eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
         )
     return torch.optim.RMSprop(
         cell.parameters(),
@@ -332,6 +333,7 @@ def _optimizer(cell: Cell, settings: OptimizerSettings) -> torch.optim.Optimizer
         alpha=settings.square_decay,
         momentum=settings.momentum,
         eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
         centered=settings.name == "graves-rmsprop",
     )
 

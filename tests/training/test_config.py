@@ -108,6 +108,7 @@ def test_a_missing_toml_is_refused(tmp_path):
         (["--task.min-length", "30"], "task: min_length 30 is greater than max_length 20"),
         (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate: "),
         (["--optimizer.clip-norm", "-1"], "optimizer.clip_norm: "),
+        (["--optimizer.weight-decay", "-1"], "optimizer.weight_decay: "),
         (["--model.num-read-heads", "0"], "model.num_read_heads: "),
         (
             ["--restart-every-updates", "150"],

@@ -169,6 +169,19 @@ def test_a_linear_schedule_falls_to_0_at_the_last_update(tiny_settings):
     )  # 12 updates: the step of the last one.
 
 
+@pytest.mark.parametrize("name", ["rmsprop", "graves-rmsprop", "adam"])
+def test_weights_decay(tiny_settings, name):
+    settings = [f"--optimizer.name={name}", "--num-updates=2"]
+    run(plain := tiny_settings(*settings))
+    run(decaying := tiny_settings(*settings, "--optimizer.weight-decay=1", "--run-dir", f"{plain.run_dir}-2"))
+
+    def norm(settings):
+        weights = checkpoint.load(settings.run_dir / LAST).cell.values()
+        return sum(float(weight.square().sum()) for weight in weights)
+
+    assert norm(decaying) < norm(plain)
+
+
 def test_a_run_ends_once_its_model_is_as_good_as_it_needs_to_be(tiny_settings, monkeypatch):
     monkeypatch.setattr("training.loop.evaluate", lambda *_arguments: {"wrong_bits": 0.3})
     settings = tiny_settings("--evaluation.enough=0.3")

@@ -195,7 +195,8 @@ class _Run:
         """One update; returns what is recorded of it."""
         settings, fabric = self.settings, self.fabric
         size = settings.task.draw_size(self.draws)
-        sequences = self._own(settings.task.draw(settings.batch_size * fabric.world_size, size, self.draws))
+        batch_size = settings.batch_size * fabric.world_size
+        sequences = self._own(settings.task.draw_for_training(batch_size, size, self.draws))
         targets = sequences.targets
         answers = self.unrolled(sequences.inputs)[-len(targets) :]
         loss = F.binary_cross_entropy_with_logits(answers.float(), targets)

@@ -36,6 +36,9 @@ class RepeatCopyTask(Task):
     """Fewest repeats in training."""
     max_repeats: int = Field(default=10, ge=1)
     """Most repeats in training."""
+    blank_share: float = Field(default=0.0, ge=0, lt=1)
+    """In training alone, this share of the vectors is blank, beside the one in 2^num_bits that is by chance: too few to
+    learn from that a blank vector, the last one above all, is not yet the pause in which the copies are due."""
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> RepeatCopyTask:
@@ -89,6 +92,16 @@ class RepeatCopyTask(Task):
         inputs[:length, :, : self.num_bits] = vectors
         inputs[length, :, self.num_bits] = (repeats - mean) / deviation
         return Sequences(inputs, targets)
+
+    def draw_for_training(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
+        """As `draw`, with more blank vectors: see `blank_share`."""
+        sequences = self.draw(batch_size, size, generator)
+        if self.blank_share:
+            length, repeats = size
+            stays = (torch.rand(length, batch_size, 1, generator=generator) >= self.blank_share).float()
+            sequences.inputs[:length, :, : self.num_bits] *= stays
+            sequences.targets[:-1, :, : self.num_bits] *= stays.repeat(repeats, 1, 1)
+        return sequences
 
     def _repeats_in_training(self) -> tuple[float, float]:
         """Mean and standard deviation of a number that is uniform between the fewest and the most."""

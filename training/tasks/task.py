@@ -78,6 +78,10 @@ class Task(BaseModel, ABC):
     def draw(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
         """Random sequences of a size."""
 
+    def draw_for_training(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
+        """As `draw`, unless a task has settings that show a model more often what is rare."""
+        return self.draw(batch_size, size, generator)
+
     def draw_size(self, generator: torch.Generator) -> Size:
         """One of the sizes of training."""
         sizes = self.sizes()

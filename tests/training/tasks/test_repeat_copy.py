@@ -28,6 +28,19 @@ def test_the_vectors_are_due_as_often_as_the_number_says_and_then_the_end_marker
         assert targets == [[*vector, 0] for vector in vectors * repeats] + [[0] * 8 + [1]]
 
 
+def test_in_training_alone_more_vectors_can_be_blank():
+    def is_blank(draw):
+        sequences = draw(1000, (4, 3), torch.Generator().manual_seed(0))
+        vectors = sequences.inputs[:4, :, :8]
+        assert sequences.targets[:-1, :, :8].equal(vectors.repeat(3, 1, 1))
+        return (vectors.sum(dim=2) == 0).float().mean().item()
+
+    task = RepeatCopyTask(blank_share=0.25)
+    assert is_blank(task.draw_for_training) == pytest.approx(0.25, abs=0.03)
+    assert is_blank(task.draw) < 0.01
+    assert is_blank(RepeatCopyTask().draw_for_training) < 0.01
+
+
 def test_the_number_has_mean_0_and_variance_1_over_training():
     task = RepeatCopyTask()
     generator = torch.Generator().manual_seed(0)

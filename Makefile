@@ -81,7 +81,7 @@ proto: $(VENV)/.dev ## Generate the code from the protos.
 
 .PHONY: train
 train: $(VENV)/.train ## Train a machine to copy, in runs/copy.
-	@$(BIN)/python -m training copy --seed 13 --run-dir runs/copy
+	@$(BIN)/python -m training copy --run-dir runs/copy
 
 .PHONY: audit
 audit: ## Look for known vulnerabilities in the pinned versions; needs the package index's advisories.

@@ -1,8 +1,9 @@
-"""The sequence: a whole unrolling of the machine with an LSTM controller as one operation, for training on a CPU.
+"""The sequence: a whole unrolling of a cell with an LSTM controller as one operation, for training on a CPU.
 
-`kernel.py` compiles what a step does to the memory; here the rest of the step joins it. The gradient is worked out by
-hand, so that torch keeps no books on every step, and the gradient of the weights is one matrix product over all steps
-instead of one a step. `cell.py` says the same step by step, and a test holds the two together.
+For layers without a memory it is torch's own. For the machine, `kernel.py` compiles what a step does to the memory,
+and here the rest of the step joins it: the gradient is worked out by hand, so that torch keeps no books on every step,
+and the gradient of the weights is one matrix product over all steps instead of one a step. `cell.py` and `plain.py` say
+the same step by step, and a test holds them together.
 
 Shapes: T steps, B batch, I input size, C controller size, H heads, R read heads, N memory rows, M row width,
 P numbers that the heads ask for, Z = R M + C.
@@ -22,20 +23,40 @@ from training.model.cell import NTMCell
 from training.model.controller import LSTMLayer
 from training.model.heads import HeadSizes
 from training.model.kernel import compiled
+from training.model.plain import PlainCell
 from training.model.state import LSTMState
 
 
-def fits(cell: object) -> bool:
-    """Whether the operation is for this cell: a machine whose controller is a single LSTM layer."""
-    return (
-        isinstance(cell, NTMCell)
-        and len(cell.controller.layers) == 1
-        and isinstance(cell.controller.layers[0], LSTMLayer)
-    )
+def fits(cell: NTMCell | PlainCell) -> bool:
+    """Whether there is an operation for this cell: a machine with one LSTM layer, or any number of them alone."""
+    layers = cell.controller.layers
+    are_lstm = all(isinstance(layer, LSTMLayer) for layer in layers)
+    return are_lstm and (isinstance(cell, PlainCell) or len(layers) == 1)
 
 
-def unrolled_outputs(cell: NTMCell, inputs: Tensor) -> Tensor:
+def unrolled_outputs(cell: NTMCell | PlainCell, inputs: Tensor) -> Tensor:
     """What `unroll(cell, inputs)` gives, [T, B, I] to logits [T, B, O], for float32 on a CPU."""
+    return _of_plain(cell, inputs) if isinstance(cell, PlainCell) else _of_machine(cell, inputs)
+
+
+def _of_plain(cell: PlainCell, inputs: Tensor) -> Tensor:
+    weights: list[Tensor] = []
+    for layer in cell.controller.layers:
+        # torch has the gates in another order, and a second bias.
+        weight, bias = (
+            torch.cat([enter, keep, candidate, leave])
+            for enter, keep, leave, candidate in (layer.gates.weight.chunk(4), layer.gates.bias.chunk(4))
+        )
+        of_inputs, of_hidden = weight.tensor_split([weight.shape[1] - layer.size], dim=1)
+        weights += [of_inputs.contiguous(), of_hidden.contiguous(), bias, torch.zeros_like(bias)]
+    before: tuple[LSTMState, ...] = cell.initial_state(inputs.shape[1]).controller  # type: ignore[assignment]
+    stacked = [torch.stack(parts) for parts in zip(*before, strict=True)]
+    hidden, _, _ = torch.lstm(inputs, stacked, weights, True, len(before), 0.0, True, False, False)
+    outputs: Tensor = cell.output(hidden)
+    return outputs
+
+
+def _of_machine(cell: NTMCell, inputs: Tensor) -> Tensor:
     state = cell.initial_state(inputs.shape[1])
     [layer], [before] = cell.controller.layers, state.controller
     assert isinstance(layer, LSTMLayer)

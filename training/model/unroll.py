@@ -56,6 +56,5 @@ class Unrolled(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """All outputs, from the initial state on."""
         if self._is_one_operation:
-            assert isinstance(self.cell, NTMCell)
             return sequence.unrolled_outputs(self.cell, inputs)
         return unroll(self.cell, inputs)[0]

@@ -13,11 +13,16 @@ KINDS = [
     {"num_read_heads": 2, "num_write_heads": 3, "shift_reach": 2},
     {"initial_memory": "learned", "initial_attention": "learned"},
     {"initial_memory": "constant", "initial_attention": "constant"},
+    {"architecture": "plain", "controller_layers": 1},
+    {"architecture": "plain", "controller_layers": 3},
 ]
 
 
-def make_cell(**kind) -> NTMCell:
+def make_cell(architecture="ntm", **kind) -> NTMCell | PlainCell:
     torch.manual_seed(0)
+    if architecture == "plain":
+        kind = {"controller": "lstm", "controller_scale": 5.0} | kind
+        return PlainCell(input_size=3, output_size=2, controller_size=7, **kind)
     return NTMCell(input_size=3, output_size=2, memory_rows=12, row_width=5, controller_size=7, **kind)
 
 
@@ -55,9 +60,12 @@ def test_without_a_gradient_it_gives_the_same():
         ({"controller_layers": 2}, False),
         ({"controller": "gru"}, False),
         ({"controller": "feedforward"}, False),
+        ({"architecture": "plain", "controller_layers": 2}, True),
+        ({"architecture": "plain", "controller": "mgu", "controller_layers": 1}, False),
+        ({"architecture": "plain", "controller": "gru", "controller_layers": 1}, False),
     ],
 )
-def test_it_is_for_one_lstm_layer_and_other_machines_are_unrolled_step_by_step(kind, fits):
+def test_it_is_for_lstm_controllers_and_other_cells_are_unrolled_step_by_step(kind, fits):
     cell, inputs = make_cell(**kind), torch.randn(6, 2, 3)
     expected, _ = unroll(cell, inputs)
 
@@ -65,17 +73,3 @@ def test_it_is_for_one_lstm_layer_and_other_machines_are_unrolled_step_by_step(k
 
     assert sequence.fits(cell) == fits
     assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_plain_network_is_unrolled_step_by_step():
-    cell = PlainCell(
-        input_size=3,
-        output_size=2,
-        controller="lstm",
-        controller_size=5,
-        controller_layers=1,
-        controller_scale=1.0,
-    )
-    inputs = torch.randn(6, 2, 3)
-
-    assert torch.equal(Unrolled(cell, is_compiled=True)(inputs), unroll(cell, inputs)[0])

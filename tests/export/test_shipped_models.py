@@ -70,7 +70,7 @@ def test_associative_recall_finds_items_in_lists_longer_than_any_of_training(
     assert wrong_bits(AssociativeRecallTask(), (num_items,), 200) <= most
 
 
-@pytest.mark.parametrize(("size", "most"), [((1, 1), 0.1), ((5, 5), 2), ((10, 10), 4), ((20, 10), 8)])
+@pytest.mark.parametrize(("size", "most"), [((1, 1), 0), ((5, 5), 0), ((10, 10), 0), ((20, 10), 0.1)])
 def test_repeat_copy_repeats_and_ends(size: Size, most: float) -> None:
     assert wrong_bits(RepeatCopyTask(), size, 200) <= most
 

@@ -26,9 +26,9 @@ def drawn(task: Task, size: Size, num_sequences: int) -> Sequences:
     return task.draw(num_sequences, size, torch.Generator().manual_seed(2026))
 
 
-def answers(task: Task, sequences: Sequences) -> np.ndarray:
-    """What the model of a task says where an answer is due: [A, B, O] in (0, 1)."""
-    path = MODELS / task.name / "1" / "model.onnx"
+def answers(sequences: Sequences, model: str) -> np.ndarray:
+    """What a model says where an answer is due: [A, B, O] in (0, 1)."""
+    path = MODELS / model / "1" / "model.onnx"
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     spec = read_spec(onnx.load(path))
     batch_size = sequences.inputs.shape[1]
@@ -42,17 +42,17 @@ def answers(task: Task, sequences: Sequences) -> np.ndarray:
     return np.stack(said[-len(sequences.targets) :])
 
 
-def wrong_bits(task: Task, size: Size, num_sequences: int) -> float:
-    """In the mean of so many sequences."""
+def wrong_bits(task: Task, size: Size, num_sequences: int, model: str = "") -> float:
+    """In the mean of so many sequences, of the task's model or another."""
     sequences = drawn(task, size, num_sequences)
-    wrong = (answers(task, sequences) > 0.5) != sequences.targets.numpy().astype(bool)
+    wrong = (answers(sequences, model or task.name) > 0.5) != sequences.targets.numpy().astype(bool)
     return float(wrong.sum() / num_sequences)
 
 
 def cost_bits(task: Task, size: Size, num_sequences: int) -> tuple[float, float]:
     """In the mean of so many sequences, and what the best possible predictor pays for the same."""
     sequences = drawn(task, size, num_sequences)
-    targets, said = sequences.targets.numpy(), answers(task, sequences).clip(1e-7, 1 - 1e-7)
+    targets, said = sequences.targets.numpy(), answers(sequences, task.name).clip(1e-7, 1 - 1e-7)
     cost = -np.log2(np.where(targets == 1, said, 1 - said)).sum() / num_sequences
     optimal = task.optimal_cost(sequences)
     return float(cost), 0.0 if optimal is None else float(optimal.mean())
@@ -61,6 +61,11 @@ def cost_bits(task: Task, size: Size, num_sequences: int) -> tuple[float, float]
 @pytest.mark.parametrize("length", [1, 20, 100, 120])
 def test_copy_makes_no_mistake_far_beyond_the_lengths_of_training(length: int) -> None:
     assert wrong_bits(CopyTask(), (length,), 50) == 0
+
+
+def test_the_baseline_copies_what_it_was_trained_on_and_no_more() -> None:
+    assert wrong_bits(CopyTask(), (10,), 50, "copy-lstm") < 1
+    assert wrong_bits(CopyTask(), (40,), 50, "copy-lstm") > 50
 
 
 @pytest.mark.parametrize(("num_items", "most"), [(2, 0), (6, 0), (12, 0.1), (20, 1)])

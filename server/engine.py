@@ -7,7 +7,8 @@ from the slot that the session has and ends in another, which the session takes 
 (`sessions.py` does that), so there is nothing to undo.
 
 State is copied as late as possible: what a message leaves in a seat stays there, although it belongs to a slot, until
-somebody else needs the seat (`lodgers.py`). Sessions that step again and again in the same company never move.
+somebody else needs the seat (`lodgers.py`). Sessions that step again and again in the same company never move, nor do
+several companies that take turns, each at a table of its own.
 
 Shapes: S sessions of a message, T steps of it, R rows of a batch (all sessions of its messages), K turns.
 """
@@ -15,6 +16,7 @@ Shapes: S sessions of a message, T steps of it, R rows of a batch (all sessions 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +55,8 @@ class Message:
     wants_state: bool = False
     on_ended: Callable[[Message], None] | None = None
     """What whoever submitted it wants done then; the engine only carries it."""
-    seats: list[int] | None = None
+    seats: tuple[int, list[int]] | None = None
+    """The table where its sessions sit while they run, and their seats there."""
     state: dict[str, Array] | None = None
     """After the last step, by name, [S, ...state shape] each, if it was asked for."""
     errors: dict[int, ServingError] = field(default_factory=dict)
@@ -128,6 +131,7 @@ class Engine:
         self._wake = threading.Condition()
         self._num_holds = 0
         self._turn_time_s: dict[int, float] = {}
+        self._tables_by_use = [*range(runner.num_tables)]
         self._is_closing = False
         self._is_abandoned = False
         self._thread = threading.Thread(target=self._loop, name=f"engine {runner.model.label}", daemon=True)
@@ -253,7 +257,7 @@ class Engine:
         for message in batch:
             if not message.steps_done:
                 self._lodgers.forget(message.write_slots)  # whose they were before has no use for them
-        seats = self._sit(batch)
+        table, seats = self._sit(batch)
         num_rows, no_outputs = len(seats), self._runner.model.no_outputs
         pieces = [m.inputs[:, m.steps_done : m.steps_done + num_turns] for m in batch]
         together = np.concatenate(pieces).swapaxes(0, 1)
@@ -263,10 +267,10 @@ class Engine:
         num_done, failed = 0, False
         while num_done < num_turns and not failed:
             start_s = perf_counter()
-            self._lodgers.make_room_for_run(num_rows)
+            self._lodgers.make_room_for_run(table, num_rows)
             self._hand_back()
             try:
-                outputs[num_done] = self._runner.run(inputs[num_done])
+                outputs[num_done] = self._runner.run(inputs[num_done], table)
             except Exception:  # ONNX Runtime raises types of its own for what a model does
                 failed = True
             else:
@@ -300,7 +304,7 @@ class Engine:
         for message in batch:
             step, slots = message.steps_done, message.present_slots
             for row in range(message.num_rows):
-                self._runner.move(np.array([slots[row]]), np.array([self._runner.first_seat]))
+                self._runner.move(np.array([slots[row]]), np.array([self._runner.first_seat(0)]))
                 try:
                     outputs = self._runner.run(np.ascontiguousarray(message.inputs[row : row + 1, step]))
                 except Exception as error:  # as above
@@ -314,50 +318,63 @@ class Engine:
                     message.fail(row, StepFailedError(self._runner.model.label))
                     continue
                 message.outputs[row, step] = outputs[0]
-                self._runner.move(np.array([self._runner.first_seat]), np.array([message.write_slots[row]]))
+                self._runner.move(
+                    np.array([self._runner.first_seat(0)]), np.array([message.write_slots[row]])
+                )
             self._fail_not_finite(message, message.outputs[:, step : step + 1])
             message.steps_done += 1
 
-    def _sit(self, batch: list[Message]) -> list[int]:
-        """Give every session of a batch a seat, so that no seat between them is empty; returns the seats.
+    def _sit(self, batch: list[Message]) -> tuple[int, list[int]]:
+        """Give every session of a batch a seat at one table, so that no seat between them is empty; returns these.
 
-        Messages that have theirs keep them if they can, those whose state lodges in one take it, and the others take
-        what is free.
+        The table is the one where most sit or lodge. There, messages that have seats keep them if they can, those whose
+        state lodges in one take it, and the others take what is free.
         """
-        num_rows = sum(message.num_rows for message in batch)
-        free = set(range(num_rows))
+        seats_of: list[tuple[int, list[int]] | None] = [
+            message.seats or self._lodgers.seats_of(message.present_slots) for message in batch
+        ]
+        table = self._best_table(seats_of)
+        free = set(range(sum(message.num_rows for message in batch)))
         moving = []
-        for message in batch:
-            seats = (
-                message.seats if message.seats is not None else self._lodgers.seats_of(message.present_slots)
-            )
-            if seats is not None and free.issuperset(seats):
-                free.difference_update(seats)
+        for message, seats in zip(batch, seats_of, strict=True):
+            if seats is not None and seats[0] == table and free.issuperset(seats[1]):
+                free.difference_update(seats[1])
                 message.seats = seats
             else:
                 moving.append(message)
         if moving:
-            first = self._runner.first_seat
-            sources = [
-                source
-                for m in moving
-                for source in (
-                    map(self._lodgers.row_of, m.present_slots)
-                    if m.seats is None
-                    else [first + seat for seat in m.seats]
-                )
-            ]
             targets = sorted(free)
-            self._lodgers.move_in(sources, targets)
+            sources = [row for message in moving for row in self._rows_of(message)]
+            self._lodgers.move_in(sources, table, targets)
             for message in moving:
-                message.seats, targets = targets[: message.num_rows], targets[message.num_rows :]
-        return [seat for message in batch for seat in message.seats or []]
+                message.seats = (table, targets[: message.num_rows])
+                targets = targets[message.num_rows :]
+        return table, [seat for message in batch if message.seats for seat in message.seats[1]]
+
+    def _best_table(self, seats_of: list[tuple[int, list[int]] | None]) -> int:
+        """The table where most of some sessions are; where nobody is anywhere, the one unused for longest."""
+        num_there = Counter[int]()
+        for seats in seats_of:
+            if seats is not None:
+                num_there[seats[0]] += len(seats[1])
+        table = max(num_there, key=num_there.__getitem__) if num_there else self._tables_by_use[0]
+        self._tables_by_use.remove(table)
+        self._tables_by_use.append(table)
+        return table
+
+    def _rows_of(self, message: Message) -> list[int]:
+        """Where the states of a message's sessions are."""
+        if message.seats is None:
+            return [self._lodgers.row_of(slot) for slot in message.present_slots]
+        table, seats = message.seats
+        first = self._runner.first_seat(table)
+        return [first + seat for seat in seats]
 
     def _stand(self, messages: list[Message]) -> None:
         """Free the seats of messages; the state they have come to belongs to their slots from here on."""
         for message in messages:
             if message.seats is not None and message.steps_done:
-                self._lodgers.add(message.seats, message.write_slots)
+                self._lodgers.add(*message.seats, message.write_slots)
             message.seats = None
             if message.has_ended and message.steps_done:
                 self._lodgers.forget(

@@ -1,10 +1,11 @@
 """Model runner: one model on one device, with the state of every session in pools that stay there.
 
 A pool `[num_rows, ...]` for each state tensor. Row 0 holds the model's initial state and is never written. Then
-come the slots, whose owners are `sessions.py`'s business. The last rows are the seats, two areas of as many rows as
-the largest batch: a run reads the first seats of one area and leaves the next state in the same seats of the other,
-from where the next run reads it. So a batch that goes on copies no state, and a run that fails has spoiled none.
-Only row numbers, inputs and outputs cross between host and device.
+come the slots, whose owners are `sessions.py`'s business. The last rows are the seats, at tables that seat the largest
+batch each. A table has two areas of rows: a run reads the first seats of one area and leaves the next state in the same
+seats of the other, from where the table's next run reads it. So a batch that goes on copies no state, several that take
+turns sit at tables of their own, and a run that fails has spoiled none. Only row numbers, inputs and outputs cross
+between host and device.
 
 Shapes: B batch.
 """
@@ -32,6 +33,9 @@ log = structlog.get_logger()
 INITIAL_SLOT = 0
 NUM_RESERVED_SLOTS = 1
 
+# Callers who take turns with a batch each are rarely more, and a table costs two rows for each row of a batch.
+_MOST_TABLES = 8
+
 # What vector code likes; also where a tensor's bits could depend on its address.
 _ALIGNMENT_BYTES = 64
 
@@ -40,7 +44,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _BoundRun:
-    """Everything bound once for runs of one size from one area to the other."""
+    """Everything bound once for runs of one size from one area of a table to the other."""
 
     binding: ort.IOBinding
     inputs: ort.OrtValue
@@ -92,15 +96,19 @@ class ModelRunner:
         step = math.lcm(*(_ALIGNMENT_BYTES // math.gcd(_row_bytes(s), _ALIGNMENT_BYTES) for s in spec.states))
         self.num_seats = num_seats = _round_up(max_batch_size, step)
         first = _round_up(num_slots + NUM_RESERVED_SLOTS, step)
-        self._areas = (first, first + num_seats)
+        self.num_tables = max(1, min(_MOST_TABLES, num_slots // (2 * max_batch_size)))
+        """As many as seat all sessions, which have two slots each, up to a limit."""
+        self._first_of_seats = first
         self._pools = {
             state.input_name: self._on_device(
-                _aligned_zeros((first + 2 * num_seats, *state.shape), numpy_dtype(state.dtype))
+                _aligned_zeros(
+                    (first + 2 * num_seats * self.num_tables, *state.shape), numpy_dtype(state.dtype)
+                )
             )
             for state in spec.states
         }
-        self._area = 0
-        self._runs: dict[tuple[int, int], _BoundRun] = {}
+        self._areas = [0] * self.num_tables
+        self._runs: dict[tuple[int, int, int], _BoundRun] = {}
         self._moves: dict[int, _BoundMove] = {}
         self.padded_batch_size: int | None = None
         """What every batch is padded to, or None: see `_ensure_batch_invariance`."""
@@ -110,23 +118,26 @@ class ModelRunner:
         )
         self.is_batch_invariant = self._ensure_batch_invariance(min(num_slots, max_batch_size))
 
-    @property
-    def first_seat(self) -> int:
-        """The row that the next run reads first; every run that succeeds changes it."""
-        return self._areas[self._area]
+    def first_seat(self, table: int) -> int:
+        """The row that the table's next run reads first; every run there that succeeds changes it."""
+        return self._first_of_seats + (2 * table + self._areas[table]) * self.num_seats
 
-    @property
-    def next_first_seat(self) -> int:
-        """The row that the next run writes first."""
-        return self._areas[1 - self._area]
+    def next_first_seat(self, table: int) -> int:
+        """The row that the table's next run writes first."""
+        return self._first_of_seats + (2 * table + 1 - self._areas[table]) * self.num_seats
 
-    def run(self, inputs: Array) -> Array:
-        """Run one step of the sessions whose state is in the first B seats. If this raises, no row has changed.
+    def table_of(self, row: int) -> int | None:
+        """The table that a row is a seat of; None if it is a slot."""
+        return (row - self._first_of_seats) // (2 * self.num_seats) if row >= self._first_of_seats else None
 
-        Rows are independent: one that is not finite spoils no other.
+    def run(self, inputs: Array, table: int = 0) -> Array:
+        """Run one step of the sessions whose state is in the first B seats of a table.
+
+        If this raises, no row has changed. Rows are independent: one that is not finite spoils no other.
 
         Args:
             inputs: [B, ...input shape], contiguous, of the input's dtype.
+            table: which.
 
         Returns:
             [B, ...output shape], valid until the next call. The next state is in the first B seats.
@@ -136,13 +147,14 @@ class ModelRunner:
         if size != num_rows:
             inputs = np.concatenate([inputs, np.zeros((size - num_rows, *inputs.shape[1:]), inputs.dtype)])
             # What a session that failed has left there must not fail others.
-            padding = np.arange(num_rows, size) + self.first_seat
+            padding = np.arange(num_rows, size) + self.first_seat(table)
             self.move(np.full_like(padding, INITIAL_SLOT), padding)
-        bound = self._runs.get((self._area, size)) or self._bind_run(self._area, size)
+        area = self._areas[table]
+        bound = self._runs.get((table, area, size)) or self._bind_run(table, area, size)
         bound.inputs.update_inplace(inputs)
         self._run.run_with_iobinding(bound.binding)
         bound.binding.synchronize_outputs()
-        self._area = 1 - self._area
+        self._areas[table] = 1 - area
         return bound.outputs[:num_rows]
 
     def move(self, sources: Rows, targets: Rows) -> None:
@@ -193,8 +205,8 @@ class ModelRunner:
         self._pools.clear()
         del self._run, self._move, self._read, self._write
 
-    def _bind_run(self, area: int, size: int) -> _BoundRun:
-        """Bind every buffer for runs of `size` rows from an area, once."""
+    def _bind_run(self, table: int, area: int, size: int) -> _BoundRun:
+        """Bind every buffer for runs of `size` rows from an area of a table, once."""
         spec = self.model.spec
         inputs = self._on_device(_aligned_zeros((size, *spec.input.shape), self._input_dtype))
         outputs = _aligned_zeros((size, *spec.output.shape), self._output_dtype)
@@ -204,9 +216,10 @@ class ModelRunner:
         for state in spec.states:
             pool, row_bytes = self._pools[state.input_name].data_ptr(), _row_bytes(state)
             where = (self.device.kind, self.device.device_id, numpy_dtype(state.dtype), (size, *state.shape))
-            binding.bind_input(graphs.content(state), *where, pool + self._areas[area] * row_bytes)
-            binding.bind_output(graphs.next_content(state), *where, pool + self._areas[1 - area] * row_bytes)
-        self._runs[area, size] = bound = _BoundRun(binding, inputs, outputs)
+            here, there = self.first_seat(table) * row_bytes, self.next_first_seat(table) * row_bytes
+            binding.bind_input(graphs.content(state), *where, pool + here)
+            binding.bind_output(graphs.next_content(state), *where, pool + there)
+        self._runs[table, area, size] = bound = _BoundRun(binding, inputs, outputs)
         return bound
 
     def _bind_move(self, size: int) -> _BoundMove:
@@ -280,9 +293,9 @@ class ModelRunner:
             for start in range(0, len(slots), batch_size):
                 rows = slice(start, start + batch_size)
                 seats = np.arange(len(slots[rows]))
-                self.move(sources[rows], self.first_seat + seats)
+                self.move(sources[rows], self.first_seat(0) + seats)
                 outputs.append(self.run(inputs[rows]).copy())
-                self.move(self.first_seat + seats, slots[rows])
+                self.move(self.first_seat(0) + seats, slots[rows])
         return [np.concatenate(outputs), *self.read(slots).values()]
 
 

@@ -215,6 +215,29 @@ def test_sessions_that_go_on_in_the_same_company_are_not_copied(
     assert moves == []
 
 
+def test_companies_that_take_turns_are_not_copied_as_long_as_there_are_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=2)
+    companies = [[1, 2], [3, 4], [5, 6]]
+    inputs = random_inputs(4)
+    moves: list[int] = []
+    move = harness.runner.move
+    monkeypatch.setattr(harness.runner, "move", lambda a, b: (moves.append(len(a)), move(a, b)))
+
+    for step in range(4):
+        for slots in companies:
+            present = [slot + 10 * step for slot in slots] if step else [INITIAL_SLOT] * 2
+            step_inputs = np.broadcast_to(inputs[step], (2, 1, 3))
+            outputs = np.empty((2, 1, 3), np.float32)
+            write = [slot + 10 * (step + 1) for slot in slots]
+            harness.run(Message(["a", "b"], [step] * 2, step_inputs, outputs, present, write))
+            np.testing.assert_array_equal(outputs[:, 0], [accumulated(inputs)[step]] * 2)
+
+    harness.engine.close()
+    assert moves == [2] * len(companies)  # each to its table, once
+
+
 # A session's life in the engine: a step or several, alone or with others, one that fails, a fork, an end.
 lives = st.lists(
     st.tuples(
@@ -292,10 +315,10 @@ def test_messages_that_arrive_amid_the_turns_of_others_give_what_each_gives_alon
     messages = [harness.message(n, random_inputs(length, n)) for n, (_, length) in enumerate(arrivals)]
     run, num_runs = harness.runner.run, 0
 
-    def run_amid_arrivals(inputs: np.ndarray) -> np.ndarray:
+    def run_amid_arrivals(inputs: np.ndarray, table: int) -> np.ndarray:
         nonlocal num_runs
         num_runs += 1
-        outputs = run(inputs)
+        outputs = run(inputs, table)
         arriving = [m for m, (at, _) in zip(messages, arrivals, strict=True) if at == num_runs]
         if arriving:
             harness.engine.submit(arriving)
@@ -321,18 +344,27 @@ def test_messages_that_arrive_amid_the_turns_of_others_give_what_each_gives_alon
 
 
 class Rows:
-    """Two areas of seats, and which slot's state of which time is in each row: enough of a runner for lodgers."""
+    """One table, with two areas of seats, and which slot's state is in each row: enough of a runner for lodgers."""
 
     num_seats, padded_batch_size = 4, None
 
     def __init__(self) -> None:
-        self.first_seat, self.next_first_seat = 10, 20
+        self.firsts = [10, 20]
         self.content: dict[int, str] = {}
+
+    def first_seat(self, table: int) -> int:
+        return self.firsts[table]
+
+    def next_first_seat(self, table: int) -> int:
+        return self.firsts[table + 1]
+
+    def table_of(self, row: int) -> int | None:
+        return 0 if row >= 10 else None
 
     def run(self, seats: dict[int, str]) -> None:
         """What a run leaves, by seat."""
-        self.content |= {self.next_first_seat + seat: state for seat, state in seats.items()}
-        self.first_seat, self.next_first_seat = self.next_first_seat, self.first_seat
+        self.content |= {self.next_first_seat(0) + seat: state for seat, state in seats.items()}
+        self.firsts.reverse()
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         states = [self.content[int(row)] for row in sources]
@@ -344,12 +376,12 @@ def test_a_state_that_lodges_anew_is_not_overwritten_by_what_it_was_before() -> 
     rows: Any = Rows()
     lodgers = Lodgers(rows)
     rows.run({2: "before"})
-    lodgers.add([2], [5])
-    assert lodgers.seats_of([5]) == [2]
+    lodgers.add(0, [2], [5])
+    assert lodgers.seats_of([5]) == (0, [2])
 
     rows.run({2: "after"})
-    lodgers.add([2], [5])
-    lodgers.make_room_for_run(4)
+    lodgers.add(0, [2], [5])
+    lodgers.make_room_for_run(0, 4)
     rows.run({0: "others", 1: "others", 2: "others", 3: "others"})
 
     assert rows.content[lodgers.row_of(5)] == "after"

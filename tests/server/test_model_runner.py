@@ -20,12 +20,12 @@ def runner_of(tmp_path: Path, content: bytes, kind: device.RequestedDevice = "cp
 def steps(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarray:
     """One step of some slots, in place."""
     outputs = sit_and_run(runner, slots, inputs)
-    runner.move(runner.first_seat + np.arange(len(slots)), np.array(slots))
+    runner.move(runner.first_seat(0) + np.arange(len(slots)), np.array(slots))
     return outputs
 
 
 def sit_and_run(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarray:
-    runner.move(np.array(slots), runner.first_seat + np.arange(len(slots)))
+    runner.move(np.array(slots), runner.first_seat(0) + np.arange(len(slots)))
     return runner.run(inputs).copy()
 
 
@@ -36,7 +36,7 @@ def test_a_move_writes_the_slots_named_and_no_others(tmp_path: Path) -> None:
     inputs = np.ones((2, 3), np.float32)
 
     sit_and_run(runner, [INITIAL_SLOT, 4], inputs)
-    runner.move(runner.first_seat + np.arange(2), np.array([7, 9]))
+    runner.move(runner.first_seat(0) + np.arange(2), np.array([7, 9]))
 
     expected = before.copy()
     expected[7] = 1
@@ -88,7 +88,7 @@ def test_a_step_whose_results_depend_on_the_batchs_size_is_padded_to_one_size(tm
 def test_a_batch_goes_on_from_where_the_last_run_left_it(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.delay_line())
     inputs = np.random.default_rng(1).uniform(-1, 1, (6, 4, 3)).astype(np.float32)
-    runner.move(np.full(4, INITIAL_SLOT), runner.first_seat + np.arange(4))
+    runner.move(np.full(4, INITIAL_SLOT), runner.first_seat(0) + np.arange(4))
 
     outputs = [runner.run(step_inputs).copy() for step_inputs in inputs]
 
@@ -98,7 +98,7 @@ def test_a_batch_goes_on_from_where_the_last_run_left_it(tmp_path: Path) -> None
 def test_a_run_that_fails_spoils_neither_slots_nor_seats(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.fragile())
     sit_and_run(runner, [INITIAL_SLOT] * 3, np.ones((3, 3), np.float32))
-    kept = np.r_[0:18, runner.first_seat + np.arange(3)]
+    kept = np.r_[0:18, runner.first_seat(0) + np.arange(3)]
     before = runner.read(kept)
 
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_what_a_failed_session_left_does_not_fail_a_padded_batch(tmp_path: Path)
     sit_and_run(runner, [INITIAL_SLOT, 5], ones)
 
     np.testing.assert_array_equal(sit_and_run(runner, [INITIAL_SLOT], ones[:1]), expected)
-    assert np.isfinite(runner.read(runner.first_seat + np.arange(8))["sum"]).all()
+    assert np.isfinite(runner.read(runner.first_seat(0) + np.arange(8))["sum"]).all()
 
 
 @pytest.mark.gpu

@@ -291,13 +291,15 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         )
 
     async def next_request(
-        self, incoming: AsyncIterator[session_service_pb2.StreamStepsRequest]
+        self, incoming: AsyncIterator[session_service_pb2.StreamStepsRequest], task: asyncio.Task[None]
     ) -> session_service_pb2.StreamStepsRequest | None:
-        """A stream's next message, or None at its end; ServerStoppingError when the server stops meanwhile."""
+        """A stream's next message, or None at its end; to be called in the stream's own task.
+
+        Raises:
+            ServerStoppingError: the server stops meanwhile.
+        """
         if self._is_stopping:
             raise ServerStoppingError
-        task = asyncio.current_task()
-        assert task is not None
         self._idle_streams.add(task)
         try:
             return await anext(incoming, None)
@@ -374,7 +376,7 @@ class _ReadAhead:
     async def _read(self) -> None:
         last: _Entered | None = None
         try:
-            while (request := await self._service.next_request(self._incoming)) is not None:
+            while (request := await self._service.next_request(self._incoming, self._task)) is not None:
                 while self._is_full(request.step):
                     self._answered.clear()
                     await self._answered.wait()
@@ -390,11 +392,15 @@ class _ReadAhead:
     def _is_full(self, request: session_service_pb2.StepRequest) -> bool:
         if not self._unanswered:
             return False
+        if len(self._unanswered) >= self._MOST_MESSAGES:
+            return True
         if request.session_id != self._unanswered[-1].call.session.session_id:
             return True  # it stands in another line, and must not run if one before it fails
-        num_steps = max(request.inputs.shape[:1], default=0)
-        num_steps += sum(entered.num_steps for entered in self._unanswered)
-        return len(self._unanswered) >= self._MOST_MESSAGES or num_steps > self._max_unanswered_steps
+        shape = request.inputs.shape
+        num_steps = shape[0] if shape else 0
+        for entered in self._unanswered:
+            num_steps += entered.num_steps
+        return num_steps > self._max_unanswered_steps
 
 
 def _fill(answer: session_service_pb2.StepResponse, entered: _Entered, result: StepResult) -> None:

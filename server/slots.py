@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 from server.model_runner import INITIAL_SLOT, NUM_RESERVED_SLOTS
 
+_NONE: frozenset[int] = frozenset()
+
 
 class SlotPool:
     """Counts who holds each slot; a slot that nobody holds is free."""
@@ -39,7 +41,8 @@ class SlotPool:
     def shared(self, slots: Iterable[int]) -> frozenset[int]:
         """Those of some slots that are held more than once."""
         holders = self._holders
-        return frozenset([slot for slot in slots if holders.get(slot, 1) > 1])
+        held_again = [slot for slot in slots if holders.get(slot, 1) > 1]
+        return frozenset(held_again) if held_again else _NONE
 
     def release(self, slot: int) -> None:
         """Hold a slot once less."""

@@ -218,8 +218,12 @@ class Engine:
         stepping = [message for message in batch if message.num_left and not message.has_ended]
         num_rows = sum(message.num_rows for message in stepping)
         while stepping:
-            num_turns = min(self._turns_in_a_quantum(num_rows), *(message.num_left for message in stepping))
-            self._take_turns(stepping, num_turns, turn_times_s)
+            quantum = self._turns_in_a_quantum(num_rows)
+            num_turns = min(
+                quantum if self._is_wanted() else _MOST_TURNS_AT_ONCE,
+                *(message.num_left for message in stepping),
+            )
+            self._take_turns(stepping, num_turns, quantum, turn_times_s)
             if any(message.has_ended or not message.num_left for message in stepping) or self._is_wanted():
                 break
         for message in batch:
@@ -252,8 +256,13 @@ class Engine:
         """Whether the loop has something else to attend to; a glance, without the lock."""
         return bool(len(self._scheduler) or self._num_holds or self._is_abandoned)
 
-    def _take_turns(self, batch: list[Message], num_turns: int, turn_times_s: list[float]) -> None:
-        """Run so many turns of a batch, fewer if one fails; a session that fails, fails alone."""
+    def _take_turns(
+        self, batch: list[Message], num_turns: int, quantum: int, turn_times_s: list[float]
+    ) -> None:
+        """Run so many turns of a batch, fewer if one fails, or if somebody waits after a quantum of them.
+
+        A session that fails, fails alone.
+        """
         for message in batch:
             if not message.steps_done:
                 self._lodgers.forget(message.write_slots)  # whose they were before has no use for them
@@ -277,6 +286,8 @@ class Engine:
                 num_done += 1
                 self._turn_time_s[num_rows] = perf_counter() - start_s
                 turn_times_s.append(self._turn_time_s[num_rows])
+                if num_done % quantum == 0 and self._is_wanted():
+                    break
         done = outputs[:num_done, seats].swapaxes(0, 1)
         are_finite = bool(np.isfinite(done).all())
         first_row = 0

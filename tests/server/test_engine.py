@@ -82,6 +82,30 @@ def test_those_who_wait_take_turns_of_a_quantum_each(
         np.testing.assert_array_equal(message.outputs[0], accumulated(message.inputs[0]))
 
 
+def test_who_arrives_amid_the_turns_of_another_waits_for_the_end_of_its_quantum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=1)
+    monkeypatch.setattr(harness.engine, "_turns_in_a_quantum", lambda num_rows: 4)
+    first, second = harness.message(0, random_inputs(20)), harness.message(1, random_inputs(1))
+    run, num_runs = harness.runner.run, 0
+
+    def run_amid_an_arrival(inputs: np.ndarray, table: int) -> np.ndarray:
+        nonlocal num_runs
+        num_runs += 1
+        if num_runs == 6:
+            harness.engine.submit([second])
+        return run(inputs, table)
+
+    monkeypatch.setattr(harness.runner, "run", run_amid_an_arrival)
+    harness.run(first)
+    assert harness._ended.acquire(timeout=30)
+    harness.engine.close()
+
+    assert [len(report.turn_times_s) for report in harness.reports] == [8, 1, 12]
+    np.testing.assert_array_equal(first.outputs[0], accumulated(first.inputs[0]))
+
+
 def test_state_ends_in_the_slot_of_the_message_and_not_before(tmp_path: Path) -> None:
     harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=4)
     message = harness.message(0, random_inputs(7))

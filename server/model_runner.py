@@ -33,8 +33,10 @@ log = structlog.get_logger()
 INITIAL_SLOT = 0
 NUM_RESERVED_SLOTS = 1
 
-# Callers who take turns with a batch each are rarely more, and a table costs two rows for each row of a batch.
+# Callers who take turns with a batch each are rarely more; and seats, of which a table has two for each row of a batch,
+# take no more than a quarter of what slots do, unless one table does.
 _MOST_TABLES = 8
+_SLOTS_BY_SEATS = 4
 
 # What vector code likes; also where a tensor's bits could depend on its address.
 _ALIGNMENT_BYTES = 64
@@ -96,8 +98,7 @@ class ModelRunner:
         step = math.lcm(*(_ALIGNMENT_BYTES // math.gcd(_row_bytes(s), _ALIGNMENT_BYTES) for s in spec.states))
         self.num_seats = num_seats = _round_up(max_batch_size, step)
         first = _round_up(num_slots + NUM_RESERVED_SLOTS, step)
-        self.num_tables = max(1, min(_MOST_TABLES, num_slots // (2 * max_batch_size)))
-        """As many as seat all sessions, which have two slots each, up to a limit."""
+        self.num_tables = max(1, min(_MOST_TABLES, num_slots // (_SLOTS_BY_SEATS * 2 * max_batch_size)))
         self._first_of_seats = first
         self._pools = {
             state.input_name: self._on_device(

@@ -74,8 +74,8 @@ class ServerSettings(BaseSettings):
     handover_timeout_s: Seconds = 10.0
     """Seconds that a call waits for a session that another replica has."""
     max_resident_sessions: Count = 1024
-    """Sessions of one model whose state is on the device at once; memory for twice as many is set aside there. Those
-    unused longest wait in the store; without one, this is how many there can be."""
+    """Sessions of one model whose state is on the device at once; memory for twice as many, and for batches, is set
+    aside there. Those unused longest wait in the store; without one, this is how many there can be."""
     max_batch_size: Count = 64
     """Sessions run together in one step at most."""
     max_steps_per_message: Count = 1024

@@ -208,7 +208,7 @@ class Server:
             provider=self._device.provider,
             is_batch_invariant=runner.is_batch_invariant,
             max_resident_sessions=settings.max_resident_sessions,
-            pool_bytes=self._num_slots * model.state_bytes,
+            pool_bytes=runner.num_rows * model.state_bytes,
         )
         return served
 

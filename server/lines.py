@@ -247,10 +247,7 @@ class Lines:
         for session in group.sessions:
             session.calls.popleft()
             session.last_use_s = last_use_s
-            if session.calls or session.loss or not session.is_ready:
-                self.serve(session)
-            else:
-                self.keeper.rest(session)
+            self.serve(session)
 
     def _drop(self, group: Group, session: Session, error: ServingError) -> None:
         """Take a session that is lost out of a group that has not begun."""

@@ -100,11 +100,11 @@ class ModelRunner:
         first = _round_up(num_slots + NUM_RESERVED_SLOTS, step)
         self.num_tables = max(1, min(_MOST_TABLES, num_slots // (_SLOTS_BY_SEATS * 2 * max_batch_size)))
         self._first_of_seats = first
+        self.num_rows = first + 2 * num_seats * self.num_tables
+        """Of each pool: slots and seats."""
         self._pools = {
             state.input_name: self._on_device(
-                _aligned_zeros(
-                    (first + 2 * num_seats * self.num_tables, *state.shape), numpy_dtype(state.dtype)
-                )
+                _aligned_zeros((self.num_rows, *state.shape), numpy_dtype(state.dtype))
             )
             for state in spec.states
         }

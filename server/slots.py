@@ -11,8 +11,6 @@ from collections.abc import Iterable
 
 from server.model_runner import INITIAL_SLOT, NUM_RESERVED_SLOTS
 
-_NONE: frozenset[int] = frozenset()
-
 
 class SlotPool:
     """Counts who holds each slot; a slot that nobody holds is free."""
@@ -41,8 +39,7 @@ class SlotPool:
     def shared(self, slots: Iterable[int]) -> frozenset[int]:
         """Those of some slots that are held more than once."""
         holders = self._holders
-        held_again = [slot for slot in slots if holders.get(slot, 1) > 1]
-        return frozenset(held_again) if held_again else _NONE
+        return frozenset([slot for slot in slots if holders.get(slot, 1) > 1])
 
     def release(self, slot: int) -> None:
         """Hold a slot once less."""

@@ -257,10 +257,10 @@ class Lines:
         group.served.num_pending -= 1
         group.waiting.discard(session)
         group.keep([other for other in range(len(group.sessions)) if other != row])
-        group.batch.settle(index, error)
         if not group.sessions:
             group.batch.calls.remove(group)
-        elif not group.waiting:
+        group.batch.settle(index, error)
+        if group.sessions and not group.waiting:
             group.begin(group)
 
     def _leave(self, call: Call) -> None:

@@ -89,5 +89,7 @@ class ServedModel:
 
     def _end(self, messages: list[Message]) -> None:
         for message in messages:
-            assert message.on_ended is not None
-            message.on_ended(message)
+            # It knows the message: without this the two would stay until the collector comes.
+            on_ended, message.on_ended = message.on_ended, None
+            assert on_ended is not None
+            on_ended(message)

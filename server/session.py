@@ -167,8 +167,10 @@ class Batch:
 
     def _end(self, num_sessions: int) -> None:
         self._num_left -= num_sessions
-        if not self._num_left and not self.future.done():
-            self.future.set_result(self._result)
+        if not self._num_left:
+            self.calls.clear()  # they know the batch, and would stay with it until the collector comes
+            if not self.future.done():
+                self.future.set_result(self._result)
 
 
 @dataclass(eq=False, slots=True)

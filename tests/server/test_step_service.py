@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +14,8 @@ import structlog.testing
 
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
+from server.engine import Message
+from server.session import Batch, Call, Group
 from tests.server.helpers import (
     GONE,
     INVALID,
@@ -447,3 +450,36 @@ async def test_sessions_forked_from_one_another_step_together_and_apart(caller: 
     for outputs, own in zip(to_array(answer.outputs), batch, strict=True):
         expected = accumulated(np.concatenate([inputs[:1], own]))[1:]
         np.testing.assert_array_equal(outputs, expected)
+
+
+async def test_what_has_been_answered_leaves_nothing_for_the_collector(caller: Caller) -> None:
+    """A message's objects go when it is answered; in cycles they would pile up, and collecting them took a tenth of the time."""
+
+    async def requests() -> AsyncIterator[pb.StreamStepsRequest]:
+        for _ in range(3):
+            yield pb.StreamStepsRequest(step=pb.StepRequest(session_id="s", inputs=inputs))
+
+    inputs = to_message(random_inputs(2))
+    await caller.create("accumulator")
+    await caller.create("accumulator", session_id="t")
+    gc.collect()
+    gc.disable()
+    try:
+        await caller.step(random_inputs(2))
+        assert len([answer async for answer in caller.stub.StreamSteps(requests())]) == 3
+        for first_steps in ([8, 0], [8, 2]):  # together, and one of them a repeat
+            together = to_message(np.stack([random_inputs(2)] * 2))
+            request = pb.BatchStepRequest(session_ids=["s", "t"], first_steps=first_steps, inputs=together)
+            assert not (await caller.stub.BatchStep(request)).errors
+        await caller.state()
+        await asyncio.sleep(0.05)  # for the stream's tasks to end
+
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found = [item for item in gc.garbage if isinstance(item, Call | Group | Batch | Message)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+    assert not found

@@ -453,7 +453,7 @@ async def test_sessions_forked_from_one_another_step_together_and_apart(caller: 
 
 
 async def test_what_has_been_answered_leaves_nothing_for_the_collector(caller: Caller) -> None:
-    """A message's objects go when it is answered; in cycles they would pile up, and collecting them took a tenth of the time."""
+    """A message's objects go when it is answered; in cycles they would pile up, and wait to be collected."""
 
     async def requests() -> AsyncIterator[pb.StreamStepsRequest]:
         for _ in range(3):

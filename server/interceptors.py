@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -69,12 +69,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         rpc = method.rpartition("/")[2]
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
-                self._around_stream(rpc, handler.stream_stream),
+                self._around(rpc, handler.stream_stream),
                 request_deserializer=handler.request_deserializer,
                 response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._around_unary(rpc, handler.unary_unary),
+            self._around(rpc, handler.unary_unary),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -105,7 +105,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )
         return handler
 
-    def _around_unary(self, rpc: str, handle: Any) -> Any:
+    def _around(self, rpc: str, handle: Any) -> Any:
         async def around(request: Any, context: _Context) -> Any:
             call = _Call(rpc)
             try:
@@ -117,21 +117,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 self._let_out(call)
             return response
-
-        return around
-
-    def _around_stream(self, rpc: str, handle: Any) -> Any:
-        async def around(requests: Any, context: _Context) -> AsyncIterator[Any]:
-            call = _Call(rpc)
-            try:
-                self._let_in()
-                async for response in handle(requests, context):
-                    yield response
-                call.code = grpc.StatusCode.OK
-            except Exception as error:
-                await call.abort(error, context)
-            finally:
-                self._let_out(call)
 
         return around
 

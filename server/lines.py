@@ -85,7 +85,7 @@ class Lines:
             raise queue_full(served)
         served.num_pending += 1
         if batch is None:
-            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            future: asyncio.Future[Any] = served.loop.create_future()
             call = Call(session, begin, future, partial(_settle, future), follows)
         else:
             call = batch[0].call(session, begin, batch[1])

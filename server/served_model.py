@@ -50,7 +50,7 @@ class ServedModel:
         self.is_leaving = False
         """Its file is gone from the models directory: it serves the sessions it has, and takes no new ones."""
         self._outbox: list[Message] = []
-        self._loop = loop
+        self.loop = loop
         self.engine = Engine(runner, self._hand_back, on_batch)
 
     @property
@@ -64,7 +64,7 @@ class ServedModel:
         Messages that come in one turn of the event loop go to the engine together, so that they run together.
         """
         if not self._outbox:
-            self._loop.call_soon(self._flush)
+            self.loop.call_soon(self._flush)
         self._outbox.append(message)
 
     def withdraw(self, message: Message) -> bool:
@@ -85,7 +85,7 @@ class ServedModel:
             self._outbox = []
 
     def _hand_back(self, messages: list[Message]) -> None:
-        self._loop.call_soon_threadsafe(self._end, messages)
+        self.loop.call_soon_threadsafe(self._end, messages)
 
     def _end(self, messages: list[Message]) -> None:
         for message in messages:

@@ -121,15 +121,16 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         _fill(answer, entered, await self._sessions.finish(entered.call))
         return answer
 
-    async def StreamSteps(
-        self, request_iterator: AsyncIterator[session_service_pb2.StreamStepsRequest], context: _Context
-    ) -> AsyncIterator[session_service_pb2.StreamStepsResponse]:
-        ahead = _ReadAhead(self, aiter(request_iterator), self._limits.max_unanswered_steps)
+    async def StreamSteps(  # type: ignore[override]  # gRPC takes this form too, its stubs do not
+        self, _requests: AsyncIterator[session_service_pb2.StreamStepsRequest], context: _Context
+    ) -> None:
+        # Read from and written to directly: generators around each message cost more.
+        ahead = _ReadAhead(self, context, self._limits.max_unanswered_steps)
         try:
             while (entered := await ahead.next()) is not None:
                 answer = session_service_pb2.StreamStepsResponse(session_id=entered.call.session.session_id)
                 _fill(answer.step, entered, await entered.call.future)
-                yield answer
+                await context.write(answer)
         finally:
             self._sessions.withdraw(ahead.close())
 
@@ -291,7 +292,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         )
 
     async def next_request(
-        self, incoming: AsyncIterator[session_service_pb2.StreamStepsRequest], task: asyncio.Task[None]
+        self, context: _Context, task: asyncio.Task[None]
     ) -> session_service_pb2.StreamStepsRequest | None:
         """A stream's next message, or None at its end; to be called in the stream's own task.
 
@@ -302,7 +303,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             raise ServerStoppingError
         self._idle_streams.add(task)
         try:
-            return await anext(incoming, None)
+            request = await context.read()
+            return None if request is grpc.aio.EOF else request
         except asyncio.CancelledError:
             if self._is_stopping:
                 task.uncancel()
@@ -334,11 +336,11 @@ class _ReadAhead:
     def __init__(
         self,
         service: SessionService,
-        incoming: AsyncIterator[session_service_pb2.StreamStepsRequest],
+        context: _Context,
         max_unanswered_steps: int,
     ) -> None:
         self._service = service
-        self._incoming = incoming
+        self._context = context
         self._max_unanswered_steps = max_unanswered_steps
         self._unanswered: deque[_Entered] = deque()
         self._is_first_handed_out = False
@@ -376,7 +378,7 @@ class _ReadAhead:
     async def _read(self) -> None:
         last: _Entered | None = None
         try:
-            while (request := await self._service.next_request(self._incoming, self._task)) is not None:
+            while (request := await self._service.next_request(self._context, self._task)) is not None:
                 while self._is_full(request.step):
                     self._answered.clear()
                     await self._answered.wait()

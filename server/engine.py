@@ -16,7 +16,6 @@ Shapes: S sessions of a message, T steps of it, R rows of a batch (all sessions 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import structlog
 from ntm.tensor import Array
 from server.errors import EngineFailedError, OutputNotFiniteError, ServingError, StepFailedError
 from server.lodgers import Lodgers
-from server.model_runner import ModelRunner
+from server.model_runner import ModelRunner, Rows
 from server.scheduler import Scheduler
 
 log = structlog.get_logger()
@@ -55,8 +54,6 @@ class Message:
     wants_state: bool = False
     on_ended: Callable[[Message], None] | None = None
     """What whoever submitted it wants done then; the engine only carries it."""
-    seats: tuple[int, list[int]] | None = None
-    """The table where its sessions sit while they run, and their seats there."""
     state: dict[str, Array] | None = None
     """After the last step, by name, [S, ...state shape] each, if it was asked for."""
     errors: dict[int, ServingError] = field(default_factory=dict)
@@ -74,7 +71,7 @@ class Message:
 
     @property
     def present_slots(self) -> list[int]:
-        """Where each state is while it has no seat."""
+        """Whose the state of each session is by now; `lodgers.py` knows where it is."""
         return self.write_slots if self.steps_done else self.slots
 
     @property
@@ -182,9 +179,7 @@ class Engine:
                         return
                     self._wake.wait()
                 batch = self._scheduler.next_batch()
-                must_wait = unfinished if len(self._scheduler) else []
-            self._attempt(self._stand, _without(must_wait, batch))
-            self._attempt(self._run, batch)
+            self._attempt(batch)
             self._ended += [message for message in batch if message.has_ended]
             unfinished = [message for message in batch if not message.has_ended]
 
@@ -198,13 +193,13 @@ class Engine:
             ended, self._ended = self._ended, []
             self._on_ended(ended)
 
-    def _attempt(self, work: Callable[[list[Message]], None], messages: list[Message]) -> None:
-        """Do something for some messages; whatever goes wrong, nobody is left waiting."""
+    def _attempt(self, batch: list[Message]) -> None:
+        """Run a batch; whatever goes wrong, nobody is left waiting."""
         try:
-            work(messages)
+            self._run(batch)
         except Exception as error:  # ONNX Runtime raises types of its own
-            log.error("a batch failed", model=self._runner.model.label, size=len(messages), exc_info=error)
-            for message in messages:
+            log.error("a batch failed", model=self._runner.model.label, size=len(batch), exc_info=error)
+            for message in batch:
                 for row in range(message.num_rows):
                     message.errors[row] = EngineFailedError(self._runner.model.label)
                 message.has_ended = True
@@ -229,7 +224,7 @@ class Engine:
         for message in batch:
             message.has_ended = message.has_ended or not message.num_left
         ended = [message for message in batch if message.has_ended]
-        self._stand(ended)
+        self._forget_what_was_before(ended)
         self._look([message for message in ended if message.wants_state and not message.errors])
         self._report(BatchReport(num_rows, turn_times_s, queue_times_s))
 
@@ -237,11 +232,11 @@ class Engine:
         """Put the states that messages bring along into their slots."""
         if not messages:
             return
-        slots = [slot for message in messages for slot in message.slots]
+        slots = np.array([slot for message in messages for slot in message.slots])
         self._lodgers.forget(slots)  # whose they were before has no use for them
         states = [message.load_state for message in messages if message.load_state is not None]
         self._runner.write(
-            np.array(slots), {name: np.concatenate([state[name] for state in states]) for name in states[0]}
+            slots, {name: np.concatenate([state[name] for state in states]) for name in states[0]}
         )
         for message in messages:
             message.load_state = None
@@ -263,10 +258,12 @@ class Engine:
 
         A session that fails, fails alone.
         """
-        for message in batch:
-            if not message.steps_done:
-                self._lodgers.forget(message.write_slots)  # whose they were before has no use for them
-        table, seats = self._sit(batch)
+        present_slots = np.array([slot for message in batch for slot in message.present_slots])
+        write_slots = np.array([slot for message in batch for slot in message.write_slots])
+        is_new = present_slots != write_slots
+        self._lodgers.forget(write_slots[is_new])  # whose they were before has no use for them
+        table, seats = self._sit(present_slots)
+        self._lodgers.forget(write_slots)  # in its seat a state is safe until the next
         num_rows, no_outputs = len(seats), self._runner.model.no_outputs
         pieces = [m.inputs[:, m.steps_done : m.steps_done + num_turns] for m in batch]
         together = np.concatenate(pieces).swapaxes(0, 1)
@@ -288,15 +285,18 @@ class Engine:
                 turn_times_s.append(self._turn_time_s[num_rows])
                 if num_done % quantum == 0 and self._is_wanted():
                     break
+        has_state = ~is_new | (num_done > 0)
+        rows = self._runner.first_seat(table) + seats[has_state]
+        self._lodgers.add(rows, write_slots[has_state])
         done = outputs[:num_done, seats].swapaxes(0, 1)
         are_finite = bool(np.isfinite(done).all())
         first_row = 0
         for message in batch:
-            rows = done[first_row : first_row + message.num_rows]
+            its_own = done[first_row : first_row + message.num_rows]
             first_row += message.num_rows
-            message.outputs[:, message.steps_done : message.steps_done + num_done] = rows
+            message.outputs[:, message.steps_done : message.steps_done + num_done] = its_own
             if not are_finite:
-                self._fail_not_finite(message, rows)
+                self._fail_not_finite(message, its_own)
             message.steps_done += num_done
         if failed:
             self._take_turn_alone([message for message in batch if not message.has_ended])
@@ -310,7 +310,6 @@ class Engine:
 
     def _take_turn_alone(self, batch: list[Message]) -> None:
         """Run the next step of each session by itself: one session's inputs must not fail another's step."""
-        self._stand(batch)
         self._lodgers.move_out()
         for message in batch:
             step, slots = message.steps_done, message.present_slots
@@ -335,72 +334,54 @@ class Engine:
             self._fail_not_finite(message, message.outputs[:, step : step + 1])
             message.steps_done += 1
 
-    def _sit(self, batch: list[Message]) -> tuple[int, list[int]]:
-        """Give every session of a batch a seat at one table, so that no seat between them is empty; returns these.
+    def _sit(self, slots: Rows) -> tuple[int, Rows]:
+        """Give the states of slots [R] a seat each at one table, so that no seat between them is empty.
 
-        The table is the one where most sit or lodge. There, messages that have seats keep them if they can, those whose
-        state lodges in one take it, and the others take what is free.
+        The table is the one where most of them lodge. There, whoever lodges in one of the first R seats keeps it (one
+        of those that share it), and the others take what is free.
+
+        Returns:
+            the table, and the seats [R].
         """
-        seats_of: list[tuple[int, list[int]] | None] = [
-            message.seats or self._lodgers.seats_of(message.present_slots) for message in batch
-        ]
-        table = self._best_table(seats_of)
-        free = set(range(sum(message.num_rows for message in batch)))
-        moving = []
-        for message, seats in zip(batch, seats_of, strict=True):
-            if seats is not None and seats[0] == table and free.issuperset(seats[1]):
-                free.difference_update(seats[1])
-                message.seats = seats
-            else:
-                moving.append(message)
-        if moving:
-            targets = sorted(free)
-            sources = [row for message in moving for row in self._rows_of(message)]
-            self._lodgers.move_in(sources, table, targets)
-            for message in moving:
-                message.seats = (table, targets[: message.num_rows])
-                targets = targets[message.num_rows :]
-        return table, [seat for message in batch if message.seats for seat in message.seats[1]]
+        rows = self._lodgers.rows_of(slots)
+        tables = self._runner.tables_of(rows)
+        table = self._best_table(tables[tables >= 0])
+        first = self._runner.first_seat(table)
+        seats = rows - first
+        keeping = np.flatnonzero((tables == table) & (seats < len(slots)))
+        keeping = keeping[np.unique(seats[keeping], return_index=True)[1]]
+        if len(keeping) < len(slots):
+            is_moving, is_free = np.ones(len(slots), bool), np.ones(len(slots), bool)
+            is_moving[keeping], is_free[seats[keeping]] = False, False
+            seats[is_moving] = np.flatnonzero(is_free)
+            self._lodgers.move_in(rows[is_moving], first + seats[is_moving])
+        return table, seats
 
-    def _best_table(self, seats_of: list[tuple[int, list[int]] | None]) -> int:
-        """The table where most of some sessions are; where nobody is anywhere, the one unused for longest."""
-        num_there = Counter[int]()
-        for seats in seats_of:
-            if seats is not None:
-                num_there[seats[0]] += len(seats[1])
-        table = max(num_there, key=num_there.__getitem__) if num_there else self._tables_by_use[0]
+    def _best_table(self, tables: Rows) -> int:
+        """The most frequent of some tables; if there is none, the one unused for longest."""
+        table = int(np.bincount(tables).argmax()) if len(tables) else self._tables_by_use[0]
         self._tables_by_use.remove(table)
         self._tables_by_use.append(table)
         return table
 
-    def _rows_of(self, message: Message) -> list[int]:
-        """Where the states of a message's sessions are."""
-        if message.seats is None:
-            return [self._lodgers.row_of(slot) for slot in message.present_slots]
-        table, seats = message.seats
-        first = self._runner.first_seat(table)
-        return [first + seat for seat in seats]
-
-    def _stand(self, messages: list[Message]) -> None:
-        """Free the seats of messages; the state they have come to belongs to their slots from here on."""
-        for message in messages:
-            if message.seats is not None and message.steps_done:
-                self._lodgers.add(*message.seats, message.write_slots)
-            message.seats = None
-            if message.has_ended and message.steps_done:
-                self._lodgers.forget(
-                    slot
-                    for row, slot in enumerate(message.slots)
-                    if row not in message.errors and slot not in message.shared_slots
-                )
+    def _forget_what_was_before(self, ended: list[Message]) -> None:
+        """The states that messages began from are nobody's any more, unless they failed or somebody shares them."""
+        slots = [
+            slot
+            for message in ended
+            if message.steps_done
+            for row, slot in enumerate(message.slots)
+            if row not in message.errors and slot not in message.shared_slots
+        ]
+        self._lodgers.forget(np.array(slots, np.int64))
 
     def _look(self, wanting: list[Message]) -> None:
         """Give messages that ended well the state they asked for."""
         if not wanting:
             return
-        slots = [slot for message in wanting for slot in message.present_slots]
+        slots = np.array([slot for message in wanting for slot in message.present_slots])
         self._lodgers.move_out(slots)
-        states = self._runner.read(np.array(slots))
+        states = self._runner.read(slots)
         first_row = 0
         for message in wanting:
             rows = slice(first_row, first_row + message.num_rows)
@@ -412,8 +393,3 @@ class Engine:
             self._on_batch(report)
         except Exception as error:  # metrics must not stop the loop
             log.error("a batch could not be reported", model=self._runner.model.label, exc_info=error)
-
-
-def _without(messages: list[Message], others: list[Message]) -> list[Message]:
-    taken = set(others)
-    return [message for message in messages if message not in taken]

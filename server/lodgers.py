@@ -4,15 +4,17 @@ A state is copied into its slot only when a run or somebody else is about to ove
 slot; what nobody needs any more is never copied. `engine.py` says which states those are.
 
 A seat has a row in each of its table's two areas; a run reads those of one and writes those of the other.
+
+Shapes: B states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-
 import numpy as np
 
-from server.model_runner import ModelRunner
+from server.model_runner import ModelRunner, Rows
+
+_NOBODY = -1
 
 
 class Lodgers:
@@ -21,72 +23,60 @@ class Lodgers:
     def __init__(self, runner: ModelRunner) -> None:
         """Nobody lodges anywhere."""
         self._runner = runner
-        self._row_of: dict[int, int] = {}
-        self._slot_in: dict[int, int] = {}
+        self._row_of = np.arange(runner.num_rows)
+        self._slot_in = np.full(runner.num_rows, _NOBODY)
 
-    def row_of(self, slot: int) -> int:
-        """The row where a slot's state is: of a seat, or its own."""
-        return self._row_of.get(slot, slot)
+    def rows_of(self, slots: Rows) -> Rows:
+        """The rows where the states of slots [B] are: of a seat, or their own."""
+        return self._row_of[slots]
 
-    def seats_of(self, slots: Sequence[int]) -> tuple[int, list[int]] | None:
-        """The table, and the seats there, where its next run finds the states of some slots.
+    def add(self, rows: Rows, slots: Rows) -> None:
+        """Let states lodge where a run has left them.
 
-        None if it does not find all of them, each in its own: sessions that were forked from one another share a slot,
-        and each needs a seat.
-        """
-        row_of = self._row_of
-        if slots[0] not in row_of:
-            return None
-        table = self._runner.table_of(row_of[slots[0]])
-        assert table is not None
-        first = self._runner.first_seat(table)
-        seats = [row_of.get(slot, -1) - first for slot in slots]
-        is_found = min(seats) >= 0 and max(seats) < self._runner.num_seats
-        return (table, seats) if is_found and len({*seats}) == len(seats) else None
+        What a slot's state was before, and may still lodge in another row, is forgotten: else it would be copied over
+        the new one when that row is needed.
 
-    def add(self, table: int, seats: Iterable[int], slots: Sequence[int]) -> None:
-        """Let states lodge in the seats where the table's last run has left them.
-
-        What a slot's state was before, and may still lodge in another seat, is forgotten: else it would be copied over
-        the new one when that seat is needed.
+        Args:
+            rows: [B], where nobody lodges any more.
+            slots: [B], none twice.
         """
         self.forget(slots)
-        first = self._runner.first_seat(table)
-        for seat, slot in zip(seats, slots, strict=True):
-            self._slot_in[first + seat] = slot
-            self._row_of[slot] = first + seat
+        self._slot_in[rows] = slots
+        self._row_of[slots] = rows
 
-    def forget(self, slots: Iterable[int]) -> None:
-        """Nobody needs the states of these slots."""
-        for slot in slots:
-            row = self._row_of.pop(slot, None)
-            if row is not None:
-                del self._slot_in[row]
+    def forget(self, slots: Rows) -> None:
+        """Nobody needs the states of these slots [B], unless they are in the slots themselves."""
+        self._slot_in[self._row_of[slots]] = _NOBODY
+        self._row_of[slots] = slots
 
-    def move_in(self, sources: Sequence[int], table: int, seats: Sequence[int]) -> None:
-        """Copy the state in some rows to seats, for the table's next run; whoever lodges there goes to his slot."""
-        first = self._runner.first_seat(table)
-        self._copy([*sources], [first + seat for seat in seats], [first + seat for seat in seats])
+    def move_in(self, sources: Rows, targets: Rows) -> None:
+        """Copy the state in some rows [B] to others [B], of seats; whoever lodges there goes to his slot."""
+        self._copy(sources, targets, targets[self._slot_in[targets] != _NOBODY])
 
     def make_room_for_run(self, table: int, num_rows: int) -> None:
-        """Whoever lodges where the table's next run writes goes to his slot."""
-        if self._slot_in:
-            size = self._runner.padded_batch_size or num_rows
-            first, next_first = self._runner.first_seat(table), self._runner.next_first_seat(table)
-            self._copy(
-                [], [], [*range(next_first, next_first + size), *range(first + num_rows, first + size)]
-            )
+        """Whoever lodges where the table's next run writes goes to his slot, and out of the rows that pad the batch."""
+        size = self._runner.padded_batch_size or num_rows
+        first, next_first = self._runner.first_seat(table), self._runner.next_first_seat(table)
+        self._leave(next_first, next_first + size)
+        if size > num_rows:
+            self._leave(first + num_rows, first + size)
 
-    def move_out(self, slots: Collection[int] | None = None) -> None:
-        """Copy states to these slots, or to all, if they are not there."""
-        rows = self._row_of.values() if slots is None else [self.row_of(slot) for slot in slots]
-        self._copy([], [], [*rows])
+    def move_out(self, slots: Rows | None = None) -> None:
+        """Copy states to these slots [B], or to all, if they are not there."""
+        rows = np.flatnonzero(self._slot_in != _NOBODY) if slots is None else self._row_of[slots]
+        leaving = rows[self._slot_in[rows] != _NOBODY]
+        self._copy(leaving[:0], leaving[:0], np.unique(leaving))
 
-    def _copy(self, sources: list[int], targets: list[int], rows_to_leave: Iterable[int]) -> None:
+    def _leave(self, start: int, stop: int) -> None:
+        """Whoever lodges in these rows goes to his slot."""
+        leaving = np.flatnonzero(self._slot_in[start:stop] != _NOBODY)
+        if len(leaving):
+            self._copy(leaving[:0], leaving[:0], leaving + start)
+
+    def _copy(self, sources: Rows, targets: Rows, leaving: Rows) -> None:
         """Copy rows, and the lodgers of some rows to their slots, all at once: what is read, is read before."""
-        leaving = [(row, self._slot_in[row]) for row in rows_to_leave if row in self._slot_in]
-        sources += [row for row, _ in leaving]
-        targets += [slot for _, slot in leaving]
-        if sources:
-            self._runner.move(np.array(sources), np.array(targets))
-        self.forget([slot for _, slot in leaving])
+        slots = self._slot_in[leaving]
+        sources, targets = np.concatenate([sources, leaving]), np.concatenate([targets, slots])
+        if len(sources):
+            self._runner.move(sources, targets)
+        self.forget(slots)

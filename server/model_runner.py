@@ -127,9 +127,11 @@ class ModelRunner:
         """The row that the table's next run writes first."""
         return self._first_of_seats + (2 * table + 1 - self._areas[table]) * self.num_seats
 
-    def table_of(self, row: int) -> int | None:
-        """The table that a row is a seat of; None if it is a slot."""
-        return (row - self._first_of_seats) // (2 * self.num_seats) if row >= self._first_of_seats else None
+    def tables_of(self, rows: Rows) -> Rows:
+        """The tables [B] whose next run reads these rows [B], each as a seat; -1 where none does."""
+        areas = (rows - self._first_of_seats) // self.num_seats
+        tables = np.maximum(areas // 2, 0)
+        return np.where(areas == 2 * tables + np.array(self._areas)[tables], tables, -1)
 
     def run(self, inputs: Array, table: int = 0) -> Array:
         """Run one step of the sessions whose state is in the first B seats of a table.

@@ -112,7 +112,6 @@ def test_state_ends_in_the_slot_of_the_message_and_not_before(tmp_path: Path) ->
 
     harness.run(message)
 
-    assert message.seats is None
     np.testing.assert_array_equal(
         harness.state(message.write_slots)["sum"][0], accumulated(message.inputs[0])[-1]
     )
@@ -370,7 +369,7 @@ def test_messages_that_arrive_amid_the_turns_of_others_give_what_each_gives_alon
 class Rows:
     """One table, with two areas of seats, and which slot's state is in each row: enough of a runner for lodgers."""
 
-    num_seats, padded_batch_size = 4, None
+    num_rows, padded_batch_size = 30, None
 
     def __init__(self) -> None:
         self.firsts = [10, 20]
@@ -381,9 +380,6 @@ class Rows:
 
     def next_first_seat(self, table: int) -> int:
         return self.firsts[table + 1]
-
-    def table_of(self, row: int) -> int | None:
-        return 0 if row >= 10 else None
 
     def run(self, seats: dict[int, str]) -> None:
         """What a run leaves, by seat."""
@@ -398,14 +394,14 @@ class Rows:
 def test_a_state_that_lodges_anew_is_not_overwritten_by_what_it_was_before() -> None:
     """A message stood up, took its seat again for a single turn, and stood up: its old state must not come back."""
     rows: Any = Rows()
-    lodgers = Lodgers(rows)
-    rows.run({2: "before"})
-    lodgers.add(0, [2], [5])
-    assert lodgers.seats_of([5]) == (0, [2])
+    lodgers, seat, slot = Lodgers(rows), 2, np.array([5])
+    rows.run({seat: "before"})
+    lodgers.add(rows.first_seat(0) + np.array([seat]), slot)
+    assert lodgers.rows_of(slot) == rows.first_seat(0) + seat
 
-    rows.run({2: "after"})
-    lodgers.add(0, [2], [5])
+    rows.run({seat: "after"})
+    lodgers.add(rows.first_seat(0) + np.array([seat]), slot)
     lodgers.make_room_for_run(0, 4)
     rows.run({0: "others", 1: "others", 2: "others", 3: "others"})
 
-    assert rows.content[lodgers.row_of(5)] == "after"
+    assert rows.content[int(lodgers.rows_of(slot)[0])] == "after"

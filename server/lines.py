@@ -247,7 +247,10 @@ class Lines:
         for session in group.sessions:
             session.calls.popleft()
             session.last_use_s = last_use_s
-            self.serve(session)
+            if session.calls or session.loss or not session.is_ready:
+                self.serve(session)
+            else:
+                self.keeper.rest(session)
 
     def _drop(self, group: Group, session: Session, error: ServingError) -> None:
         """Take a session that is lost out of a group that has not begun."""

@@ -138,26 +138,25 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         self, request: session_service_pb2.BatchStepRequest, context: _Context
     ) -> session_service_pb2.BatchStepResponse:
         requests.check_message_bytes(request.ByteSize(), self._limits)
-        ids = request.session_ids
+        ids, first_steps = [*request.session_ids], [*request.first_steps]
         if len(set(ids)) != len(ids):
             raise InvalidInputError(
                 "session_ids", "a session stands twice: send its steps in one item, or one after another"
             )
-        if len(request.first_steps) not in (0, len(ids)):
+        if len(first_steps) not in (0, len(ids)):
             raise InvalidInputError(
                 "first_steps",
-                f"{len(request.first_steps)} for {len(ids)} sessions: send one for each, or none",
+                f"{len(first_steps)} for {len(ids)} sessions: send one for each, or none",
             )
         inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
         found = await self._find_each(ids)
-        batch = self._enter_batch(ids, found, request.first_steps, inputs)
+        batch = self._enter_batch(ids, found, first_steps, inputs)
         response = _batch_message(await self._sessions.finish(batch))
-        in_memory = self._sessions.in_memory
-        response.approximate.extend(
-            index
-            for index, session_id in enumerate(ids)
-            if (session := in_memory.get(session_id)) and session.about.is_approximate
-        )
+        for index, session in enumerate(found):
+            if session is None:  # brought in meanwhile
+                session = self._sessions.in_memory.get(ids[index])
+            if isinstance(session, Session) and session.about.is_approximate:
+                response.approximate.append(index)
         return response
 
     async def GetState(
@@ -233,14 +232,15 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         inputs: Array,
     ) -> Batch:
         """Enter each session's steps; an item that cannot be entered has its error for a result."""
-        models = [session.model.model for session in found if isinstance(session, Session)]
-        if models:
-            requests.check_batch_fits(inputs, models[0], self._limits)
-        if any(model is not models[0] for model in models):
-            found = [self._if_alike(session, models[0]) for session in found]
+        first = next((session.model for session in found if isinstance(session, Session)), None)
+        if first is not None:
+            requests.check_batch_fits(inputs, first.model, self._limits)
+            if len({session.model for session in found if isinstance(session, Session)}) > 1:
+                found = [self._if_alike(session, first.model) for session in found]
 
         def check(session: Session) -> None:
-            requests.check_alike("session_ids", session.model.model.spec, models[0].spec)
+            assert first is not None
+            requests.check_alike("session_ids", session.model.model.spec, first.model.spec)
 
         return self._sessions.step_each(ids, found, inputs, first_steps, check)
 
@@ -265,6 +265,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         """The sessions that are in memory, the first at least, since the inputs are held against its model."""
         in_memory = self._sessions.in_memory
         found: list[Session | ServingError | None] = [in_memory.get(session_id) for session_id in ids]
+        if None not in found:
+            return found
         has_model = any(found)
         for index, session_id in enumerate(ids):
             if found[index] is None:

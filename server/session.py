@@ -61,7 +61,8 @@ class Session:
     @property
     def has_just_failed(self) -> bool:
         """Whether the last message failed, so that a repeat of it is answered without running it."""
-        return self.about.failure is not None and self.about.failure.first_step == self.next_step
+        failure = self.about.failure
+        return failure is not None and failure.first_step == self.history.next_step
 
     def entry(
         self, about: About, next_step: int, last_use_s: float, end_time_s: float | None = None
@@ -150,7 +151,7 @@ class Batch:
         """Note what became of a group's steps: outputs [its sessions, T, ...output shape], and errors by row."""
         if not errors and len(group.indices) == self._size[0]:
             self._result.outputs = outputs
-            self._result.next_steps = [session.next_step for session in group.sessions]
+            self._result.next_steps = [session.history.next_step for session in group.sessions]
             return self._end(len(group.indices))
         for row, (index, session) in enumerate(zip(group.indices, group.sessions, strict=True)):
             if row in errors:

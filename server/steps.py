@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import numpy as np
 
@@ -86,8 +85,8 @@ class Steps:
                     batch,
                     served,
                     part,
-                    [cast(Session, sessions[index]) for index in part],
-                    inputs[part],
+                    [sessions[index] for index in part],  # type: ignore[misc]  # none is an error
+                    inputs if len(part) == len(sessions) else inputs[part],
                     [first_steps[index] for index in part] if first_steps else (),
                     self._begin_group,
                 )
@@ -149,7 +148,7 @@ class Steps:
         no_outputs = served.model.no_outputs
         outputs = np.empty((len(inputs), *no_outputs.shape[1:]), no_outputs.dtype)
         slot = served.slots.take()
-        is_due = self._is_snapshot_due(session, len(inputs))
+        is_due = self._is_durable and self._is_snapshot_due(session, len(inputs))
 
         def on_ended(message: Message) -> None:
             error = session.loss or message.errors.get(0)
@@ -188,7 +187,7 @@ class Steps:
 
     def _is_snapshot_due(self, session: Session, num_steps: int) -> bool:
         since = session.next_step + num_steps - session.about.snapshot_step
-        return self._is_durable and since >= self._snapshot_every_steps
+        return since >= self._snapshot_every_steps
 
     def _stepped(
         self, session: Session, slot: int, inputs: Array, outputs: Array, state: dict[str, Array] | None
@@ -256,7 +255,7 @@ class Steps:
         elsewhere = [
             row
             for row, (session, first_step) in enumerate(zip(group.sessions, group.first_steps, strict=False))
-            if first_step != session.next_step or session.has_just_failed
+            if first_step != session.history.next_step or session.has_just_failed
         ]
         others = self._split_off(group, elsewhere) if elsewhere else []
         if group.sessions:
@@ -283,7 +282,7 @@ class Steps:
         outputs = np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype)
         slots = [served.slots.take() for _ in sessions]
         num_steps = inputs.shape[1]
-        are_due = [self._is_snapshot_due(session, num_steps) for session in sessions]
+        are_due = [self._is_durable and self._is_snapshot_due(session, num_steps) for session in sessions]
 
         def on_ended(message: Message) -> None:
             errors = dict(message.errors)
@@ -329,7 +328,7 @@ class Steps:
 
         group.message = Message(
             [session.session_id for session in sessions],
-            [session.next_step for session in sessions],
+            [session.history.next_step for session in sessions],
             inputs,
             outputs,
             present := [session.slot for session in sessions],

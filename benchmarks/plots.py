@@ -39,7 +39,7 @@ def _throughput(figures: Figures, path: Path) -> None:
         ("StreamSteps, 64 streams, T=32", name(STREAMS_OF_CHUNKS), _OURS),
         ("BatchStep, 4 callers of 64 sessions, T=1", name(BATCHES_OF_SINGLE_STEPS), _OURS),
         ("StreamSteps, 32 streams, T=1", name(STREAMS_OF_SINGLE_STEPS), _OURS),
-        ("empty gRPC service, 32 streams, T=1", name(STREAMS_OF_SINGLE_STEPS, "echo with asyncio"), _LIMITS),
+        ("empty gRPC service, 32 streams, T=1", name(STREAMS_OF_SINGLE_STEPS, "echo with uvloop"), _LIMITS),
         ("Triton, 64 streams, T=1", name(Shape("StreamSteps", 64, 1), "Triton"), _OTHERS),
         ("Triton, 32 streams, T=1", name(STREAMS_OF_SINGLE_STEPS, "Triton"), _OTHERS),
         ("naive service, 4 streams, T=32", name(FEW_STREAMS_OF_CHUNKS, "naive"), _OTHERS),

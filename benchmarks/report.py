@@ -56,7 +56,7 @@ RATIOS = (
     Ratio(name(Shape("BatchStep", 64, 32)), _BARE, 0.8, 0.5),
     Ratio(name(BATCHES_OF_SINGLE_STEPS), _BARE, 0.45, 0.15),
     Ratio(name(STREAMS_OF_CHUNKS), _BARE, 0.8, 0.25),
-    Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "echo with asyncio"), 0.75, 0.15),
+    Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "echo with uvloop"), 0.75, 0.15),
     Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "Triton"), 0.8),
     Ratio(name(STREAMS_OF_CHUNKS), name(Shape("StreamSteps", 64, 1), "Triton"), 5.0),
     Ratio(name(STREAMS_OF_CHUNKS), name(FEW_STREAMS_OF_CHUNKS, "naive"), 10.0, 10.0),

@@ -59,8 +59,8 @@ def compare(num_rounds: int, duration_s: float) -> Figures:
         for flavour in echo.FLAVOURS:
             cases.add_echo(flavour, STREAMS_OF_SINGLE_STEPS)
             cases.add_echo(flavour, Shape("Step", 64, 1))
-        cases.add_echo("asyncio", STREAMS_OF_CHUNKS)
-        cases.add_echo("asyncio", Shape("BatchStep", 64, 1))
+        cases.add_echo("uvloop", STREAMS_OF_CHUNKS)
+        cases.add_echo("uvloop", Shape("BatchStep", 64, 1))
         cases.add_naive(STREAMS_OF_SINGLE_STEPS)
         cases.add_naive(FEW_STREAMS_OF_CHUNKS)
         cases.add_triton("stream", 32, in_flight=4)
@@ -81,7 +81,7 @@ def compare_main(num_rounds: int, duration_s: float) -> Figures:
             STREAMS_OF_SINGLE_STEPS,
         ):
             cases.add_ours(shape)
-        cases.add_echo("asyncio", STREAMS_OF_SINGLE_STEPS)
+        cases.add_echo("uvloop", STREAMS_OF_SINGLE_STEPS)
         cases.add_naive(FEW_STREAMS_OF_CHUNKS)
         return side_by_side(cases.by_name, num_rounds)
 

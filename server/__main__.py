@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 
 import structlog
+import uvloop
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
@@ -30,7 +30,7 @@ def main() -> int:
         return 2
     _set_up_log(settings.log_format)
     try:
-        asyncio.run(run(settings))
+        uvloop.run(run(settings))
     except StartupError as error:
         print(f"the server does not start: {error}", file=sys.stderr)
         return 1

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
+import uvloop
 
 from server.lifecycle import Server
 from server.settings import ServerSettings
@@ -19,6 +21,11 @@ from tests import step_models
 from tests.valkey import ValkeyServer
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
+    """Tests run on the loop that the server runs on."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 class ServerProcess:

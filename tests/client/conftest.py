@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests import step_models
 from tests.client.helpers import Router
 from tests.conftest import ServerProcess
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
+    """Clients run on the loop that most programs have; their server is a process of its own."""
+    return {"asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture(scope="module")

@@ -263,7 +263,7 @@ class Engine:
         is_new = present_slots != write_slots
         self._lodgers.forget(write_slots[is_new])  # whose they were before has no use for them
         table, seats = self._sit(present_slots)
-        self._lodgers.forget(write_slots)  # in its seat a state is safe until the next
+        self._lodgers.forget(write_slots)  # who has a seat lodges nowhere else
         num_rows, no_outputs = len(seats), self._runner.model.no_outputs
         pieces = [m.inputs[:, m.steps_done : m.steps_done + num_turns] for m in batch]
         together = np.concatenate(pieces).swapaxes(0, 1)

@@ -48,7 +48,7 @@ roll: ## Replace the replicas of the scale profile one by one, by the image that
 	@deploy/roll.sh
 
 .PHONY: bench
-bench: $(VENV)/.dev ## Measure everything beside its limits and its peers, into benchmarks/results; allow an hour.
+bench: $(VENV)/.dev ## Measure everything beside its limits and its peers, into benchmarks/results; allow half an hour.
 	@$(BIN)/python -m benchmarks
 
 .PHONY: bench-quick

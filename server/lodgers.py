@@ -15,6 +15,7 @@ import numpy as np
 from server.model_runner import ModelRunner, Rows
 
 _NOBODY = -1
+_NO_ROWS: Rows = np.empty(0, np.int64)
 
 
 class Lodgers:
@@ -51,7 +52,7 @@ class Lodgers:
 
     def move_in(self, sources: Rows, targets: Rows) -> None:
         """Copy the state in some rows [B] to others [B], of seats; whoever lodges there goes to his slot."""
-        self._copy(sources, targets, targets[self._slot_in[targets] != _NOBODY])
+        self._copy(targets[self._slot_in[targets] != _NOBODY], sources, targets)
 
     def make_room_for_run(self, table: int, num_rows: int) -> None:
         """Whoever lodges where the table's next run writes goes to his slot, and out of the rows that pad the batch."""
@@ -65,16 +66,16 @@ class Lodgers:
         """Copy states to these slots [B], or to all, if they are not there."""
         rows = np.flatnonzero(self._slot_in != _NOBODY) if slots is None else self._row_of[slots]
         leaving = rows[self._slot_in[rows] != _NOBODY]
-        self._copy(leaving[:0], leaving[:0], np.unique(leaving))
+        self._copy(np.unique(leaving))
 
     def _leave(self, start: int, stop: int) -> None:
         """Whoever lodges in these rows goes to his slot."""
         leaving = np.flatnonzero(self._slot_in[start:stop] != _NOBODY)
         if len(leaving):
-            self._copy(leaving[:0], leaving[:0], leaving + start)
+            self._copy(leaving + start)
 
-    def _copy(self, sources: Rows, targets: Rows, leaving: Rows) -> None:
-        """Copy rows, and the lodgers of some rows to their slots, all at once: what is read, is read before."""
+    def _copy(self, leaving: Rows, sources: Rows = _NO_ROWS, targets: Rows = _NO_ROWS) -> None:
+        """Copy the lodgers of some rows to their slots, and other rows, all at once: what is read, is read before."""
         slots = self._slot_in[leaving]
         sources, targets = np.concatenate([sources, leaving]), np.concatenate([targets, slots])
         if len(sources):

@@ -232,15 +232,14 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         inputs: Array,
     ) -> Batch:
         """Enter each session's steps; an item that cannot be entered has its error for a result."""
-        first = next((session.model for session in found if isinstance(session, Session)), None)
-        if first is not None:
-            requests.check_batch_fits(inputs, first.model, self._limits)
-            if len({session.model for session in found if isinstance(session, Session)}) > 1:
-                found = [self._if_alike(session, first.model) for session in found]
+        models = [*dict.fromkeys(session.model for session in found if isinstance(session, Session))]
+        if models:
+            requests.check_batch_fits(inputs, models[0].model, self._limits)
+        if len(models) > 1:
+            found = [self._if_alike(session, models[0].model) for session in found]
 
         def check(session: Session) -> None:
-            assert first is not None
-            requests.check_alike("session_ids", session.model.model.spec, first.model.spec)
+            requests.check_alike("session_ids", session.model.model.spec, models[0].model.spec)
 
         return self._sessions.step_each(ids, found, inputs, first_steps, check)
 

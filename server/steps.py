@@ -148,7 +148,7 @@ class Steps:
         no_outputs = served.model.no_outputs
         outputs = np.empty((len(inputs), *no_outputs.shape[1:]), no_outputs.dtype)
         slot = served.slots.take()
-        is_due = self._is_durable and self._is_snapshot_due(session, len(inputs))
+        is_due = self._is_snapshot_due(session, len(inputs))
 
         def on_ended(message: Message) -> None:
             error = session.loss or message.errors.get(0)
@@ -186,8 +186,9 @@ class Steps:
         served.submit(call.message)
 
     def _is_snapshot_due(self, session: Session, num_steps: int) -> bool:
-        since = session.next_step + num_steps - session.about.snapshot_step
-        return since >= self._snapshot_every_steps
+        if not self._is_durable:
+            return False
+        return session.next_step + num_steps - session.about.snapshot_step >= self._snapshot_every_steps
 
     def _stepped(
         self, session: Session, slot: int, inputs: Array, outputs: Array, state: dict[str, Array] | None
@@ -282,7 +283,7 @@ class Steps:
         outputs = np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype)
         slots = [served.slots.take() for _ in sessions]
         num_steps = inputs.shape[1]
-        are_due = [self._is_durable and self._is_snapshot_due(session, num_steps) for session in sessions]
+        are_due = [self._is_snapshot_due(session, num_steps) for session in sessions]
 
         def on_ended(message: Message) -> None:
             errors = dict(message.errors)

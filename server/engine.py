@@ -99,7 +99,7 @@ class BatchReport:
 
 # How long a batch runs before those who wait get their turn. A change of the batch costs some Python for each message
 # and, where more sessions wait than fit, copies of their state, so it does not come after every turn.
-_QUANTUM_S = 2e-3
+_QUANTUM_S = 5e-3
 _MOST_TURNS_AT_ONCE = 32
 
 
@@ -244,8 +244,7 @@ class Engine:
     def _turns_in_a_quantum(self, num_rows: int) -> int:
         """A power of two, so that messages of as many steps, or a multiple, that begin together also end together."""
         turn_time_s = self._turn_time_s.get(num_rows, _QUANTUM_S)  # of the last turn of so many rows
-        num_turns = max(1, min(_MOST_TURNS_AT_ONCE, int(_QUANTUM_S / turn_time_s)))
-        return 1 << num_turns.bit_length() - 1
+        return _power_of_two(max(1, min(_MOST_TURNS_AT_ONCE, int(_QUANTUM_S / turn_time_s))))
 
     def _is_wanted(self) -> bool:
         """Whether the loop has something else to attend to; a glance, without the lock."""
@@ -270,21 +269,23 @@ class Engine:
         inputs = np.empty(together.shape, together.dtype)
         inputs[:, seats] = together
         outputs = np.empty((num_turns, num_rows, *no_outputs.shape[1:]), no_outputs.dtype)
-        num_done, failed = 0, False
-        while num_done < num_turns and not failed:
+        num_done = num_failed = 0
+        while num_done < num_turns:
+            num = _power_of_two(min(quantum, num_turns - num_done)) if self._runner.can_scan else 1
+            turns = slice(num_done, num_done + num)
             start_s = perf_counter()
             self._lodgers.make_room_for_run(table, num_rows)
             self._hand_back()
             try:
-                outputs[num_done] = self._runner.run(inputs[num_done], table)
+                outputs[turns] = self._runner.run(inputs[turns], table)
             except Exception:  # ONNX Runtime raises types of its own for what a model does
-                failed = True
-            else:
-                num_done += 1
-                self._turn_time_s[num_rows] = perf_counter() - start_s
-                turn_times_s.append(self._turn_time_s[num_rows])
-                if num_done % quantum == 0 and self._is_wanted():
-                    break
+                num_failed = num
+                break
+            num_done += num
+            self._turn_time_s[num_rows] = (perf_counter() - start_s) / num
+            turn_times_s += [self._turn_time_s[num_rows]] * num
+            if num_done % quantum == 0 and self._is_wanted():
+                break
         has_state = ~is_new | (num_done > 0)
         rows = self._runner.first_seat(table) + seats[has_state]
         self._lodgers.add(rows, write_slots[has_state])
@@ -298,7 +299,7 @@ class Engine:
             if not are_finite:
                 self._fail_not_finite(message, its_own)
             message.steps_done += num_done
-        if failed:
+        for _ in range(num_failed):
             self._take_turn_alone([message for message in batch if not message.has_ended])
 
     def _fail_not_finite(self, message: Message, outputs: Array) -> None:
@@ -316,7 +317,8 @@ class Engine:
             for row in range(message.num_rows):
                 self._runner.move(np.array([slots[row]]), np.array([self._runner.first_seat(0)]))
                 try:
-                    outputs = self._runner.run(np.ascontiguousarray(message.inputs[row : row + 1, step]))
+                    inputs = np.ascontiguousarray(message.inputs[np.newaxis, row : row + 1, step])
+                    outputs = self._runner.run(inputs)
                 except Exception as error:  # as above
                     log.error(
                         "a step failed",
@@ -327,7 +329,7 @@ class Engine:
                     )
                     message.fail(row, StepFailedError(self._runner.model.label))
                     continue
-                message.outputs[row, step] = outputs[0]
+                message.outputs[row, step] = outputs[0, 0]
                 self._runner.move(
                     np.array([self._runner.first_seat(0)]), np.array([message.write_slots[row]])
                 )
@@ -393,3 +395,8 @@ class Engine:
             self._on_batch(report)
         except Exception as error:  # metrics must not stop the loop
             log.error("a batch could not be reported", model=self._runner.model.label, exc_info=error)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above a number."""
+    return 1 << number.bit_length() - 1

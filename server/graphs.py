@@ -1,13 +1,14 @@
 """Graphs: turn a model's step into the graphs that the device runs on pools of state.
 
-A pool is one tensor `[rows, ...]` for each state tensor. Four graphs use the pools:
+A pool is one tensor `[rows, ...]` for each state tensor. Five graphs use the pools:
 
 - *run* is the step. The state it takes and the next state it gives are bound to different rows of the pools;
+- *scan* is several steps, one after another: an ONNX Scan whose body is *run*;
 - *move* copies rows to other rows, in place;
 - *read* gathers rows, for callers who ask to see them;
 - *write* scatters rows that come from outside.
 
-No graph runs the step and changes rows that it reads: in such a graph nothing orders the Gather of a state before
+Neither *run* nor *scan* changes rows that it reads: in a graph that did, nothing orders the Gather of a state before
 the ScatterND that overwrites it when the next value does not depend on the old one (a delay line), and a node
 that fails between two ScatterNDs would leave half the state updated.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx
+import onnx.compose
 from onnx import TensorProto, helper, numpy_helper
 
 from ntm.tensor import numpy_dtype, to_array
@@ -42,12 +44,12 @@ def updated_pool(state: model_pb2.StateSpec) -> str:
 
 
 def content(state: model_pb2.StateSpec) -> str:
-    """The name of some rows of a state: inputs of run and write, outputs of read."""
+    """The name of some rows of a state: inputs of run, scan and write, outputs of read."""
     return f"ntm.content.{state.input_name}"
 
 
 def next_content(state: model_pb2.StateSpec) -> str:
-    """The name of the next state of some rows: outputs of run."""
+    """The name of the next state of some rows: outputs of run and scan."""
     return f"ntm.next_content.{state.input_name}"
 
 
@@ -56,6 +58,7 @@ class DeviceGraphs:
     """The graphs derived from one step, serialised."""
 
     run: bytes
+    scan: bytes
     move: bytes
     read: bytes
     write: bytes
@@ -63,12 +66,17 @@ class DeviceGraphs:
 
 def derive(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> DeviceGraphs:
     """Derive the device's graphs from a step that `spec` describes truly (`spec.differences` has found none)."""
+    run = _run(step, spec)
     return DeviceGraphs(
-        run=_run(step, spec), move=_move(step, spec), read=_read(step, spec), write=_write(step, spec)
+        run=run.SerializeToString(),
+        scan=_scan(run, spec).SerializeToString(),
+        move=_move(step, spec).SerializeToString(),
+        read=_read(step, spec).SerializeToString(),
+        write=_write(step, spec).SerializeToString(),
     )
 
 
-def _run(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
+def _run(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
     before = [
         _move_axis(content(state), state.input_name, state, 0, state.batch_axis) for state in spec.states
     ]
@@ -92,10 +100,37 @@ def _run(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
     graph.input.extend(_info(content(state), state, "batch") for state in spec.states)
     graph.output.append(_info(OUTPUT, spec.output, "batch"))
     graph.output.extend(_info(next_content(state), state, "batch") for state in spec.states)
-    return model.SerializeToString()
+    return model
 
 
-def _move(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
+def _scan(run: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
+    # A name may not stand for one thing in a body and for another around it.
+    body = onnx.compose.add_prefix_graph(run.graph, "ntm.body.")
+    # Scan's order: the state first, then what it takes and gives piece by piece.
+    for values in (body.input, body.output):
+        values.append(values.pop(0))
+    scan = helper.make_node(
+        "Scan",
+        [*map(content, spec.states), INPUT],
+        [*map(next_content, spec.states), OUTPUT],
+        body=body,
+        num_scan_inputs=1,
+    )
+    return _model(
+        run,
+        [scan],
+        inputs=[
+            _info(INPUT, spec.input, "steps", "batch"),
+            *(_info(content(state), state, "batch") for state in spec.states),
+        ],
+        outputs=[
+            _info(OUTPUT, spec.output, "steps", "batch"),
+            *(_info(next_content(state), state, "batch") for state in spec.states),
+        ],
+    )
+
+
+def _move(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
     gathers = [
         helper.make_node("Gather", [pool(state), ROWS], [content(state)], axis=0) for state in spec.states
     ]
@@ -108,7 +143,7 @@ def _move(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
     )
 
 
-def _read(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
+def _read(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
     return _model(
         step,
         [helper.make_node("Gather", [pool(state), ROWS], [content(state)], axis=0) for state in spec.states],
@@ -117,7 +152,7 @@ def _read(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
     )
 
 
-def _write(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
+def _write(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
     return _model(
         step,
         _scatters(spec),
@@ -150,12 +185,13 @@ def _model(
     inputs: list[onnx.ValueInfoProto],
     outputs: list[onnx.ValueInfoProto],
     initializers: list[onnx.TensorProto] | None = None,
-) -> bytes:
+) -> onnx.ModelProto:
     graph = helper.make_graph(nodes, "ntm", inputs, outputs, initializer=initializers or [])
     # The step's own versions: where it runs, these run.
-    model = helper.make_model(graph, opset_imports=step.opset_import, ir_version=step.ir_version)
-    serialised: bytes = model.SerializeToString()
-    return serialised
+    model: onnx.ModelProto = helper.make_model(
+        graph, opset_imports=step.opset_import, ir_version=step.ir_version, functions=step.functions
+    )
+    return model
 
 
 def _move_axis(
@@ -186,7 +222,7 @@ def _rows_info(name: str) -> onnx.ValueInfoProto:
 
 
 def _info(
-    name: str, tensor: model_pb2.StateSpec | model_pb2.TensorSpec, leading_axis: str
+    name: str, tensor: model_pb2.StateSpec | model_pb2.TensorSpec, *leading_axes: str
 ) -> onnx.ValueInfoProto:
     element_type = helper.np_dtype_to_tensor_dtype(numpy_dtype(tensor.dtype))
-    return helper.make_tensor_value_info(name, element_type, [leading_axis, *tensor.shape])
+    return helper.make_tensor_value_info(name, element_type, [*leading_axes, *tensor.shape])

@@ -45,10 +45,9 @@ Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _BoundRun:
-    """Everything bound once for runs of one size from one area of a table to the other."""
+class _Steps:
+    """What runs of as many steps and rows take and give."""
 
-    binding: ort.IOBinding
     inputs: ort.OrtValue
     outputs: Array
 
@@ -85,6 +84,7 @@ class ModelRunner:
         derived = graphs.derive(model.step, spec)
         try:
             self._run = device.session(derived.run)
+            self._scan = device.session(derived.scan)
             self._move = device.session(derived.move)
             self._read = device.session(derived.read)
             self._write = device.session(derived.write)
@@ -109,7 +109,8 @@ class ModelRunner:
             for state in spec.states
         }
         self._areas = [0] * self.num_tables
-        self._runs: dict[tuple[int, int, int], _BoundRun] = {}
+        self._steps: dict[tuple[int, int], _Steps] = {}
+        self._runs: dict[tuple[int, int, int, int], ort.IOBinding] = {}
         self._moves: dict[int, _BoundMove] = {}
         self.padded_batch_size: int | None = None
         """What every batch is padded to, or None: see `_ensure_batch_invariance`."""
@@ -118,6 +119,8 @@ class ModelRunner:
             {state.input_name: initial_value(state)[np.newaxis] for state in spec.states},
         )
         self.is_batch_invariant = self._ensure_batch_invariance(min(num_slots, max_batch_size))
+        self.can_scan = self._gives_the_same_at_once(min(num_slots, max_batch_size))
+        """Whether steps may be run several at once, with the same results."""
 
     def first_seat(self, table: int) -> int:
         """The row that the table's next run reads first; every run there that succeeds changes it."""
@@ -134,31 +137,35 @@ class ModelRunner:
         return np.where(areas == 2 * tables + np.array(self._areas)[tables], tables, -1)
 
     def run(self, inputs: Array, table: int = 0) -> Array:
-        """Run one step of the sessions whose state is in the first B seats of a table.
+        """Run steps of the sessions whose state is in the first B seats of a table, one after another.
 
-        If this raises, no row has changed. Rows are independent: one that is not finite spoils no other.
+        The device is asked once for all of them, and needs nobody's attention meanwhile. If this raises, no row that
+        is anybody's has changed. Rows are independent: one that is not finite spoils no other.
 
         Args:
-            inputs: [B, ...input shape], contiguous, of the input's dtype.
+            inputs: [K, B, ...input shape], contiguous, of the input's dtype. What a K and B need is kept for next
+                time, so K should be one of few numbers.
             table: which.
 
         Returns:
-            [B, ...output shape], valid until the next call. The next state is in the first B seats.
+            [K, B, ...output shape], valid until the next call. The state after the last step is in the first B seats.
         """
-        num_rows = len(inputs)
+        num_steps, num_rows = inputs.shape[:2]
         size = self.padded_batch_size or num_rows
         if size != num_rows:
-            inputs = np.concatenate([inputs, np.zeros((size - num_rows, *inputs.shape[1:]), inputs.dtype)])
+            padding = np.zeros((num_steps, size - num_rows, *inputs.shape[2:]), inputs.dtype)
+            inputs = np.concatenate([inputs, padding], axis=1)
             # What a session that failed has left there must not fail others.
-            padding = np.arange(num_rows, size) + self.first_seat(table)
-            self.move(np.full_like(padding, INITIAL_SLOT), padding)
+            empty = np.arange(num_rows, size) + self.first_seat(table)
+            self.move(np.full_like(empty, INITIAL_SLOT), empty)
         area = self._areas[table]
-        bound = self._runs.get((table, area, size)) or self._bind_run(table, area, size)
-        bound.inputs.update_inplace(inputs)
-        self._run.run_with_iobinding(bound.binding)
-        bound.binding.synchronize_outputs()
+        steps = self._steps.get((num_steps, size)) or self._make_steps(num_steps, size)
+        binding = self._runs.get((table, area, num_steps, size)) or self._bind_run(table, num_steps, size)
+        steps.inputs.update_inplace(inputs)
+        (self._run if num_steps == 1 else self._scan).run_with_iobinding(binding)
+        binding.synchronize_outputs()
         self._areas[table] = 1 - area
-        return bound.outputs[:num_rows]
+        return steps.outputs[:, :num_rows]
 
     def move(self, sources: Rows, targets: Rows) -> None:
         """Copy the state in some rows to others.
@@ -204,26 +211,40 @@ class ModelRunner:
     def close(self) -> None:
         """Free the graphs, the pools and what is bound to them; nothing can be run afterwards."""
         self._runs.clear()
+        self._steps.clear()
         self._moves.clear()
         self._pools.clear()
-        del self._run, self._move, self._read, self._write
+        del self._run, self._scan, self._move, self._read, self._write
 
-    def _bind_run(self, table: int, area: int, size: int) -> _BoundRun:
-        """Bind every buffer for runs of `size` rows from an area of a table, once."""
-        spec = self.model.spec
-        inputs = self._on_device(_aligned_zeros((size, *spec.input.shape), self._input_dtype))
-        outputs = _aligned_zeros((size, *spec.output.shape), self._output_dtype)
-        binding = self._run.io_binding()
-        binding.bind_ortvalue_input(graphs.INPUT, inputs)
-        binding.bind_output(graphs.OUTPUT, "cpu", 0, outputs.dtype, outputs.shape, outputs.ctypes.data)
+    def _make_steps(self, num_steps: int, size: int) -> _Steps:
+        """Make what runs of as many steps and rows take and give, once."""
+        spec, axes = self.model.spec, (num_steps, size)
+        self._steps[axes] = steps = _Steps(
+            self._on_device(_aligned_zeros((*axes, *spec.input.shape), self._input_dtype)),
+            _aligned_zeros((*axes, *spec.output.shape), self._output_dtype),
+        )
+        return steps
+
+    def _bind_run(self, table: int, num_steps: int, size: int) -> ort.IOBinding:
+        """Bind every buffer for runs of as many steps and rows from the present area of a table, once."""
+        spec, steps, where = (
+            self.model.spec,
+            self._steps[num_steps, size],
+            (self.device.kind, self.device.device_id),
+        )
+        binding = (self._run if num_steps == 1 else self._scan).io_binding()
+        axes = (size,) if num_steps == 1 else (num_steps, size)
+        in_shape, out_shape = (*axes, *spec.input.shape), (*axes, *spec.output.shape)
+        binding.bind_input(graphs.INPUT, *where, self._input_dtype, in_shape, steps.inputs.data_ptr())
+        binding.bind_output(graphs.OUTPUT, "cpu", 0, self._output_dtype, out_shape, steps.outputs.ctypes.data)
         for state in spec.states:
             pool, row_bytes = self._pools[state.input_name].data_ptr(), _row_bytes(state)
-            where = (self.device.kind, self.device.device_id, numpy_dtype(state.dtype), (size, *state.shape))
+            content = (*where, numpy_dtype(state.dtype), (size, *state.shape))
             here, there = self.first_seat(table) * row_bytes, self.next_first_seat(table) * row_bytes
-            binding.bind_input(graphs.content(state), *where, pool + here)
-            binding.bind_output(graphs.next_content(state), *where, pool + there)
-        self._runs[table, area, size] = bound = _BoundRun(binding, inputs, outputs)
-        return bound
+            binding.bind_input(graphs.content(state), *content, pool + here)
+            binding.bind_output(graphs.next_content(state), *content, pool + there)
+        self._runs[table, self._areas[table], num_steps, size] = binding
+        return binding
 
     def _bind_move(self, size: int) -> _BoundMove:
         """Bind every buffer for moves of `size` rows, once."""
@@ -271,35 +292,57 @@ class ModelRunner:
         )
         return differing is None
 
+    def _gives_the_same_at_once(self, largest: int) -> bool:
+        """Measure whether two steps at once give what one after the other does."""
+        try:
+            one_by_one = self._two_steps(*self._probe(largest), largest)
+            at_once = self._two_steps(*self._probe(largest), largest, at_once=True)
+        except Exception:  # the step fails on random inputs, as has been said
+            return False
+        if _are_equal(one_by_one, at_once):
+            return True
+        log.warning(
+            "the results of several steps in one graph differ from those of one at a time, so each is run by itself",
+            model=self.model.label,
+        )
+        return False
+
     def _differing_batch_size(self, largest: int) -> int | None:
         """The first batch size at which some row's output or state differs from a batch of one, or None."""
-        spec = self.model.spec
+        slots, inputs = self._probe(largest)
+        alone = self._two_steps(slots, inputs, batch_size=1)
+        for batch_size in _probe_sizes(largest):
+            if not _are_equal(alone, self._two_steps(slots, inputs, batch_size)):
+                return batch_size
+        return None
+
+    def _probe(self, num_slots: int) -> tuple[Rows, Array]:
+        """Some slots and random inputs of two steps [2, slots, ...input shape], always the same."""
         generator = np.random.default_rng(0)
-        shape = (largest, *spec.input.shape)
+        shape = (2, num_slots, *self.model.spec.input.shape)
         inputs = (
             generator.uniform(-1, 1, shape).astype(self._input_dtype)
             if self._input_dtype.kind == "f"
             else generator.integers(0, 2, shape).astype(self._input_dtype)
         )
-        slots = np.arange(largest) + NUM_RESERVED_SLOTS
-        alone = self._two_steps(slots, inputs, batch_size=1)
-        for batch_size in _probe_sizes(largest):
-            together = self._two_steps(slots, inputs, batch_size)
-            if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(alone, together, strict=True)):
-                return batch_size
-        return None
+        return np.arange(num_slots) + NUM_RESERVED_SLOTS, inputs
 
-    def _two_steps(self, slots: Rows, inputs: Array, batch_size: int) -> list[Array]:
+    def _two_steps(self, slots: Rows, inputs: Array, batch_size: int, at_once: bool = False) -> list[Array]:
         """Two steps of every slot from the initial state, in batches of one size: outputs and final state."""
-        outputs = []
-        for sources in (np.full_like(slots, INITIAL_SLOT), slots):
-            for start in range(0, len(slots), batch_size):
-                rows = slice(start, start + batch_size)
-                seats = np.arange(len(slots[rows]))
-                self.move(sources[rows], self.first_seat(0) + seats)
-                outputs.append(self.run(inputs[rows]).copy())
-                self.move(self.first_seat(0) + seats, slots[rows])
-        return [np.concatenate(outputs), *self.read(slots).values()]
+        outputs = np.zeros((*inputs.shape[:2], *self.model.spec.output.shape), self._output_dtype)
+        for start in range(0, len(slots), batch_size):
+            rows = slice(start, start + batch_size)
+            seats = np.arange(len(slots[rows]))
+            self.move(np.full_like(seats, INITIAL_SLOT), self.first_seat(0) + seats)
+            for steps in [slice(0, 2)] if at_once else [slice(0, 1), slice(1, 2)]:
+                outputs[steps, rows] = self.run(np.ascontiguousarray(inputs[steps, rows]))
+            self.move(self.first_seat(0) + seats, slots[rows])
+        return [outputs, *self.read(slots).values()]
+
+
+def _are_equal(some: list[Array], others: list[Array]) -> bool:
+    """Bit for bit."""
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(some, others, strict=True))
 
 
 def _probe_sizes(largest: int) -> list[int]:

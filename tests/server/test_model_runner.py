@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from structlog.testing import capture_logs
 
-from server import device, spec
+from ntm.v1 import model_pb2
+from server import device, graphs, spec
 from server.model_runner import INITIAL_SLOT, NUM_RESERVED_SLOTS, ModelRunner
 from tests import step_models
 
@@ -26,7 +31,7 @@ def steps(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarr
 
 def sit_and_run(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarray:
     runner.move(np.array(slots), runner.first_seat(0) + np.arange(len(slots)))
-    return runner.run(inputs).copy()
+    return runner.run(inputs[np.newaxis])[0].copy()
 
 
 def test_a_move_writes_the_slots_named_and_no_others(tmp_path: Path) -> None:
@@ -90,9 +95,48 @@ def test_a_batch_goes_on_from_where_the_last_run_left_it(tmp_path: Path) -> None
     inputs = np.random.default_rng(1).uniform(-1, 1, (6, 4, 3)).astype(np.float32)
     runner.move(np.full(4, INITIAL_SLOT), runner.first_seat(0) + np.arange(4))
 
-    outputs = [runner.run(step_inputs).copy() for step_inputs in inputs]
+    outputs = np.concatenate(
+        [runner.run(inputs[turns]).copy() for turns in (slice(0, 1), slice(1, 5), slice(5, 6))]
+    )
 
     np.testing.assert_array_equal(outputs, [np.zeros((4, 3)), np.zeros((4, 3)), *inputs[:-2]])
+
+
+def test_steps_at_once_give_what_one_after_the_other_does_bit_for_bit(tmp_path: Path) -> None:
+    runner = runner_of(tmp_path, step_models.many_layouts())
+    assert runner.can_scan
+    inputs = np.random.default_rng(2).uniform(-1, 1, (7, 5, 3)).astype(np.float32)
+    results = []
+    for cuts in ([0, 7], range(8), [0, 1, 3, 7]):
+        runner.move(np.full(5, INITIAL_SLOT), runner.first_seat(0) + np.arange(5))
+        pieces = [inputs[start:stop] for start, stop in pairwise(cuts)]
+        outputs = np.concatenate([runner.run(piece).copy() for piece in pieces])
+        results.append({"y": outputs, **runner.read(runner.first_seat(0) + np.arange(5))})
+
+    for other in results[1:]:
+        for name, value in other.items():
+            np.testing.assert_array_equal(value, results[0][name])
+
+
+def test_where_steps_at_once_would_give_something_else_each_is_run_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    derive = graphs.derive
+
+    def derive_with_another_scan(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> graphs.DeviceGraphs:
+        scan = onnx.load_model_from_string(derive(step, spec).scan)
+        body = scan.graph.node[0].attribute[0].g
+        next(node for node in body.node if node.op_type == "Add").op_type = "Sub"
+        return replace(derive(step, spec), scan=scan.SerializeToString())
+
+    monkeypatch.setattr(graphs, "derive", derive_with_another_scan)
+
+    with capture_logs() as logs:
+        runner = runner_of(tmp_path, step_models.accumulator())
+
+    assert runner.is_batch_invariant
+    assert not runner.can_scan
+    assert "several steps" in logs[0]["event"]
 
 
 def test_a_run_that_fails_spoils_neither_slots_nor_seats(tmp_path: Path) -> None:
@@ -101,9 +145,11 @@ def test_a_run_that_fails_spoils_neither_slots_nor_seats(tmp_path: Path) -> None
     kept = np.r_[0:18, runner.first_seat(0) + np.arange(3)]
     before = runner.read(kept)
 
-    for _ in range(2):
+    inputs = np.zeros((4, 3, 3), np.float32)
+    inputs[-1] = 8
+    for num_steps in (1, 4, 4):
         with pytest.raises(Exception, match=r"out of (bounds|data)"):
-            runner.run(np.full((3, 3), 8, np.float32))
+            runner.run(inputs[-num_steps:])
 
     for name, value in runner.read(kept).items():
         np.testing.assert_array_equal(value, before[name])

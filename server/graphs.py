@@ -18,10 +18,10 @@ Rows have the batch axis first whatever the step's own layout: transposes are ad
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
-import onnx.compose
 from onnx import TensorProto, helper, numpy_helper
 
 from ntm.tensor import numpy_dtype, to_array
@@ -77,20 +77,28 @@ def derive(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> DeviceGraphs:
 
 
 def _run(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
+    model = onnx.ModelProto()
+    model.CopyFrom(step)
+    graph = model.graph
     before = [
         _move_axis(content(state), state.input_name, state, 0, state.batch_axis) for state in spec.states
     ]
     before.append(_move_axis(INPUT, spec.input.name, spec.input, 0, spec.input.batch_axis))
-    after = [
-        _move_axis(state.output_name, next_content(state), state, state.batch_axis, 0)
-        for state in spec.states
+    given: list[tuple[str, str, model_pb2.StateSpec | model_pb2.TensorSpec]] = [
+        (spec.output.name, OUTPUT, spec.output)
     ]
-    after.append(_move_axis(spec.output.name, OUTPUT, spec.output, spec.output.batch_axis, 0))
+    given += [(state.output_name, next_content(state), state) for state in spec.states]
+    made_by_nodes = {name for node in graph.node for name in node.output}
+    after, new_names = [], dict[str, str]()
+    for source, target, tensor in given:
+        if tensor.batch_axis == 0 and source in made_by_nodes and source not in new_names:
+            # An Identity would copy: ONNX Runtime keeps one whose source is used elsewhere as well.
+            new_names[source] = target
+        else:
+            after.append(_move_axis(source, target, tensor, tensor.batch_axis, 0))
 
-    model = onnx.ModelProto()
-    model.CopyFrom(step)
-    graph = model.graph
     nodes = [*before, *graph.node, *after]
+    _rename(nodes, new_names)
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(nodes)
     graph.initializer.extend(
@@ -104,11 +112,17 @@ def _run(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
 
 
 def _scan(run: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
+    body = onnx.GraphProto()
+    body.CopyFrom(run.graph)
     # A name may not stand for one thing in a body and for another around it.
-    body = onnx.compose.add_prefix_graph(run.graph, "ntm.body.")
-    # Scan's order: the state first, then what it takes and gives piece by piece.
+    new_names = {value.name: f"ntm.body.{value.name}" for value in [*body.input, *body.output]}
+    _rename(body.node, new_names)
     for values in (body.input, body.output):
-        values.append(values.pop(0))
+        for value in values:
+            value.name = new_names[value.name]
+        values.append(
+            values.pop(0)
+        )  # Scan's order: first the state, then what it takes and gives step by step
     scan = helper.make_node(
         "Scan",
         [*map(content, spec.states), INPUT],
@@ -192,6 +206,16 @@ def _model(
         graph, opset_imports=step.opset_import, ir_version=step.ir_version, functions=step.functions
     )
     return model
+
+
+def _rename(nodes: Iterable[onnx.NodeProto], new_names: Mapping[str, str]) -> None:
+    """Give values other names, in the bodies of nodes as well."""
+    for node in nodes:
+        for names in (node.input, node.output):
+            names[:] = [new_names.get(name, name) for name in names]
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                _rename(body.node, new_names)
 
 
 def _move_axis(

@@ -42,6 +42,28 @@ def delay_line() -> bytes:
     return model(nodes, [vector_state("a"), vector_state("b")])
 
 
+def branching() -> bytes:
+    """As the accumulator, but y = sum' comes from the body of an If, which takes it from around itself."""
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("Mul", ["next_sum", factor], [f"{name}_y"])],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, ["batch", WIDTH])],
+        )
+        for name, factor in (("then", "one"), ("else", "half"))
+    }
+    nodes = [
+        helper.make_node("Mul", ["sum", "half"], ["halved"]),
+        helper.make_node("Add", ["halved", "x"], ["next_sum"]),
+        helper.make_node("ReduceMax", ["next_sum"], ["most"], keepdims=0),
+        helper.make_node("Less", ["most", "much"], ["is_little"]),
+        helper.make_node("If", ["is_little"], ["y"], **branches),
+    ]
+    constants = {"half": np.float32(0.5), "one": np.float32(1), "much": np.float32(1e9)}
+    return model(nodes, [vector_state("sum")], constants)
+
+
 def fragile() -> bytes:
     """As two accumulators, and between them a table of 8 rows is read at row x[0]: 8 and above fail the step."""
     nodes = [

@@ -16,6 +16,8 @@ from server import device, graphs, spec
 from server.model_runner import INITIAL_SLOT, NUM_RESERVED_SLOTS, ModelRunner
 from tests import step_models
 
+MODELS = Path(__file__).parents[2] / "models"
+
 
 def runner_of(tmp_path: Path, content: bytes, kind: device.RequestedDevice = "cpu") -> ModelRunner:
     model = spec.load(step_models.write(tmp_path, content), "test", 1)
@@ -116,6 +118,28 @@ def test_steps_at_once_give_what_one_after_the_other_does_bit_for_bit(tmp_path: 
     for other in results[1:]:
         for name, value in other.items():
             np.testing.assert_array_equal(value, results[0][name])
+
+
+def test_a_run_copies_no_next_state(tmp_path: Path) -> None:
+    """What a node makes has the graph's name: ONNX Runtime would keep an Identity between the two, and copy."""
+    model = spec.load(MODELS / "copy" / "1" / "model.onnx", "copy", 1)
+    run = onnx.load_model_from_string(graphs.derive(model.step, model.spec).run).graph
+
+    makers = {name: node.op_type for node in run.node for name in node.output}
+    assert "Identity" not in {makers[output.name] for output in run.output}
+
+
+def test_the_body_of_a_node_may_take_the_next_state_from_around_itself(tmp_path: Path) -> None:
+    runner = runner_of(tmp_path, step_models.branching())
+    inputs = np.random.default_rng(3).uniform(-1, 1, (4, 2, 3)).astype(np.float32)
+    runner.move(np.full(2, INITIAL_SLOT), runner.first_seat(0) + np.arange(2))
+
+    outputs = np.concatenate([runner.run(inputs[:1]).copy(), runner.run(inputs[1:]).copy()])
+
+    sums = [np.zeros((2, 3), np.float32)]
+    for row in inputs:
+        sums.append(np.float32(0.5) * sums[-1] + row)
+    np.testing.assert_array_equal(outputs, sums[1:])
 
 
 def test_where_steps_at_once_would_give_something_else_each_is_run_by_itself(

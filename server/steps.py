@@ -10,6 +10,7 @@ Shapes: S sessions of a batch, T steps of a message.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -62,7 +63,7 @@ class Steps:
     ) -> Batch:
         """As `SessionManager.step_each`; those that are None enter later, by `step_alone`."""
         batch = Batch(len(sessions), inputs.shape[1])
-        together: dict[tuple[ServedModel, Group | None], list[int]] = {}
+        together = defaultdict[tuple[ServedModel, Group | None], list[int]](list)
         for index, session in enumerate(sessions):
             if session is None:
                 continue
@@ -76,7 +77,7 @@ class Steps:
                 batch.settle(index, queue_full(served))
             else:
                 served.num_pending += 1
-                together.setdefault((served, last), []).append(index)
+                together[served, last].append(index)
         for (served, _), indices in together.items():
             size = served.runner.max_batch_size
             for start in range(0, len(indices), size):
@@ -148,7 +149,7 @@ class Steps:
         no_outputs = served.model.no_outputs
         outputs = np.empty((len(inputs), *no_outputs.shape[1:]), no_outputs.dtype)
         slot = served.slots.take()
-        is_due = self._is_snapshot_due(session, len(inputs))
+        is_due = self._is_durable and self._is_snapshot_due(session, len(inputs))
 
         def on_ended(message: Message) -> None:
             error = session.loss or message.errors.get(0)
@@ -186,8 +187,6 @@ class Steps:
         served.submit(call.message)
 
     def _is_snapshot_due(self, session: Session, num_steps: int) -> bool:
-        if not self._is_durable:
-            return False
         return session.next_step + num_steps - session.about.snapshot_step >= self._snapshot_every_steps
 
     def _stepped(
@@ -283,7 +282,7 @@ class Steps:
         outputs = np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype)
         slots = [served.slots.take() for _ in sessions]
         num_steps = inputs.shape[1]
-        are_due = [self._is_snapshot_due(session, num_steps) for session in sessions]
+        are_due = [self._is_durable and self._is_snapshot_due(session, num_steps) for session in sessions]
 
         def on_ended(message: Message) -> None:
             errors = dict(message.errors)

@@ -38,6 +38,9 @@ NUM_RESERVED_SLOTS = 1
 _MOST_TABLES = 8
 _SLOTS_BY_SEATS = 4
 
+# What runs are bound to is kept for the next of as many steps and rows, but not without end where inputs are large.
+_MOST_BOUND_BYTES = 256 * 2**20
+
 # What vector code likes; also where a tensor's bits could depend on its address.
 _ALIGNMENT_BYTES = 64
 
@@ -110,6 +113,7 @@ class ModelRunner:
         }
         self._areas = [0] * self.num_tables
         self._steps: dict[tuple[int, int], _Steps] = {}
+        self._bound_bytes = 0
         self._runs: dict[tuple[int, int, int, int], ort.IOBinding] = {}
         self._moves: dict[int, _BoundMove] = {}
         self.padded_batch_size: int | None = None
@@ -143,7 +147,7 @@ class ModelRunner:
         is anybody's has changed. Rows are independent: one that is not finite spoils no other.
 
         Args:
-            inputs: [K, B, ...input shape], contiguous, of the input's dtype. What a K and B need is kept for next
+            inputs: [K, B, ...input shape], contiguous, of the input's dtype. What a K and B need is kept for the next
                 time, so K should be one of few numbers.
             table: which.
 
@@ -219,10 +223,14 @@ class ModelRunner:
     def _make_steps(self, num_steps: int, size: int) -> _Steps:
         """Make what runs of as many steps and rows take and give, once."""
         spec, axes = self.model.spec, (num_steps, size)
-        self._steps[axes] = steps = _Steps(
-            self._on_device(_aligned_zeros((*axes, *spec.input.shape), self._input_dtype)),
-            _aligned_zeros((*axes, *spec.output.shape), self._output_dtype),
-        )
+        inputs = _aligned_zeros((*axes, *spec.input.shape), self._input_dtype)
+        outputs = _aligned_zeros((*axes, *spec.output.shape), self._output_dtype)
+        self._bound_bytes += inputs.nbytes + outputs.nbytes
+        if self._bound_bytes > _MOST_BOUND_BYTES:
+            self._runs.clear()
+            self._steps.clear()
+            self._bound_bytes = inputs.nbytes + outputs.nbytes
+        self._steps[axes] = steps = _Steps(self._on_device(inputs), outputs)
         return steps
 
     def _bind_run(self, table: int, num_steps: int, size: int) -> ort.IOBinding:

@@ -120,6 +120,22 @@ def test_steps_at_once_give_what_one_after_the_other_does_bit_for_bit(tmp_path: 
             np.testing.assert_array_equal(value, results[0][name])
 
 
+def test_what_runs_are_bound_to_does_not_grow_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.model_runner._MOST_BOUND_BYTES", 1000)
+    runner = runner_of(tmp_path, step_models.accumulator())
+    inputs = np.ones((4, 8, 3), np.float32)
+    runner.move(np.full(8, INITIAL_SLOT), runner.first_seat(0) + np.arange(8))
+
+    for num_steps, num_rows in [(1, 1), (4, 4), (4, 8), (2, 8), (1, 1)]:
+        outputs = runner.run(np.ascontiguousarray(inputs[:num_steps, :num_rows]))
+
+    assert runner._bound_bytes <= 1000
+    assert len(runner._steps) == len(runner._runs) == 2
+    np.testing.assert_array_equal(outputs[0, 0], np.full(3, sum(0.5**n for n in range(12))))
+
+
 def test_a_run_copies_no_next_state(tmp_path: Path) -> None:
     """What a node makes has the graph's name: ONNX Runtime would keep an Identity between the two, and copy."""
     model = spec.load(MODELS / "copy" / "1" / "model.onnx", "copy", 1)

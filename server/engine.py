@@ -98,7 +98,8 @@ class BatchReport:
 
 
 # How long a batch runs before those who wait get their turn. A change of the batch costs some Python for each message
-# and, where more sessions wait than fit, copies of their state, so it does not come after every turn.
+# and, where more sessions wait than fit, copies of their state, so it does not come after every turn. The turns of a
+# quantum are one run of the device, in which the engine needs no interpreter, and so does not wait for it.
 _QUANTUM_S = 5e-3
 _MOST_TURNS_AT_ONCE = 32
 

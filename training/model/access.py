@@ -1,7 +1,8 @@
 """Access: from what the heads ask for, all in one row of numbers, to the memory written and read.
 
-The meeting point of `heads.py`, `addressing.py` and `memory.py`, in torch operations: exported as part of the
-step, and differentiated by torch on a GPU. `kernel.py` is the same as one compiled operation for training on a CPU.
+The meeting point of `heads.py`, `addressing.py` and `memory.py`, in torch operations, which torch differentiates on
+a GPU. `kernel.py` is the same as one compiled operation for training on a CPU, `export/access.py` the same for ONNX
+Runtime.
 
 Shapes: B batch, H heads (R read heads, then W write heads), N memory rows, M row width, P numbers that the heads
 ask for: `HeadSizes.num_requested`.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.model.addressing import AddressRequest
@@ -81,7 +82,7 @@ def split(requested: Tensor, sizes: HeadSizes) -> tuple[AddressRequest, WriteReq
     )
     by_head = address.reshape(-1, sizes.num_heads, sum(sizes.address_sizes))
     key, kernel, positive, gate = torch.split(by_head, sizes.address_sizes, dim=-1)
-    strength, sharpness = torch.split(softplus(positive), 1, dim=-1)
+    strength, sharpness = torch.split(F.softplus(positive), 1, dim=-1)
     by_column = (-1, sizes.row_width, sizes.num_write_heads)
     return (
         AddressRequest(
@@ -93,19 +94,3 @@ def split(requested: Tensor, sizes: HeadSizes) -> tuple[AddressRequest, WriteReq
         ),
         WriteRequest(erase=torch.sigmoid(erase).reshape(by_column), add=add.reshape(by_column)),
     )
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), >= 0.
-
-    Written as log(exp(0) + exp(x)) because ONNX Runtime's Softplus rounds an element differently by where in
-    the batch it stands (its vector and its scalar code differ in the last bit); this goes row by row.
-
-    Args:
-        x: any shape.
-
-    Returns:
-        the shape of `x`.
-    """
-    zero_and_x = x.unsqueeze(-1) @ torch.tensor([[0.0, 1.0]], dtype=x.dtype, device=x.device)
-    return torch.logsumexp(zero_and_x, dim=-1)

@@ -1,0 +1,134 @@
+"""Access as ONNX Runtime runs it best: the function of `training/model/access.py`, in fewer and cheaper operations.
+
+A step is exported from a cell whose heads and access are these. What differs:
+
+- the linear map of the heads gives its numbers in the order in which they are used, not head by head, and constants
+  among them, by weights of zero: a softplus is then one LogSumExp of pairs;
+- the write goes over the memory four times instead of five: what a head keeps comes out of one matrix product,
+  e w - 1, and not from M - (e w) M;
+- attention of 0 has a logarithm of minus infinity, and stays 0: only a gradient needs a floor.
+
+`verification.py` holds what is exported to the cell as it was trained; `benchmarks/step_graph.py` measures it.
+
+Shapes: B batch, H heads (R read heads, then W write heads), N memory rows, M row width, S shift positions, P numbers
+that the heads ask for, Q those and the constants.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.model import Cell, NTMCell
+from training.model import memory as memory_access
+from training.model.access import Accessed
+from training.model.addressing import focus_by_content, interpolate, shift
+from training.model.heads import Heads, HeadSizes
+
+
+def for_onnx_runtime(cell: Cell) -> Cell:
+    """The same cell with these heads and this access; a copy, and one without memory as it is."""
+    if not isinstance(cell, NTMCell):
+        return cell
+    cell = copy.deepcopy(cell)
+    _spread(cell.heads)
+    cell.access = access
+    return cell
+
+
+def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
+    """As `training.model.access.access`, but for what is requested.
+
+    Args:
+        requested: [B, Q], from heads that are spread.
+        memory: [B, M, N].
+        previous: [B, H, N], the heads' weightings of the last step, each row summing to 1.
+        sizes: how many heads of what size.
+    """
+    num_heads, num_write, width = sizes.num_heads, sizes.num_write_heads, sizes.row_width
+    key, kernel, pairs, opened, add = torch.split(requested, _num_of_each(sizes), dim=-1)
+    positive = torch.logsumexp(pairs.reshape(-1, 2 * num_heads, 2), dim=-1, keepdim=True)
+    strength, sharpness = torch.split(positive, num_heads, dim=1)
+    gate, erase = torch.split(torch.sigmoid(opened), [num_heads, num_write * width], dim=-1)
+
+    by_content = focus_by_content(key.reshape(-1, num_heads, width), strength, memory)
+    gated = interpolate(by_content, previous, gate.reshape(-1, num_heads, 1))
+    shifted = shift(gated, torch.softmax(kernel.reshape(-1, num_heads, sizes.num_shifts), dim=-1))
+    weightings = torch.softmax(sharpness * shifted.log(), dim=-1)  # eq. 9
+    reading, writing = torch.split(weightings, [sizes.num_read_heads, num_write], dim=1)
+    written = write(memory, writing, erase.reshape(-1, num_write, width), add.reshape(-1, width, num_write))
+    return Accessed(weightings, written, memory_access.read(written, reading))
+
+
+def write(memory: Tensor, weightings: Tensor, erase: Tensor, add: Tensor) -> Tensor:
+    """Erase, then add (eq. 3 and 4).
+
+    Args:
+        memory: [B, M, N].
+        weightings: [B, W, N], each row summing to 1.
+        erase: [B, W, M], in [0, 1].
+        add: [B, M, W].
+
+    Returns:
+        [B, M, N].
+    """
+    kept, num_write = memory, weightings.shape[1]
+    for erased, attention in zip(_each(erase), _each(weightings), strict=True):
+        # Minus what is kept: (e, 1) (w, -1) = e w - 1.
+        kept = kept * (_with_row_of(1.0, erased).mT @ _with_row_of(-1.0, attention))
+    added = add @ weightings
+    return added - kept if num_write % 2 else added + kept
+
+
+def _num_of_each(sizes: HeadSizes) -> list[int]:
+    """How many of the Q numbers are keys, kernels, pairs for a softplus each, for a sigmoid, and added."""
+    num_heads, num_written = sizes.num_heads, sizes.num_write_heads * sizes.row_width
+    return [
+        num_heads * sizes.row_width,
+        num_heads * sizes.num_shifts,
+        2 * 2 * num_heads,
+        num_heads + num_written,
+        num_written,
+    ]
+
+
+@torch.no_grad()
+def _spread(heads: Heads) -> None:
+    """Have the heads' linear map give [B, Q] in place of [B, P], in the order of `_num_of_each`."""
+    sizes = heads.sizes
+    num_written = sizes.num_write_heads * sizes.row_width
+    by_head, erase, add = torch.split(
+        torch.arange(sizes.num_requested), [sizes.num_requested - 2 * num_written, num_written, num_written]
+    )
+    key, kernel, strength, sharpness, gate = torch.split(
+        by_head.reshape(sizes.num_heads, -1), [sizes.row_width, sizes.num_shifts, 1, 1, 1], dim=1
+    )
+    nothing = torch.full_like(strength, sizes.num_requested)  # a row of zeros behind the others
+    parts = [
+        (key, 0),
+        (kernel, 0),
+        (torch.cat([nothing, strength], dim=1), 0),  # log(exp(0) + exp(x)) = softplus(x)
+        (torch.cat([nothing, sharpness], dim=1), 1),  # log(exp(1) + exp(1 + x)) = 1 + softplus(x)
+        (gate, 0),
+        (erase.reshape(sizes.row_width, -1).T, 0),
+        (add, 0),
+    ]
+    rows = torch.cat([part.flatten() for part, _ in parts])
+    constants = torch.cat([torch.full([part.numel()], float(constant)) for part, constant in parts])
+    heads.weight = nn.Parameter(F.pad(heads.weight, (0, 0, 0, 1))[rows])
+    heads.bias = nn.Parameter(F.pad(heads.bias, (0, 1))[rows] + constants)
+    heads.out_features = len(rows)
+
+
+def _each(rows: Tensor) -> Sequence[Tensor]:
+    """Each head's row, [B, 1, ...]; one head's is the whole, without an operation."""
+    return [rows] if rows.shape[1] == 1 else torch.split(rows, 1, dim=1)
+
+
+def _with_row_of(number: float, row: Tensor) -> Tensor:
+    """[B, 1, L] to [B, 2, L]."""
+    return F.pad(row, (0, 0, 0, 1), value=number)

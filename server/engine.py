@@ -15,6 +15,7 @@ Shapes: S sessions of a message, T steps of it, R rows of a batch (all sessions 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,6 +103,8 @@ class BatchReport:
 # quantum are one run of the device, in which the engine needs no interpreter, and so does not wait for it.
 _QUANTUM_S = 5e-3
 _MOST_TURNS_AT_ONCE = 32
+# About what the event loop needs to answer a message and begin the session's next.
+_ANSWER_S = 40e-6
 
 
 class Engine:
@@ -125,10 +128,12 @@ class Engine:
         self._on_ended = on_ended
         self._ended: list[Message] = []
         self._on_batch = on_batch
-        self._scheduler: Scheduler[Message] = Scheduler(runner.max_batch_size)
+        self._turn_time_s = dict(runner.turn_times_s)
+        self._scheduler: Scheduler[Message] = Scheduler(
+            runner.max_batch_size, self._turns_in_a_quantum(runner.max_batch_size // 2), self._halves_from()
+        )
         self._wake = threading.Condition()
         self._num_holds = 0
-        self._turn_time_s: dict[int, float] = {}
         self._tables_by_use = [*range(runner.num_tables)]
         self._is_closing = False
         self._is_abandoned = False
@@ -244,8 +249,27 @@ class Engine:
 
     def _turns_in_a_quantum(self, num_rows: int) -> int:
         """A power of two, so that messages of as many steps, or a multiple, that begin together also end together."""
-        turn_time_s = self._turn_time_s.get(num_rows, _QUANTUM_S)  # of the last turn of so many rows
+        known = self._turn_time_s  # of the last turn of so many rows
+        turn_time_s = known.get(num_rows)
+        if turn_time_s is None:
+            nearest = min(known, key=lambda other: abs(other - num_rows), default=None)
+            turn_time_s = _QUANTUM_S if nearest is None else known[nearest] * max(1, num_rows / nearest)
         return _power_of_two(max(1, min(_MOST_TURNS_AT_ONCE, int(_QUANTUM_S / turn_time_s))))
+
+    def _halves_from(self) -> int | None:
+        """From how many turns on two half batches that overlap with their answers are faster than a whole one, if so.
+
+        A run of a half must take as long as the other's answers, and the two together not so much longer than a whole
+        one that the pause would be shorter.
+        """
+        size = self._runner.max_batch_size
+        whole_s, half_s = self._turn_time_s.get(size), self._turn_time_s.get(size // 2)
+        if whole_s is None or half_s is None:
+            return None
+        answers_s, num_turns = size // 2 * _ANSWER_S, self._turns_in_a_quantum(size // 2)
+        if num_turns * half_s < answers_s or num_turns * (2 * half_s - whole_s) > answers_s:
+            return None
+        return math.ceil(answers_s / half_s)
 
     def _is_wanted(self) -> bool:
         """Whether the loop has something else to attend to; a glance, without the lock."""

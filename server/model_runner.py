@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ _SLOTS_BY_SEATS = 4
 
 # What runs are bound to is kept for the next of as many steps and rows, but not without end where inputs are large.
 _MOST_BOUND_BYTES = 256 * 2**20
+
+_NUM_TIMED_TURNS = 3
 
 # What vector code likes; also where a tensor's bits could depend on its address.
 _ALIGNMENT_BYTES = 64
@@ -125,6 +128,8 @@ class ModelRunner:
         self.is_batch_invariant = self._ensure_batch_invariance(min(num_slots, max_batch_size))
         self.can_scan = self._gives_the_same_at_once(min(num_slots, max_batch_size))
         """Whether steps may be run several at once, with the same results."""
+        self.turn_times_s = self._measure_turns()
+        """How long a step of so many rows takes, for the largest batch and half of it; empty if it fails."""
 
     def first_seat(self, table: int) -> int:
         """The row that the table's next run reads first; every run there that succeeds changes it."""
@@ -313,6 +318,22 @@ class ModelRunner:
             reason=reason,
         )
         return False
+
+    def _measure_turns(self) -> dict[int, float]:
+        times_s: dict[int, float] = {}
+        for size in {self.max_batch_size, self.max_batch_size // 2} - {0}:
+            inputs = np.zeros((1, size, *self.model.spec.input.shape), self._input_dtype)
+            seats = self.first_seat(0) + np.arange(size)
+            self.move(np.full_like(seats, INITIAL_SLOT), seats)
+            for _ in range(_NUM_TIMED_TURNS):
+                start_s = perf_counter()
+                try:
+                    self.run(inputs)
+                except Exception:  # ONNX Runtime raises types of its own; the invariance check has told of it
+                    return {}
+                time_s = perf_counter() - start_s
+                times_s[size] = min(time_s, times_s.get(size, time_s))
+        return times_s
 
     def _differing_batch_size(self, largest: int) -> int | None:
         """The first batch size at which some row's output or state differs from a batch of one, or None."""

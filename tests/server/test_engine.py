@@ -106,6 +106,37 @@ def test_who_arrives_amid_the_turns_of_another_waits_for_the_end_of_its_quantum(
     np.testing.assert_array_equal(first.outputs[0], accumulated(first.inputs[0]))
 
 
+@pytest.mark.parametrize(
+    ("turn_times_s", "num_rows"),
+    [
+        ({4: 1.0e-4, 2: 0.51e-4}, [2, 2]),
+        ({4: 1.0e-4, 2: 0.9e-4}, [4]),  # two halves take much longer than one batch
+        ({4: 2e-6, 2: 1e-6}, [4]),  # answering takes longer than a run
+        ({}, [4]),
+    ],
+)
+def test_a_batch_is_halved_where_one_half_can_be_answered_while_the_other_runs_and_that_is_worth_it(
+    turn_times_s: dict[int, float], num_rows: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelRunner, "_measure_turns", lambda _: turn_times_s)
+    harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=4)
+
+    harness.run(*(harness.message(number, random_inputs(32, seed=number)) for number in range(4)))
+    harness.engine.close()
+
+    assert [report.num_rows for report in harness.reports] == num_rows
+
+
+def test_a_quantum_of_as_many_rows_as_never_ran_is_guessed_from_the_most_similar_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelRunner, "_measure_turns", lambda _: {4: 1e-3, 2: 5e-4})
+    harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=4)
+    harness.engine.close()
+
+    assert [harness.engine._turns_in_a_quantum(num_rows) for num_rows in (1, 2, 4, 8)] == [8, 8, 4, 2]
+
+
 def test_state_ends_in_the_slot_of_the_message_and_not_before(tmp_path: Path) -> None:
     harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=4)
     message = harness.message(0, random_inputs(7))

@@ -92,6 +92,22 @@ def test_a_step_whose_results_depend_on_the_batchs_size_is_padded_to_one_size(tm
     np.testing.assert_array_equal(together, alone)
 
 
+def test_how_long_a_turn_takes_is_measured_for_the_largest_batch_and_half_of_it(tmp_path: Path) -> None:
+    runner = runner_of(tmp_path, step_models.accumulator())
+
+    assert {*runner.turn_times_s} == {runner.max_batch_size, runner.max_batch_size // 2}
+    assert all(time_s > 0 for time_s in runner.turn_times_s.values())
+
+
+def test_a_step_that_fails_on_zeros_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_nothing(self: ModelRunner, inputs: np.ndarray, table: int = 0) -> np.ndarray:
+        raise RuntimeError("zero divide")
+
+    monkeypatch.setattr(ModelRunner, "run", run_nothing)
+
+    assert runner_of(tmp_path, step_models.accumulator()).turn_times_s == {}
+
+
 def test_a_batch_goes_on_from_where_the_last_run_left_it(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.delay_line())
     inputs = np.random.default_rng(1).uniform(-1, 1, (6, 4, 3)).astype(np.float32)

@@ -32,8 +32,10 @@ def run(scheduler: Scheduler[Steps]) -> list[list[str]]:
     return batches
 
 
-def scheduler_of(*messages: Steps, max_batch_size: int = 2) -> Scheduler[Steps]:
-    scheduler: Scheduler[Steps] = Scheduler(max_batch_size)
+def scheduler_of(
+    *messages: Steps, max_batch_size: int = 2, most_turns: int = 1, halves_from: int | None = None
+) -> Scheduler[Steps]:
+    scheduler: Scheduler[Steps] = Scheduler(max_batch_size, most_turns, halves_from)
     for message in messages:
         scheduler.add(message)
     return scheduler
@@ -59,29 +61,111 @@ def test_a_message_can_be_withdrawn_until_its_first_turn() -> None:
     assert len(scheduler) == 1
 
 
-@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 5))
-def test_every_message_gets_all_its_turns_and_never_two_in_a_batch(lengths: list[int], size: int) -> None:
+LENGTHS = st.lists(st.integers(1, 9), max_size=12)
+SIZES = st.integers(1, 5)
+MOST_TURNS = st.sampled_from([1, 2, 4, 8])
+HALVES_FROM = st.none() | st.integers(1, 9)
+
+
+@given(LENGTHS, SIZES, MOST_TURNS, HALVES_FROM)
+def test_every_message_gets_all_its_turns_and_never_two_in_a_batch(
+    lengths: list[int], size: int, most_turns: int, halves_from: int | None
+) -> None:
     messages = [Steps(str(index), length) for index, length in enumerate(lengths)]
 
-    batches = run(scheduler_of(*messages, max_batch_size=size))
+    batches = run(
+        scheduler_of(*messages, max_batch_size=size, most_turns=most_turns, halves_from=halves_from)
+    )
 
     assert all(len(set(batch)) == len(batch) <= size for batch in batches)
     for index, length in enumerate(lengths):
         assert sum(str(index) in batch for batch in batches) == length
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5))
-def test_nobody_waits_longer_than_a_round_of_the_line(lengths: list[int], size: int) -> None:
-    """Between two turns of a message every other gets at most one."""
+@given(LENGTHS, SIZES, MOST_TURNS, HALVES_FROM)
+def test_whoever_has_waited_longest_is_in_one_of_the_next_two_batches(
+    lengths: list[int], size: int, most_turns: int, halves_from: int | None
+) -> None:
     messages = [Steps(str(index), length) for index, length in enumerate(lengths)]
+    waiting = [message.name for message in messages]
+    scheduler = scheduler_of(*messages, max_batch_size=size, most_turns=most_turns, halves_from=halves_from)
 
-    turns = [name for batch in run(scheduler_of(*messages, max_batch_size=size)) for name in batch]
+    batches, longest = [], []
+    while batch := scheduler.next_batch():
+        longest.append(waiting[0])
+        batches.append([message.name for message in batch])
+        for message in batch:
+            message.num_left -= 1
+            waiting.remove(message.name)
+        unfinished = [message for message in batch if message.num_left]
+        waiting += [message.name for message in unfinished]
+        scheduler.put_back(unfinished)
 
-    for name in set(turns):
-        positions = [index for index, turn in enumerate(turns) if turn == name]
-        for first, second in pairwise(positions):
-            between = turns[first + 1 : second]
-            assert len(set(between)) == len(between)
+    for name, (first, second) in zip(longest, pairwise(batches), strict=False):
+        assert name in first + second
+
+
+def test_a_run_is_not_cut_short_by_messages_with_fewer_turns_left_which_go_first() -> None:
+    scheduler = scheduler_of(
+        *(Steps(f"{length}{name}", length) for name in "ab" for length in (8, 1, 9, 3, 2)),
+        max_batch_size=8,
+        most_turns=8,
+    )
+
+    assert [{message.name for message in scheduler.next_batch()} for _ in range(4)] == [
+        {"1a", "1b"},
+        {"8a", "9a", "8b", "9b"},  # who had waited longest: nobody goes ahead of them twice
+        {"3a", "2a", "3b", "2b"},
+        set(),
+    ]
+
+
+def test_a_long_message_lets_no_more_than_two_batches_go_ahead_however_many_short_ones_come() -> None:
+    scheduler = scheduler_of(Steps("long", 8), Steps("0", 1), most_turns=8)
+
+    batches = []
+    for number in range(1, 9):
+        batches.append([message.name for message in scheduler.next_batch()])
+        scheduler.add(Steps(str(number), 1))
+        if batches[-1] == ["long"]:
+            scheduler.add(Steps("long", 8))
+
+    is_long = [batch == ["long"] for batch in batches]
+    assert all(any(is_long[at : at + 3]) for at in range(len(is_long) - 2))
+
+
+def test_messages_of_many_turns_run_in_two_halves_that_take_turns() -> None:
+    messages = [Steps(name, 100) for name in "abcdefgh"]
+
+    batches = run(scheduler_of(*messages, max_batch_size=8, most_turns=8, halves_from=8))
+
+    assert batches[:180] == [["a", "b", "c", "d"], ["e", "f", "g", "h"]] * 90
+
+
+def test_halves_of_different_size_become_equal() -> None:
+    scheduler = scheduler_of(*(Steps(name, 100) for name in "abcdef"), max_batch_size=8, halves_from=1)
+    first = scheduler.next_batch()
+    for name in "gh":
+        scheduler.add(Steps(name, 100))
+    second = scheduler.next_batch()
+    scheduler.put_back(first)
+    third = scheduler.next_batch()
+
+    assert [len(first), len(second), len(third)] == [4, 4, 4]
+
+
+def test_halves_are_no_smaller_than_half_the_largest_batch_and_split_no_message() -> None:
+    few = [Steps(name, 9) for name in "abcd"]
+    assert run(scheduler_of(*few, max_batch_size=8, halves_from=1))[0] == ["a", "b", "c", "d"]
+
+    large = [Steps("large", 9, num_rows=7), Steps("x", 9)]
+    assert run(scheduler_of(*large, max_batch_size=8, halves_from=1))[0] == ["large"]
+
+
+def test_all_run_in_one_batch_where_turns_are_few() -> None:
+    messages = [Steps(name, 3) for name in "abcdefgh"]
+
+    assert run(scheduler_of(*messages, max_batch_size=8, most_turns=8, halves_from=4))[0] == list("abcdefgh")
 
 
 def test_messages_of_several_sessions_run_together_as_far_as_they_fit() -> None:

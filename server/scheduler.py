@@ -1,9 +1,9 @@
 """Scheduler: who runs next. Continuous batching with fair turns, and no tensors.
 
-Whenever the device is free it takes waiting messages, as many as fit into the batch, with about as many turns left each,
-since a run of several turns is cut short by whoever has the fewest. Those with the fewest go first, though not twice
-in a row ahead of whoever has waited longest. After as many turns as fit into a short quantum of time, messages with
-turns left go to the end of their line, so a long message never holds up a short one. `engine.py` runs what this
+Whenever the device is free it takes waiting messages, as many as fit into the batch, with about as many turns left
+each, since a run of several turns is cut short by whoever has the fewest. Those with the fewest go first, though not
+twice in a row ahead of whoever has waited longest. After as many turns as fit into a short quantum of time, messages
+with turns left go to the end of their line, so a long message never holds up a short one. `engine.py` runs what this
 decides.
 """
 

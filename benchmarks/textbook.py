@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from export.step import Step
 from training.model import NTMCell
 from training.model.controller import LSTMLayer
+from training.model.heads import rows_of
 
 
 class TextbookStep(Step):
@@ -31,18 +32,10 @@ class TextbookStep(Step):
         self.row_width = cell.heads.sizes.row_width
         self.controller = _lstm_cell(layer)
 
-        every, num_heads = cell.heads, sum(self.num_heads_of_kind)
-        num_written = cell.num_write_heads * self.row_width
-        addresses, erase, add = torch.split(
-            torch.arange(len(every.bias)), [len(every.bias) - 2 * num_written, num_written, num_written]
+        every, rows = cell.heads, rows_of(cell.heads.sizes)
+        self.key, self.kernel, self.strength, self.sharpness, self.gate, self.erase, self.add = (
+            _rows(every, part.flatten()) for part in rows
         )
-        by_head = addresses.reshape(num_heads, -1)
-        num_shifts = by_head.shape[1] - self.row_width - 3
-        parts = torch.split(by_head, [self.row_width, num_shifts, 1, 1, 1], dim=1)
-        self.key, self.kernel, self.strength, self.sharpness, self.gate = (
-            _rows(every, part.flatten()) for part in parts
-        )
-        self.erase, self.add = _rows(every, erase), _rows(every, add)
 
     def initial_state(self, batch_size: int) -> dict[str, Tensor]:
         """As the cell's, but for the memory's axes."""

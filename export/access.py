@@ -17,17 +17,16 @@ that the heads ask for, Q those and the constants.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.model import Cell, NTMCell
-from training.model import memory as memory_access
 from training.model.access import Accessed
 from training.model.addressing import focus_by_content, interpolate, shift
-from training.model.heads import Heads, HeadSizes
+from training.model.heads import Heads, HeadSizes, rows_of
+from training.model.memory import each_head, read
 
 
 def for_onnx_runtime(cell: Cell) -> Cell:
@@ -61,7 +60,7 @@ def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes
     weightings = torch.softmax(sharpness * shifted.log(), dim=-1)  # eq. 9
     reading, writing = torch.split(weightings, [sizes.num_read_heads, num_write], dim=1)
     written = write(memory, writing, erase.reshape(-1, num_write, width), add.reshape(-1, width, num_write))
-    return Accessed(weightings, written, memory_access.read(written, reading))
+    return Accessed(weightings, written, read(written, reading))
 
 
 def write(memory: Tensor, weightings: Tensor, erase: Tensor, add: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ def write(memory: Tensor, weightings: Tensor, erase: Tensor, add: Tensor) -> Ten
         [B, M, N].
     """
     kept, num_write = memory, weightings.shape[1]
-    for erased, attention in zip(_each(erase), _each(weightings), strict=True):
+    for erased, attention in zip(each_head(erase, 1), each_head(weightings, 1), strict=True):
         # Minus what is kept: (e, 1) (w, -1) = e w - 1.
         kept = kept * (_with_row_of(1.0, erased).mT @ _with_row_of(-1.0, attention))
     added = add @ weightings
@@ -99,34 +98,22 @@ def _num_of_each(sizes: HeadSizes) -> list[int]:
 @torch.no_grad()
 def _spread(heads: Heads) -> None:
     """Have the heads' linear map give [B, Q] in place of [B, P], in the order of `_num_of_each`."""
-    sizes = heads.sizes
-    num_written = sizes.num_write_heads * sizes.row_width
-    by_head, erase, add = torch.split(
-        torch.arange(sizes.num_requested), [sizes.num_requested - 2 * num_written, num_written, num_written]
-    )
-    key, kernel, strength, sharpness, gate = torch.split(
-        by_head.reshape(sizes.num_heads, -1), [sizes.row_width, sizes.num_shifts, 1, 1, 1], dim=1
-    )
-    nothing = torch.full_like(strength, sizes.num_requested)  # a row of zeros behind the others
+    rows = rows_of(heads.sizes)
+    nothing = torch.full_like(rows.strength, len(heads.bias))  # a row of zeros behind the others
     parts = [
-        (key, 0),
-        (kernel, 0),
-        (torch.cat([nothing, strength], dim=1), 0),  # log(exp(0) + exp(x)) = softplus(x)
-        (torch.cat([nothing, sharpness], dim=1), 1),  # log(exp(1) + exp(1 + x)) = 1 + softplus(x)
-        (gate, 0),
-        (erase.reshape(sizes.row_width, -1).T, 0),
-        (add, 0),
+        (rows.key, 0),
+        (rows.kernel, 0),
+        (torch.cat([nothing, rows.strength], dim=1), 0),  # log(exp(0) + exp(x)) = softplus(x)
+        (torch.cat([nothing, rows.sharpness], dim=1), 1),  # log(exp(1) + exp(1 + x)) = 1 + softplus(x)
+        (rows.gate, 0),
+        (rows.erase.T, 0),
+        (rows.add, 0),
     ]
-    rows = torch.cat([part.flatten() for part, _ in parts])
+    order = torch.cat([part.flatten() for part, _ in parts])
     constants = torch.cat([torch.full([part.numel()], float(constant)) for part, constant in parts])
-    heads.weight = nn.Parameter(F.pad(heads.weight, (0, 0, 0, 1))[rows])
-    heads.bias = nn.Parameter(F.pad(heads.bias, (0, 1))[rows] + constants)
-    heads.out_features = len(rows)
-
-
-def _each(rows: Tensor) -> Sequence[Tensor]:
-    """Each head's row, [B, 1, ...]; one head's is the whole, without an operation."""
-    return [rows] if rows.shape[1] == 1 else torch.split(rows, 1, dim=1)
+    heads.weight = nn.Parameter(F.pad(heads.weight, (0, 0, 0, 1))[order])
+    heads.bias = nn.Parameter(F.pad(heads.bias, (0, 1))[order] + constants)
+    heads.out_features = len(order)
 
 
 def _with_row_of(number: float, row: Tensor) -> Tensor:

@@ -322,13 +322,13 @@ class ModelRunner:
     def _measure_turns(self) -> dict[int, float]:
         times_s: dict[int, float] = {}
         for size in {self.max_batch_size, self.max_batch_size // 2} - {0}:
-            inputs = np.zeros((1, size, *self.model.spec.input.shape), self._input_dtype)
+            _, inputs = self._probe(size)
             seats = self.first_seat(0) + np.arange(size)
             self.move(np.full_like(seats, INITIAL_SLOT), seats)
             for _ in range(_NUM_TIMED_TURNS):
                 start_s = perf_counter()
                 try:
-                    self.run(inputs)
+                    self.run(inputs[:1])
                 except Exception:  # ONNX Runtime raises types of its own; the invariance check has told of it
                     return {}
                 time_s = perf_counter() - start_s

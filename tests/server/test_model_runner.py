@@ -99,7 +99,9 @@ def test_how_long_a_turn_takes_is_measured_for_the_largest_batch_and_half_of_it(
     assert all(time_s > 0 for time_s in runner.turn_times_s.values())
 
 
-def test_a_step_that_fails_on_zeros_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_on_random_inputs_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run_nothing(self: ModelRunner, inputs: np.ndarray, table: int = 0) -> np.ndarray:
         raise RuntimeError("zero divide")
 

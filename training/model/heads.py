@@ -58,6 +58,38 @@ class HeadSizes(NamedTuple):
         return self.num_heads * sum(self.address_sizes) + 2 * self.num_write_heads * self.row_width
 
 
+class HeadRows(NamedTuple):
+    """Which of the P numbers are which quantity: indices."""
+
+    key: Tensor
+    """[H, M]."""
+    kernel: Tensor
+    """[H, S]."""
+    strength: Tensor
+    """[H, 1]."""
+    sharpness: Tensor
+    """[H, 1]."""
+    gate: Tensor
+    """[H, 1]."""
+    erase: Tensor
+    """[M, W]."""
+    add: Tensor
+    """[M, W]."""
+
+
+def rows_of(sizes: HeadSizes) -> HeadRows:
+    """Where the linear map of heads has what, for those who put it into another order; `split` is the usual way."""
+    num_write = sizes.num_write_heads * sizes.row_width
+    address, erase, add = torch.split(
+        torch.arange(sizes.num_requested), [sizes.num_requested - 2 * num_write, num_write, num_write]
+    )
+    by_column = (sizes.row_width, sizes.num_write_heads)
+    key, kernel, strength, sharpness, gate = torch.split(
+        address.reshape(sizes.num_heads, -1), [sizes.row_width, sizes.num_shifts, 1, 1, 1], dim=1
+    )
+    return HeadRows(key, kernel, strength, sharpness, gate, erase.reshape(by_column), add.reshape(by_column))
+
+
 class Heads(nn.Linear):
     """The learned map from the controller's output [B, C] to all numbers that the heads ask for [B, P]."""
 

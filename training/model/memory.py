@@ -44,11 +44,11 @@ def write(memory: Tensor, weightings: Tensor, erase: Tensor, add: Tensor) -> Ten
         [B, M, N].
     """
     kept = memory
-    for erased, attention in zip(_heads(erase, 2), _heads(weightings, 1), strict=True):
+    for erased, attention in zip(each_head(erase, 2), each_head(weightings, 1), strict=True):
         kept = kept - (erased @ attention) * kept
     return kept + add @ weightings
 
 
-def _heads(tensor: Tensor, axis: int) -> Sequence[Tensor]:
+def each_head(tensor: Tensor, axis: int) -> Sequence[Tensor]:
     """Each head's part; one head's is the whole, without an operation."""
     return [tensor] if tensor.shape[axis] == 1 else torch.split(tensor, 1, dim=axis)

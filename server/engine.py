@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
 
 import numpy as np
@@ -105,6 +106,8 @@ _QUANTUM_S = 5e-3
 _MOST_TURNS_AT_ONCE = 32
 # About what the event loop needs to answer a message and begin the session's next.
 _ANSWER_S = 40e-6
+
+_NOBODY = -1
 
 
 class Engine:
@@ -238,7 +241,7 @@ class Engine:
         """Put the states that messages bring along into their slots."""
         if not messages:
             return
-        slots = np.array([slot for message in messages for slot in message.slots])
+        slots = _joined([message.slots for message in messages])
         self._lodgers.forget(slots)  # whose they were before has no use for them
         states = [message.load_state for message in messages if message.load_state is not None]
         self._runner.write(
@@ -282,8 +285,8 @@ class Engine:
 
         A session that fails, fails alone.
         """
-        present_slots = np.array([slot for message in batch for slot in message.present_slots])
-        write_slots = np.array([slot for message in batch for slot in message.write_slots])
+        present_slots = _joined([message.present_slots for message in batch])
+        write_slots = _joined([message.write_slots for message in batch])
         is_new = present_slots != write_slots
         self._lodgers.forget(write_slots[is_new])  # whose they were before has no use for them
         table, seats = self._sit(present_slots)
@@ -375,12 +378,14 @@ class Engine:
         table = self._best_table(tables[tables >= 0])
         first = self._runner.first_seat(table)
         seats = rows - first
-        keeping = np.flatnonzero((tables == table) & (seats < len(slots)))
-        keeping = keeping[np.unique(seats[keeping], return_index=True)[1]]
-        if len(keeping) < len(slots):
-            is_moving, is_free = np.ones(len(slots), bool), np.ones(len(slots), bool)
-            is_moving[keeping], is_free[seats[keeping]] = False, False
-            seats[is_moving] = np.flatnonzero(is_free)
+        in_seat = np.full(len(slots), _NOBODY)
+        sitting = ((tables == table) & (seats < len(slots))).nonzero()[0]
+        in_seat[seats[sitting]] = sitting
+        is_free = in_seat == _NOBODY
+        if is_free.any():
+            is_moving = np.ones(len(slots), bool)
+            is_moving[in_seat[~is_free]] = False
+            seats[is_moving] = is_free.nonzero()[0]
             self._lodgers.move_in(rows[is_moving], first + seats[is_moving])
         return table, seats
 
@@ -394,19 +399,23 @@ class Engine:
     def _forget_what_was_before(self, ended: list[Message]) -> None:
         """The states that messages began from are nobody's any more, unless they failed or somebody shares them."""
         slots = [
-            slot
+            message.slots
+            if not message.errors and not message.shared_slots
+            else [
+                slot
+                for row, slot in enumerate(message.slots)
+                if row not in message.errors and slot not in message.shared_slots
+            ]
             for message in ended
             if message.steps_done
-            for row, slot in enumerate(message.slots)
-            if row not in message.errors and slot not in message.shared_slots
         ]
-        self._lodgers.forget(np.array(slots, np.int64))
+        self._lodgers.forget(_joined(slots))
 
     def _look(self, wanting: list[Message]) -> None:
         """Give messages that ended well the state they asked for."""
         if not wanting:
             return
-        slots = np.array([slot for message in wanting for slot in message.present_slots])
+        slots = _joined([message.present_slots for message in wanting])
         self._lodgers.move_out(slots)
         states = self._runner.read(slots)
         first_row = 0
@@ -420,6 +429,10 @@ class Engine:
             self._on_batch(report)
         except Exception as error:  # metrics must not stop the loop
             log.error("a batch could not be reported", model=self._runner.model.label, exc_info=error)
+
+
+def _joined(slots: Iterable[list[int]]) -> Rows:
+    return np.fromiter(chain.from_iterable(slots), np.int64)
 
 
 def _power_of_two(number: int) -> int:

@@ -28,6 +28,8 @@ class History:
     can be a thousand in every session.
     """
 
+    __slots__ = ("_first_step", "_inputs", "_outputs", "_reset_steps", "_window_steps", "next_step")
+
     def __init__(
         self,
         no_inputs: Array,
@@ -65,13 +67,17 @@ class History:
 
     def add(self, inputs: Array, outputs: Array) -> None:
         """Record a message that was applied, T at most W, and forget what is older than the window."""
-        end_step = self.next_step + len(inputs)
+        num_steps = len(inputs)
+        end_step = self.next_step + num_steps
         capacity = len(self._inputs)
         if capacity < self._window_steps and capacity < end_step - self._first_step:
             capacity = self._grow(end_step - self._first_step)
         start = self.next_step % capacity
-        end = start + len(inputs)
-        if end <= capacity:
+        end = start + num_steps
+        if num_steps == 1:  # as below, in half the time
+            self._inputs[start] = inputs
+            self._outputs[start] = outputs
+        elif end <= capacity:
             self._inputs[start:end] = inputs
             self._outputs[start:end] = outputs
         else:

@@ -32,8 +32,8 @@ from server.store import Write
 class Keeper(Protocol):
     """Who looks after sessions: `residence.py`."""
 
-    def rest(self, session: Session) -> None:
-        """No call is left in a session's line."""
+    def rest(self, served: ServedModel, sessions: Sequence[Session]) -> None:
+        """No call is left in the lines of some sessions of a model."""
 
     def vacate(self, session: Session) -> None:
         """A session is lost, and nothing uses its slot any more."""
@@ -89,7 +89,7 @@ class Lines:
             call = Call(session, begin, future, partial(_settle, future), follows)
         else:
             call = batch[0].call(session, begin, batch[1])
-        served.room.wake(session)
+        served.room.wake([session])
         session.calls.append(call)
         if len(session.calls) == 1:
             self.serve(session)
@@ -98,11 +98,10 @@ class Lines:
     def enter_group(self, group: Group) -> None:
         """Put a group in the lines of its sessions; whoever enters it has counted it among the pending."""
         group.batch.calls.append(group)
+        group.served.room.wake(group.sessions)
         for session in group.sessions:
             if session.calls:
                 group.waiting.add(session)
-            else:
-                group.served.room.wake(session)
             session.calls.append(group)
         if not group.waiting:
             group.begin(group)
@@ -163,7 +162,7 @@ class Lines:
             if session.loss:
                 self.keeper.vacate(session)
             elif session.is_ready:
-                self.keeper.rest(session)
+                self.keeper.rest(session.model, [session])
 
     def end(self, call: Call, result: object) -> None:
         """Answer the call being served, unless what this replica knows may be out of date."""
@@ -182,7 +181,7 @@ class Lines:
         """A session is here no more; what is in its line is told why, but what has begun in the engine ends there."""
         if session.loss is None:
             session.loss = loss
-            session.model.room.wake(session)
+            session.model.room.wake([session])
             self.keeper.lost(session)
 
     def commit(self, changes: Sequence[Change], then: Callable[[list[ServingError | None]], None]) -> None:
@@ -244,13 +243,15 @@ class Lines:
         """The message of a group has ended or is withdrawn: it is the turn of who waits behind it."""
         group.served.num_pending -= len(group.sessions)
         last_use_s = self._journal.service_time_s
+        resting = []
         for session in group.sessions:
             session.calls.popleft()
             session.last_use_s = last_use_s
             if session.calls or session.loss or not session.is_ready:
                 self.serve(session)
             else:
-                self.keeper.rest(session)
+                resting.append(session)
+        self.keeper.rest(group.served, resting)
 
     def _drop(self, group: Group, session: Session, error: ServingError) -> None:
         """Take a session that is lost out of a group that has not begun."""

@@ -64,13 +64,13 @@ class Lodgers:
 
     def move_out(self, slots: Rows | None = None) -> None:
         """Copy states to these slots [B], or to all, if they are not there."""
-        rows = np.flatnonzero(self._slot_in != _NOBODY) if slots is None else self._row_of[slots]
+        rows = (self._slot_in != _NOBODY).nonzero()[0] if slots is None else self._row_of[slots]
         leaving = rows[self._slot_in[rows] != _NOBODY]
         self._copy(np.unique(leaving))
 
     def _leave(self, start: int, stop: int) -> None:
         """Whoever lodges in these rows goes to his slot."""
-        leaving = np.flatnonzero(self._slot_in[start:stop] != _NOBODY)
+        leaving = (self._slot_in[start:stop] != _NOBODY).nonzero()[0]
         if len(leaving):
             self._copy(leaving + start)
 

@@ -181,7 +181,7 @@ class Residence:
         self.sessions[session.session_id] = session
         session.is_ready = state is None
         if state is None:
-            self.rest(session)
+            self.rest(session.model, [session])
         else:
             self._spawn(self._restore(session, [], state))
 
@@ -464,13 +464,13 @@ class Residence:
 
     # What lines tell.
 
-    def rest(self, session: Session) -> None:
-        """No call is left in a session's line."""
-        if session.session_id in self._wanted:
-            return  # one is on its way
-        session.model.room.rest(session)
-        if session.model.room.num_waiting:
-            self._make_room(session.model)
+    def rest(self, served: ServedModel, sessions: Sequence[Session]) -> None:
+        """No call is left in the lines of some sessions of a model."""
+        if self._wanted:  # a call is on its way to some, of whatever model
+            sessions = [session for session in sessions if session.session_id not in self._wanted]
+        served.room.rest(sessions)
+        if served.room.num_waiting:
+            self._make_room(served)
 
     def lost(self, session: Session) -> None:
         """A session is here no more."""

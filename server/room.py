@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 S = TypeVar("S")
@@ -59,14 +60,18 @@ class Room(Generic[S]):
                 return
         self.num_taken -= 1
 
-    def rest(self, session: S) -> None:
-        """No call uses a session any more."""
-        self._idle[session] = None
-        self._idle.move_to_end(session)
+    def rest(self, sessions: Iterable[S]) -> None:
+        """No call uses these sessions any more."""
+        idle = self._idle
+        for session in sessions:
+            idle[session] = None
+            idle.move_to_end(session)
 
-    def wake(self, session: S) -> None:
-        """A session is used, or gone."""
-        self._idle.pop(session, None)
+    def wake(self, sessions: Iterable[S]) -> None:
+        """These sessions are used, or gone."""
+        leave = self._idle.pop
+        for session in sessions:
+            leave(session, None)
 
     def next_to_leave(self) -> S | None:
         """The session that is to make room for one that waits; None if nobody can, or enough are leaving already."""

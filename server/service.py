@@ -152,11 +152,14 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         found = await self._find_each(ids)
         batch = self._enter_batch(ids, found, first_steps, inputs)
         response = _batch_message(await self._sessions.finish(batch))
-        for index, session in enumerate(found):
-            if session is None:  # brought in meanwhile
-                session = self._sessions.in_memory.get(ids[index])
-            if isinstance(session, Session) and session.about.is_approximate:
-                response.approximate.append(index)
+        if None in found:  # brought in meanwhile
+            in_memory = self._sessions.in_memory
+            found = [session or in_memory.get(ids[index]) for index, session in enumerate(found)]
+        response.approximate.extend(
+            index
+            for index, session in enumerate(found)
+            if isinstance(session, Session) and session.about.is_approximate
+        )
         return response
 
     async def GetState(

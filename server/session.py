@@ -27,7 +27,7 @@ from server.served_model import ServedModel
 from server.store import Entry
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Session:
     """A scratch memory and its history."""
 

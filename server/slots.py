@@ -17,35 +17,47 @@ class SlotPool:
 
     def __init__(self, num_slots: int) -> None:
         self._free = list(range(num_slots + NUM_RESERVED_SLOTS - 1, NUM_RESERVED_SLOTS - 1, -1))
-        self._holders: dict[int, int] = {}
+        self._num_slots = num_slots
+        self._num_holders = [0] * (num_slots + NUM_RESERVED_SLOTS)
 
     @property
     def num_used(self) -> int:
         """Slots that somebody holds."""
-        return len(self._holders)
+        return self._num_slots - len(self._free)
 
     def take(self) -> int:
         """A free slot, held once. There is always one: the pool is made as large as its users can need."""
         slot = self._free.pop()
-        self._holders[slot] = 1
+        self._num_holders[slot] = 1
         return slot
+
+    def take_many(self, num_slots: int) -> list[int]:
+        """As `take`, for several at once."""
+        return [self.take() for _ in range(num_slots)]
 
     def hold(self, slot: int) -> int:
         """Hold a slot once more; the initial slot is everybody's and is not counted."""
         if slot != INITIAL_SLOT:
-            self._holders[slot] += 1
+            self._num_holders[slot] += 1
         return slot
 
     def shared(self, slots: Iterable[int]) -> frozenset[int]:
         """Those of some slots that are held more than once."""
-        holders = self._holders
-        return frozenset([slot for slot in slots if holders.get(slot, 1) > 1])
+        num_holders = self._num_holders
+        return frozenset([slot for slot in slots if num_holders[slot] > 1])
 
     def release(self, slot: int) -> None:
         """Hold a slot once less."""
-        if slot == INITIAL_SLOT:
-            return
-        self._holders[slot] -= 1
-        if not self._holders[slot]:
-            del self._holders[slot]
-            self._free.append(slot)
+        self.release_many([slot])
+
+    def release_many(self, slots: Iterable[int]) -> None:
+        """As `release`, for several at once."""
+        num_holders, free = self._num_holders, self._free
+        for slot in slots:
+            if slot == INITIAL_SLOT:
+                continue
+            num_left = num_holders[slot] - 1
+            assert num_left >= 0
+            num_holders[slot] = num_left
+            if not num_left:
+                free.append(slot)

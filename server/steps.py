@@ -64,21 +64,27 @@ class Steps:
         """As `SessionManager.step_each`; those that are None enter later, by `step_alone`."""
         batch = Batch(len(sessions), inputs.shape[1])
         together = defaultdict[tuple[ServedModel, Group | None], list[int]](list)
+        company, indices = None, list[int]()
         for index, session in enumerate(sessions):
             if session is None:
                 continue
             if isinstance(session, ServingError):
                 batch.settle(index, session)
                 continue
-            served, last = session.model, session.calls[-1] if session.calls else None
+            last = session.calls[-1] if session.calls else None
             if isinstance(last, Call) or not session.is_ready or session.loss or session.is_leaving:
                 self.step_alone(batch, index, session, inputs, first_steps)
-            elif served.num_pending >= served.limits.max_pending_messages:
-                batch.settle(index, queue_full(served))
             else:
-                served.num_pending += 1
-                together[served, last].append(index)
+                if company is None or session.model is not company[0] or last is not company[1]:
+                    company = session.model, last
+                    indices = together[company]
+                indices.append(index)
         for (served, _), indices in together.items():
+            num_free = max(0, served.limits.max_pending_messages - served.num_pending)
+            for index in indices[num_free:]:
+                batch.settle(index, queue_full(served))
+            del indices[num_free:]
+            served.num_pending += len(indices)
             size = served.runner.max_batch_size
             for start in range(0, len(indices), size):
                 part = indices[start : start + size]
@@ -255,7 +261,8 @@ class Steps:
         elsewhere = [
             row
             for row, (session, first_step) in enumerate(zip(group.sessions, group.first_steps, strict=False))
-            if first_step != session.history.next_step or session.has_just_failed
+            if first_step != session.history.next_step
+            or (session.about.failure is not None and session.has_just_failed)
         ]
         others = self._split_off(group, elsewhere) if elsewhere else []
         if group.sessions:
@@ -280,16 +287,15 @@ class Steps:
         served, sessions, inputs = group.served, group.sessions, group.inputs
         no_outputs = served.model.no_outputs
         outputs = np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype)
-        slots = [served.slots.take() for _ in sessions]
+        slots = served.slots.take_many(len(sessions))
         num_steps = inputs.shape[1]
         are_due = [self._is_durable and self._is_snapshot_due(session, num_steps) for session in sessions]
 
         def on_ended(message: Message) -> None:
             errors = dict(message.errors)
             errors |= {row: session.loss for row, session in enumerate(sessions) if session.loss}
-            for row in errors:
-                served.slots.release(slots[row])
-            rows = [row for row in range(len(sessions)) if row not in errors]
+            served.slots.release_many([slots[row] for row in errors])
+            rows = [row for row in range(len(sessions)) if not errors or row not in errors]
             failing = [
                 partial(self._settle_failure, sessions[row], inputs[row], error)
                 for row, error in errors.items()
@@ -303,8 +309,11 @@ class Steps:
                     changes.append(self._stepped(sessions[row], slots[row], inputs[row], outputs[row], state))
                 self._lines.commit(changes, partial(committed, rows, errors, failing))
             else:
+                served.slots.release_many([sessions[row].slot for row in rows])
                 for row in rows:
-                    _take_on(sessions[row], slots[row], inputs[row], outputs[row])
+                    session = sessions[row]
+                    session.slot = slots[row]
+                    session.history.add(inputs[row], outputs[row])
                 committed(rows, errors, failing, [None] * len(rows))
 
         def committed(

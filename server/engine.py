@@ -138,6 +138,7 @@ class Engine:
         self._wake = threading.Condition()
         self._num_holds = 0
         self._tables_by_use = [*range(runner.num_tables)]
+        self._in_order = np.arange(runner.max_batch_size)
         self._is_closing = False
         self._is_abandoned = False
         self._thread = threading.Thread(target=self._loop, name=f"engine {runner.model.label}", daemon=True)
@@ -289,46 +290,50 @@ class Engine:
         write_slots = _joined([message.write_slots for message in batch])
         is_new = present_slots != write_slots
         self._lodgers.forget(write_slots[is_new])  # whose they were before has no use for them
-        table, seats = self._sit(present_slots)
-        self._lodgers.forget(write_slots)  # who has a seat lodges nowhere else
-        num_rows, no_outputs = len(seats), self._runner.model.no_outputs
+        table, seats, are_in_order = self._sit(present_slots)
+        self._lodgers.forget(write_slots[~is_new])  # who has a seat lodges nowhere else
+        num_rows = len(seats)
         pieces = [m.inputs[:, m.steps_done : m.steps_done + num_turns] for m in batch]
-        together = np.concatenate(pieces).swapaxes(0, 1)
-        inputs = np.empty(together.shape, together.dtype)
-        inputs[:, seats] = together
-        outputs = np.empty((num_turns, num_rows, *no_outputs.shape[1:]), no_outputs.dtype)
+        inputs = (np.concatenate(pieces) if len(pieces) > 1 else pieces[0]).swapaxes(0, 1)
+        if not are_in_order:
+            together = inputs
+            inputs = np.empty_like(together, order="C")
+            inputs[:, seats] = together
+        inputs = np.ascontiguousarray(inputs)
         num_done = num_failed = 0
         while num_done < num_turns:
             num = _power_of_two(min(quantum, num_turns - num_done)) if self._runner.can_scan else 1
-            turns = slice(num_done, num_done + num)
             start_s = perf_counter()
             self._lodgers.make_room_for_run(table, num_rows)
             self._hand_back()
             try:
-                outputs[turns] = self._runner.run(inputs[turns], table)
+                outputs = self._runner.run(inputs[num_done : num_done + num], table)
             except Exception:  # ONNX Runtime raises types of its own for what a model does
                 num_failed = num
                 break
             num_done += num
             self._turn_time_s[num_rows] = (perf_counter() - start_s) / num
             turn_times_s += [self._turn_time_s[num_rows]] * num
+            self._note(batch, (outputs if are_in_order else outputs[:, seats]).swapaxes(0, 1))
             if num_done % quantum == 0 and self._is_wanted():
                 break
-        has_state = ~is_new | (num_done > 0)
-        rows = self._runner.first_seat(table) + seats[has_state]
-        self._lodgers.add(rows, write_slots[has_state])
-        done = outputs[:num_done, seats].swapaxes(0, 1)
-        are_finite = bool(np.isfinite(done).all())
-        first_row = 0
-        for message in batch:
-            its_own = done[first_row : first_row + message.num_rows]
-            first_row += message.num_rows
-            message.outputs[:, message.steps_done : message.steps_done + num_done] = its_own
-            if not are_finite:
-                self._fail_not_finite(message, its_own)
-            message.steps_done += num_done
+        if not num_done:  # nothing is left of those that are new
+            seats, write_slots = seats[~is_new], write_slots[~is_new]
+        self._lodgers.add(self._runner.first_seat(table) + seats, write_slots)
         for _ in range(num_failed):
             self._take_turn_alone([message for message in batch if not message.has_ended])
+
+    def _note(self, batch: list[Message], outputs: Array) -> None:
+        """Give messages their next outputs, [R, K, ...]; a session whose outputs are not finite has failed."""
+        are_finite = np.count_nonzero(np.isfinite(outputs)) == outputs.size
+        first_row, num_turns = 0, outputs.shape[1]
+        for message in batch:
+            its_own = outputs[first_row : first_row + message.num_rows]
+            first_row += message.num_rows
+            message.outputs[:, message.steps_done : message.steps_done + num_turns] = its_own
+            if not are_finite:
+                self._fail_not_finite(message, its_own)
+            message.steps_done += num_turns
 
     def _fail_not_finite(self, message: Message, outputs: Array) -> None:
         """Fail the sessions whose next outputs, [S, K, ...], are not finite, each at the first such step."""
@@ -364,20 +369,22 @@ class Engine:
             self._fail_not_finite(message, message.outputs[:, step : step + 1])
             message.steps_done += 1
 
-    def _sit(self, slots: Rows) -> tuple[int, Rows]:
+    def _sit(self, slots: Rows) -> tuple[int, Rows, bool]:
         """Give the states of slots [R] a seat each at one table, so that no seat between them is empty.
 
         The table is the one where most of them lodge. There, whoever lodges in one of the first R seats keeps it (one
         of those that share it), and the others take what is free.
 
         Returns:
-            the table, and the seats [R].
+            the table, the seats [R], and whether each state has that of its own number.
         """
         rows = self._lodgers.rows_of(slots)
         tables = self._runner.tables_of(rows)
-        table = self._best_table(tables[tables >= 0])
-        first = self._runner.first_seat(table)
+        table = self._best_table(tables)
+        first, in_order = self._runner.first_seat(table), self._in_order[: len(slots)]
         seats = rows - first
+        if (seats == in_order).all():
+            return table, in_order, True
         in_seat = np.full(len(slots), _NOBODY)
         sitting = ((tables == table) & (seats < len(slots))).nonzero()[0]
         in_seat[seats[sitting]] = sitting
@@ -387,11 +394,12 @@ class Engine:
             is_moving[in_seat[~is_free]] = False
             seats[is_moving] = is_free.nonzero()[0]
             self._lodgers.move_in(rows[is_moving], first + seats[is_moving])
-        return table, seats
+        return table, seats, False
 
     def _best_table(self, tables: Rows) -> int:
-        """The most frequent of some tables; if there is none, the one unused for longest."""
-        table = int(np.bincount(tables).argmax()) if len(tables) else self._tables_by_use[0]
+        """The most frequent of some tables [R], -1 apart; if there is none, the one unused for longest."""
+        counts = np.bincount(tables + 1)[1:]
+        table = int(counts.argmax()) if len(counts) else self._tables_by_use[0]
         self._tables_by_use.remove(table)
         self._tables_by_use.append(table)
         return table

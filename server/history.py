@@ -9,7 +9,6 @@ Shapes: T steps of a message, W steps of the window.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -28,7 +27,7 @@ class History:
     can be a thousand in every session.
     """
 
-    __slots__ = ("_first_step", "_inputs", "_outputs", "_reset_steps", "_window_steps", "next_step")
+    __slots__ = ("_first_step", "_inputs", "_outputs", "_window_steps", "next_step", "reset_steps")
 
     def __init__(
         self,
@@ -53,17 +52,13 @@ class History:
         self._window_steps = window_steps
         self._inputs = no_inputs
         self._outputs = no_outputs
-        self._reset_steps: deque[int] = deque(reset_steps)
+        self.reset_steps = tuple(reset_steps)
+        """Where the session was reset, as far as that is on record."""
 
     @property
     def oldest_step(self) -> int:
         """The first step whose answer is still recorded."""
         return max(self._first_step, self.next_step - self._window_steps)
-
-    @property
-    def reset_steps(self) -> tuple[int, ...]:
-        """Where the session was reset, as far as that is on record."""
-        return tuple(self._reset_steps)
 
     def add(self, inputs: Array, outputs: Array) -> None:
         """Record a message that was applied, T at most W, and forget what is older than the window."""
@@ -85,16 +80,16 @@ class History:
             self._inputs[rows] = inputs
             self._outputs[rows] = outputs
         self.next_step = end_step
-        if self._reset_steps and self._reset_steps[0] < self.oldest_step:
-            self._reset_steps = deque(step for step in self._reset_steps if step >= self.oldest_step)
+        if self.reset_steps and self.reset_steps[0] < self.oldest_step:
+            self.reset_steps = tuple(step for step in self.reset_steps if step >= self.oldest_step)
 
     def add_reset(self) -> None:
         """Record a reset at the present step."""
-        self._reset_steps.append(self.next_step)
+        self.reset_steps = (*self.reset_steps, self.next_step)
 
     def was_reset_at(self, step: int) -> bool:
         """Whether a reset at this step is on record."""
-        return step in self._reset_steps
+        return step in self.reset_steps
 
     def check_is_at(self, step: int) -> None:
         """That the counter is at a step.

@@ -116,6 +116,9 @@ class ModelRunner:
             for state in spec.states
         }
         self._areas = [0] * self.num_tables
+        self._table_of = np.full(self.num_rows, -1)
+        for table in range(self.num_tables):
+            self._let_read(table)
         self._steps: dict[tuple[int, int], _Steps] = {}
         self._runs: dict[tuple[int, int, int, int], ort.IOBinding] = {}
         self._moves: dict[int, _BoundMove] = {}
@@ -141,9 +144,7 @@ class ModelRunner:
 
     def tables_of(self, rows: Rows) -> Rows:
         """The tables [B] whose next run reads these rows [B], each as a seat; -1 where none does."""
-        areas = (rows - self._first_of_seats) // self.num_seats
-        tables = np.maximum(areas // 2, 0)
-        return np.where(areas == 2 * tables + np.array(self._areas)[tables], tables, -1)
+        return self._table_of[rows]
 
     def run(self, inputs: Array, table: int = 0) -> Array:
         """Run steps of the sessions whose state is in the first B seats of a table, one after another.
@@ -173,7 +174,7 @@ class ModelRunner:
         steps.inputs.update_inplace(inputs)
         (self._run if num_steps == 1 else self._scan).run_with_iobinding(binding)
         binding.synchronize_outputs()
-        self._areas[table] = 1 - area
+        self._let_read(table, 1 - area)
         return steps.outputs[:, :num_rows]
 
     def move(self, sources: Rows, targets: Rows) -> None:
@@ -224,6 +225,13 @@ class ModelRunner:
         self._moves.clear()
         self._pools.clear()
         del self._run, self._scan, self._move, self._read, self._write
+
+    def _let_read(self, table: int, area: int = 0) -> None:
+        """The table's next run reads this area."""
+        self._areas[table] = area
+        here, there = self.first_seat(table), self.next_first_seat(table)
+        self._table_of[here : here + self.num_seats] = table
+        self._table_of[there : there + self.num_seats] = -1
 
     def _make_steps(self, num_steps: int, size: int) -> _Steps:
         """Make what runs of as many steps and rows take and give, once."""

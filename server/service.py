@@ -156,9 +156,11 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             in_memory = self._sessions.in_memory
             found = [session or in_memory.get(ids[index]) for index, session in enumerate(found)]
         response.approximate.extend(
-            index
-            for index, session in enumerate(found)
-            if isinstance(session, Session) and session.about.is_approximate
+            [
+                index
+                for index, session in enumerate(found)
+                if isinstance(session, Session) and session.about.is_approximate
+            ]
         )
         return response
 

@@ -134,7 +134,7 @@ async def test_what_is_remembered_of_a_session_is_bounded_by_the_retry_window(ca
 
     history = caller.server.sessions.in_memory["s"].history
     assert history.next_step - history.oldest_step == 16
-    assert len(history._reset_steps) <= 17
+    assert len(history.reset_steps) <= 17
 
 
 async def test_an_unused_session_can_be_deleted_when_the_queue_is_full(caller: Caller) -> None:

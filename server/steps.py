@@ -64,7 +64,6 @@ class Steps:
         """As `SessionManager.step_each`; those that are None enter later, by `step_alone`."""
         batch = Batch(len(sessions), inputs.shape[1])
         together = defaultdict[tuple[ServedModel, Group | None], list[int]](list)
-        company, indices = None, list[int]()
         for index, session in enumerate(sessions):
             if session is None:
                 continue
@@ -75,10 +74,7 @@ class Steps:
             if isinstance(last, Call) or not session.is_ready or session.loss or session.is_leaving:
                 self.step_alone(batch, index, session, inputs, first_steps)
             else:
-                if company is None or session.model is not company[0] or last is not company[1]:
-                    company = session.model, last
-                    indices = together[company]
-                indices.append(index)
+                together[session.model, last].append(index)
         for (served, _), indices in together.items():
             num_free = max(0, served.limits.max_pending_messages - served.num_pending)
             for index in indices[num_free:]:

@@ -12,5 +12,5 @@ import os
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Has gRPC read in the thread that waits for events, and not in a pool's threads, which then have to wake that one.
-# docs/performance.md says what it saves.
+# docs/performance-experiments.md says what it saves.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")

@@ -409,6 +409,7 @@ class Histories(RuleBasedStateMachine):
     def expire(self, used: set[int], seed: int) -> None:
         """Time passes, and only the sessions that are used go on."""
         survivors = dict(self.pick(index) for index in used)
+        self.run(self._all_are_ready())
         Clock.ahead_s += IDLE_LIMIT_S + 1
         for session_id, known in survivors.items():
             inputs = random_inputs(1, seed)
@@ -510,6 +511,11 @@ class Histories(RuleBasedStateMachine):
         assert answer.next_step == known.next_step
         for tensor in answer.state:
             assert to_array(tensor.value).tobytes() == known.state[tensor.name].tobytes(), tensor.name
+
+    async def _all_are_ready(self) -> None:
+        """Wait for sessions whose state is on its way in: they are not idle, and come behind those used meanwhile."""
+        while not all(session.is_ready for session in self.server.sessions.in_memory.values()):
+            await asyncio.sleep(0)
 
     async def _check_everything(self) -> None:
         for session_id, known in self.living.items():

@@ -296,8 +296,7 @@ class Lines:
             for session in behind:
                 self.serve(session)
         elif not group.message.has_ended and group.served.withdraw(group.message):
-            for slot in group.message.write_slots:
-                group.served.slots.release(slot)
+            group.served.slots.release_many(group.message.write_slots)
             self.end_group(group)
 
     def _check_is_here(self, session: Session) -> None:

@@ -42,15 +42,15 @@ async def test_the_longest_idle_leaves_first_and_no_more_than_are_waited_for() -
     room: Room[str] = Room(3)
     for session in "abc":
         room.take()
-        room.rest(session)
-    room.wake("a")
-    room.rest("a")
+        room.rest([session])
+    room.wake(["a"])
+    room.rest(["a"])
     assert room.next_to_leave() is None
 
     waiting = [room.line_up(), room.line_up()]
     left = []
     while (session := room.next_to_leave()) is not None:
-        room.wake(session)
+        room.wake([session])
         room.begins_to_leave()
         left.append(session)
 

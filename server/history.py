@@ -70,8 +70,8 @@ class History:
         start = self.next_step % capacity
         end = start + num_steps
         if num_steps == 1:  # as below, in half the time
-            self._inputs[start] = inputs
-            self._outputs[start] = outputs
+            self._inputs[start] = inputs[0]
+            self._outputs[start] = outputs[0]
         elif end <= capacity:
             self._inputs[start:end] = inputs
             self._outputs[start:end] = outputs

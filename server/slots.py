@@ -38,6 +38,7 @@ class SlotPool:
     def hold(self, slot: int) -> int:
         """Hold a slot once more; the initial slot is everybody's and is not counted."""
         if slot != INITIAL_SLOT:
+            assert self._num_holders[slot]
             self._num_holders[slot] += 1
         return slot
 

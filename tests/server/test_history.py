@@ -84,3 +84,13 @@ def test_it_takes_no_more_room_than_the_window() -> None:
         history.add(inputs_of(step, 1), outputs_of(step, 1))
 
     assert len(history._inputs) == len(history._outputs) == WINDOW
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_steps_can_be_scalars(num_steps: int) -> None:
+    history = History(np.zeros(0, np.float32), np.zeros(0, np.float32), WINDOW)
+    steps = np.arange(num_steps, dtype=np.float32)
+
+    history.add(steps, -steps)
+
+    np.testing.assert_array_equal(history.outputs_of(steps, 0), -steps)

@@ -45,7 +45,10 @@ _NUM_THREADS = 256
 
 @contextmanager
 def running(flavour: str) -> Iterator[tuple[str, list[int]]]:
-    """An echo server in a process of its own; gives its address and the process's id."""
+    """An echo server in a process of its own; gives its address and the process's id.
+
+    It inherits what `server` sets for gRPC in the environment of whoever imports it, as `benchmarks` does.
+    """
     command = [sys.executable, "-m", "benchmarks.echo", "--flavour", flavour]
     process = subprocess.Popen(  # noqa: S603
         command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True

@@ -11,6 +11,6 @@ import os
 # From version 1.32 on, ONNX Runtime reports its use to its maker, unless this is set before it is first imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-# Has gRPC read in the thread that waits for events, and not in a pool's threads, which then have to wake that one.
+# Before its first use: has gRPC read in the thread that waits for events, not in a pool that then wakes that one.
 # docs/performance-experiments.md says what it saves.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")

@@ -376,7 +376,7 @@ class Engine:
         of those that share it), and the others take what is free.
 
         Returns:
-            the table, the seats [R], and whether each state has that of its own number.
+            the table, the seats [R], and whether state i has seat i.
         """
         rows = self._lodgers.rows_of(slots)
         tables = self._runner.tables_of(rows)
@@ -385,7 +385,7 @@ class Engine:
         seats = rows - first
         if (seats == in_order).all():
             return table, in_order, True
-        in_seat = np.full(len(slots), _NOBODY)
+        in_seat = np.full(len(slots), _NOBODY)  # by seat: which of the states sits there
         sitting = ((tables == table) & (seats < len(slots))).nonzero()[0]
         in_seat[seats[sitting]] = sitting
         is_free = in_seat == _NOBODY
@@ -397,7 +397,7 @@ class Engine:
         return table, seats, False
 
     def _best_table(self, tables: Rows) -> int:
-        """The most frequent of some tables [R], -1 apart; if there is none, the one unused for longest."""
+        """The most frequent of some tables [R], -1 not counted; if there is none, the one unused for longest."""
         counts = np.bincount(tables + 1)[1:]
         table = int(counts.argmax()) if len(counts) else self._tables_by_use[0]
         self._tables_by_use.remove(table)

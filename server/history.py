@@ -69,10 +69,7 @@ class History:
             capacity = self._grow(end_step - self._first_step)
         start = self.next_step % capacity
         end = start + num_steps
-        if num_steps == 1:  # as below, in half the time
-            self._inputs[start] = inputs[0]
-            self._outputs[start] = outputs[0]
-        elif end <= capacity:
+        if end <= capacity:
             self._inputs[start:end] = inputs
             self._outputs[start:end] = outputs
         else:

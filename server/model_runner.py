@@ -117,6 +117,7 @@ class ModelRunner:
         }
         self._areas = [0] * self.num_tables
         self._table_of = np.full(self.num_rows, -1)
+        """By row, what `_areas` says: the table whose next run reads it, or -1."""
         for table in range(self.num_tables):
             self._let_read(table)
         self._steps: dict[tuple[int, int], _Steps] = {}

@@ -466,7 +466,7 @@ class Residence:
 
     def rest(self, served: ServedModel, sessions: Sequence[Session]) -> None:
         """No call is left in the lines of some sessions of a model."""
-        if self._wanted:  # a call is on its way to some, of whatever model
+        if self._wanted:  # a call may be on its way to some of them
             sessions = [session for session in sessions if session.session_id not in self._wanted]
         served.room.rest(sessions)
         if served.room.num_waiting:

@@ -31,10 +31,6 @@ class SlotPool:
         self._num_holders[slot] = 1
         return slot
 
-    def take_many(self, num_slots: int) -> list[int]:
-        """As `take`, for several at once."""
-        return [self.take() for _ in range(num_slots)]
-
     def hold(self, slot: int) -> int:
         """Hold a slot once more; the initial slot is everybody's and is not counted."""
         if slot != INITIAL_SLOT:

@@ -11,7 +11,7 @@ Shapes: S sessions of a batch, T steps of a message.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from server.errors import (
     StepFailedError,
 )
 from server.journal import Journal
-from server.lines import Change, Lines, move, queue_full
+from server.lines import Change, Lines, queue_full
 from server.model_runner import INITIAL_SLOT
 from server.records import Failure, digest_of, encode_record, encode_snapshot
 from server.served_model import ServedModel
@@ -163,7 +163,7 @@ class Steps:
                 change = self._stepped(session, slot, inputs, outputs, state if is_due else None)
                 self._lines.commit([change], partial(committed, state))
             else:
-                _take_on(session, slot, inputs, outputs)
+                _take_on(served, [session], [slot], [inputs], [outputs])
                 return committed(state, [None])
             return self._lines.serve(session)
 
@@ -213,7 +213,7 @@ class Steps:
 
         def apply() -> None:
             session.about = about
-            _take_on(session, slot, inputs, outputs)
+            _take_on(session.model, [session], [slot], [inputs], [outputs])
 
         return Change(session, write, apply, partial(session.model.slots.release, slot))
 
@@ -257,8 +257,7 @@ class Steps:
         elsewhere = [
             row
             for row, (session, first_step) in enumerate(zip(group.sessions, group.first_steps, strict=False))
-            if first_step != session.history.next_step
-            or (session.about.failure is not None and session.has_just_failed)
+            if first_step != session.history.next_step or session.has_just_failed
         ]
         others = self._split_off(group, elsewhere) if elsewhere else []
         if group.sessions:
@@ -283,7 +282,7 @@ class Steps:
         served, sessions, inputs = group.served, group.sessions, group.inputs
         no_outputs = served.model.no_outputs
         outputs = np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype)
-        slots = served.slots.take_many(len(sessions))
+        slots = [served.slots.take() for _ in sessions]
         num_steps = inputs.shape[1]
         are_due = [self._is_durable and self._is_snapshot_due(session, num_steps) for session in sessions]
 
@@ -291,7 +290,7 @@ class Steps:
             errors = dict(message.errors)
             errors |= {row: session.loss for row, session in enumerate(sessions) if session.loss}
             served.slots.release_many([slots[row] for row in errors])
-            rows = [row for row in range(len(sessions)) if not errors or row not in errors]
+            rows = [row for row in range(len(sessions)) if row not in errors]
             failing = [
                 partial(self._settle_failure, sessions[row], inputs[row], error)
                 for row, error in errors.items()
@@ -305,11 +304,11 @@ class Steps:
                     changes.append(self._stepped(sessions[row], slots[row], inputs[row], outputs[row], state))
                 self._lines.commit(changes, partial(committed, rows, errors, failing))
             else:
-                served.slots.release_many([sessions[row].slot for row in rows])
-                for row in rows:
-                    session = sessions[row]
-                    session.slot = slots[row]
-                    session.history.add(inputs[row], outputs[row])
+                if errors:
+                    those, their_slots = [sessions[row] for row in rows], [slots[row] for row in rows]
+                    _take_on(served, those, their_slots, inputs[rows], outputs[rows])
+                else:
+                    _take_on(served, sessions, slots, inputs, outputs)
                 committed(rows, errors, failing, [None] * len(rows))
 
         def committed(
@@ -352,10 +351,19 @@ class Steps:
         self._lines.end_group(group)
 
 
-def _take_on(session: Session, slot: int, inputs: Array, outputs: Array) -> None:
-    """Make steps that ended well part of their session: state, counter and record."""
-    move(session, slot)
-    session.history.add(inputs, outputs)
+def _take_on(
+    served: ServedModel,
+    sessions: Sequence[Session],
+    slots: Sequence[int],
+    inputs: Iterable[Array],
+    outputs: Iterable[Array],
+) -> None:
+    """Make steps that ended well part of sessions of a model: state, counter and record."""
+    slots_before = [session.slot for session in sessions]
+    for session, slot, its_inputs, its_outputs in zip(sessions, slots, inputs, outputs, strict=True):
+        session.history.add(its_inputs, its_outputs)
+        session.slot = slot
+    served.slots.release_many(slots_before)
 
 
 def _check_has_not_failed(session: Session, inputs: Array) -> None:

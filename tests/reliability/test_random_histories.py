@@ -513,7 +513,7 @@ class Histories(RuleBasedStateMachine):
             assert to_array(tensor.value).tobytes() == known.state[tensor.name].tobytes(), tensor.name
 
     async def _all_are_ready(self) -> None:
-        """Wait for sessions whose state is on its way in: they are not idle, and come behind those used meanwhile."""
+        """Wait for the state of every session: one whose state is on its way in is not idle, and does not expire."""
         while not all(session.is_ready for session in self.server.sessions.in_memory.values()):
             await asyncio.sleep(0)
 

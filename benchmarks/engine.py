@@ -55,18 +55,13 @@ class EngineAlone:
                 if not num_unanswered:
                     all_ended.set()
                 return
-            engine.submit([self._message(message.write_slots, message.inputs) for message in messages])
+            engine.submit([_next(message) for message in messages])
 
         engine = Engine(self._runner, on_ended)
         inputs = np.random.default_rng(0).integers(0, 2, (self._num_sessions, self._num_steps, 9))
         inputs = inputs.astype(np.float32)
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
-        engine.submit(
-            [
-                self._message([NUM_RESERVED_SLOTS + row for row in group], inputs[group.start : group.stop])
-                for group in self._groups
-            ]
-        )
+        engine.submit([self._first(group, inputs[group.start : group.stop]) for group in self._groups])
         time.sleep(duration_s)
         is_over = True
         all_ended.wait()
@@ -78,13 +73,21 @@ class EngineAlone:
             "cpu_us_per_step": cpu_s / num_done * 1e6,
         }
 
-    def _message(self, slots: list[int], inputs: Array) -> Message:
-        """A message of the sessions in these slots; each session has another one, a batch further on or back."""
-        others = [
-            slot + self._num_sessions
-            if slot < NUM_RESERVED_SLOTS + self._num_sessions
-            else slot - self._num_sessions
-            for slot in slots
-        ]
+    def _first(self, rows: range, inputs: Array) -> Message:
+        """A message of some sessions; each has two slots, a batch apart."""
         outputs = np.empty((*inputs.shape[:2], *self._runner.model.no_outputs.shape[1:]), np.float32)
-        return Message([""] * len(slots), [0] * len(slots), inputs, outputs, slots, others)
+        slots = [NUM_RESERVED_SLOTS + row for row in rows]
+        others = [slot + self._num_sessions for slot in slots]
+        return Message([""] * len(rows), [0] * len(rows), inputs, outputs, slots, others)
+
+
+def _next(message: Message) -> Message:
+    """The same steps once more, from where a message has ended to where it began."""
+    return Message(
+        message.session_ids,
+        message.first_steps,
+        message.inputs,
+        message.outputs,
+        message.write_slots,
+        message.slots,
+    )

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -61,26 +62,28 @@ class Message:
     errors: dict[int, ServingError] = field(default_factory=dict)
     """By index, of the sessions whose steps failed."""
     steps_done: int = 0
+    num_left: int = field(init=False)
+    """Steps that are not done."""
+    num_rows: int = field(init=False)
+    """S."""
     is_started: bool = False
     has_ended: bool = False
     """All its turns are done, or every session has failed."""
     submit_time_s: float = field(default_factory=perf_counter)
 
-    @property
-    def num_rows(self) -> int:
-        """S."""
-        return len(self.slots)
+    def __post_init__(self) -> None:
+        """Nothing is done."""
+        self.num_rows, self.num_left = self.inputs.shape[:2]
 
     @property
     def present_slots(self) -> list[int]:
         """Whose the state of each session is by now; `lodgers.py` knows where it is."""
         return self.write_slots if self.steps_done else self.slots
 
-    @property
-    def num_left(self) -> int:
-        """Steps that are not done."""
-        num_steps: int = self.inputs.shape[1]
-        return num_steps - self.steps_done
+    def go_on(self, num_steps: int) -> None:
+        """So many more steps are done."""
+        self.steps_done += num_steps
+        self.num_left -= num_steps
 
     def fail(self, row: int, error: ServingError) -> None:
         """One session gets no result; its first error counts."""
@@ -88,8 +91,7 @@ class Message:
         self.has_ended = len(self.errors) == self.num_rows
 
 
-@dataclass(frozen=True)
-class BatchReport:
+class BatchReport(NamedTuple):
     """What one batch did, for metrics."""
 
     num_rows: int
@@ -137,6 +139,7 @@ class Engine:
         )
         self._wake = threading.Condition()
         self._num_holds = 0
+        self._is_waiting = False
         self._tables_by_use = [*range(runner.num_tables)]
         self._in_order = np.arange(runner.max_batch_size)
         self._is_closing = False
@@ -149,7 +152,8 @@ class Engine:
         with self._wake:
             for message in messages:
                 self._scheduler.add(message)
-            self._wake.notify()
+            if self._is_waiting:
+                self._wake.notify()
 
     def withdraw(self, message: Message) -> bool:
         """Take a message out of line if it has not had a turn; says whether it is out."""
@@ -187,11 +191,14 @@ class Engine:
                         continue  # whoever took it may have put something in line
                     if self._is_abandoned or (self._is_closing and not self._num_holds):
                         return
+                    self._is_waiting = True
                     self._wake.wait()
+                    self._is_waiting = False
                 batch = self._scheduler.next_batch()
             self._attempt(batch)
-            self._ended += [message for message in batch if message.has_ended]
-            unfinished = [message for message in batch if not message.has_ended]
+            unfinished = []
+            for message in batch:
+                (self._ended if message.has_ended else unfinished).append(message)
 
     def _hand_back(self) -> None:
         """Hand back what has ended: at once when nothing is to be run, else when the next run begins.
@@ -218,16 +225,15 @@ class Engine:
         """Run turns of a batch until somebody else waits or a message has ended."""
         self._load([message for message in batch if message.load_state is not None])
         start_s = perf_counter()
-        queue_times_s = [start_s - message.submit_time_s for message in batch if message.steps_done == 0]
+        queue_times_s = [start_s - message.submit_time_s for message in batch if not message.steps_done]
         turn_times_s: list[float] = []
         stepping = [message for message in batch if message.num_left and not message.has_ended]
         num_rows = sum(message.num_rows for message in stepping)
         while stepping:
-            quantum = self._turns_in_a_quantum(num_rows)
-            num_turns = min(
-                quantum if self._is_wanted() else _MOST_TURNS_AT_ONCE,
-                *(message.num_left for message in stepping),
-            )
+            num_turns = min(message.num_left for message in stepping)
+            quantum = self._turns_in_a_quantum(num_rows) if num_turns > 1 else 1
+            if num_turns > quantum:
+                num_turns = min(num_turns, quantum if self._is_wanted() else _MOST_TURNS_AT_ONCE)
             self._take_turns(stepping, num_turns, quantum, turn_times_s)
             if any(message.has_ended or not message.num_left for message in stepping) or self._is_wanted():
                 break
@@ -286,12 +292,10 @@ class Engine:
 
         A session that fails, fails alone.
         """
-        present_slots = _joined([message.present_slots for message in batch])
+        table, seats, are_in_order = self._sit(_joined([message.present_slots for message in batch]))
         write_slots = _joined([message.write_slots for message in batch])
-        is_new = present_slots != write_slots
-        self._lodgers.forget(write_slots[is_new])  # whose they were before has no use for them
-        table, seats, are_in_order = self._sit(present_slots)
-        self._lodgers.forget(write_slots[~is_new])  # who has a seat lodges nowhere else
+        if not are_in_order:
+            self._lodgers.forget(write_slots)  # who has a seat lodges nowhere else
         num_rows = len(seats)
         pieces = [m.inputs[:, m.steps_done : m.steps_done + num_turns] for m in batch]
         inputs = (np.concatenate(pieces) if len(pieces) > 1 else pieces[0]).swapaxes(0, 1)
@@ -312,13 +316,14 @@ class Engine:
                 num_failed = num
                 break
             num_done += num
-            self._turn_time_s[num_rows] = (perf_counter() - start_s) / num
-            turn_times_s += [self._turn_time_s[num_rows]] * num
+            self._turn_time_s[num_rows] = turn_time_s = (perf_counter() - start_s) / num
+            turn_times_s += [turn_time_s] * num
             self._note(batch, (outputs if are_in_order else outputs[:, seats]).swapaxes(0, 1))
-            if num_done % quantum == 0 and self._is_wanted():
+            if num_done < num_turns and num_done % quantum == 0 and self._is_wanted():
                 break
         if not num_done:  # nothing is left of those that are new
-            seats, write_slots = seats[~is_new], write_slots[~is_new]
+            are_old = np.repeat([m.steps_done > 0 for m in batch], [m.num_rows for m in batch])
+            seats, write_slots = seats[are_old], write_slots[are_old]
         self._lodgers.add(self._runner.first_seat(table) + seats, write_slots)
         for _ in range(num_failed):
             self._take_turn_alone([message for message in batch if not message.has_ended])
@@ -333,7 +338,7 @@ class Engine:
             message.outputs[:, message.steps_done : message.steps_done + num_turns] = its_own
             if not are_finite:
                 self._fail_not_finite(message, its_own)
-            message.steps_done += num_turns
+            message.go_on(num_turns)
 
     def _fail_not_finite(self, message: Message, outputs: Array) -> None:
         """Fail the sessions whose next outputs, [S, K, ...], are not finite, each at the first such step."""
@@ -367,24 +372,28 @@ class Engine:
                     np.array([self._runner.first_seat(0)]), np.array([message.write_slots[row]])
                 )
             self._fail_not_finite(message, message.outputs[:, step : step + 1])
-            message.steps_done += 1
+            message.go_on(1)
 
     def _sit(self, slots: Rows) -> tuple[int, Rows, bool]:
         """Give the states of slots [R] a seat each at one table, so that no seat between them is empty.
 
-        The table is the one where most of them lodge. There, whoever lodges in one of the first R seats keeps it (one
-        of those that share it), and the others take what is free.
+        The table is the one where most of them lodge, or, if none does, the one unused for longest. There, whoever
+        lodges in one of the first R seats keeps it (one of those that share it), and the others take what is free.
 
         Returns:
             the table, the seats [R], and whether state i has seat i.
         """
-        rows = self._lodgers.rows_of(slots)
-        tables = self._runner.tables_of(rows)
-        table = self._best_table(tables)
-        first, in_order = self._runner.first_seat(table), self._in_order[: len(slots)]
-        seats = rows - first
-        if (seats == in_order).all():
+        rows, in_order = self._lodgers.rows_of(slots), self._in_order[: len(slots)]
+        table = int(self._runner.tables_of(rows[0]))
+        if table != _NOBODY and not np.count_nonzero(rows - self._runner.first_seat(table) != in_order):
+            self._note_use(table)
             return table, in_order, True
+        tables = self._runner.tables_of(rows)
+        counts = np.bincount(tables + 1)[1:]
+        table = int(counts.argmax()) if len(counts) else self._tables_by_use[0]
+        self._note_use(table)
+        first = self._runner.first_seat(table)
+        seats = rows - first
         in_seat = np.full(len(slots), _NOBODY)  # by seat: which of the states sits there
         sitting = ((tables == table) & (seats < len(slots))).nonzero()[0]
         in_seat[seats[sitting]] = sitting
@@ -396,13 +405,10 @@ class Engine:
             self._lodgers.move_in(rows[is_moving], first + seats[is_moving])
         return table, seats, False
 
-    def _best_table(self, tables: Rows) -> int:
-        """The most frequent of some tables [R], -1 not counted; if there is none, the one unused for longest."""
-        counts = np.bincount(tables + 1)[1:]
-        table = int(counts.argmax()) if len(counts) else self._tables_by_use[0]
-        self._tables_by_use.remove(table)
-        self._tables_by_use.append(table)
-        return table
+    def _note_use(self, table: int) -> None:
+        if self._tables_by_use[-1] != table:
+            self._tables_by_use.remove(table)
+            self._tables_by_use.append(table)
 
     def _forget_what_was_before(self, ended: list[Message]) -> None:
         """The states that messages began from are nobody's any more, unless they failed or somebody shares them."""
@@ -439,8 +445,8 @@ class Engine:
             log.error("a batch could not be reported", model=self._runner.model.label, exc_info=error)
 
 
-def _joined(slots: Iterable[list[int]]) -> Rows:
-    return np.fromiter(chain.from_iterable(slots), np.int64)
+def _joined(slots: list[list[int]]) -> Rows:
+    return np.fromiter(slots[0] if len(slots) == 1 else chain.from_iterable(slots), np.int64)
 
 
 def _power_of_two(number: int) -> int:

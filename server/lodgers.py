@@ -41,7 +41,7 @@ class Lodgers:
             rows: [B], where nobody lodges any more.
             slots: [B], none twice.
         """
-        self.forget(slots)
+        self._slot_in[self._row_of[slots]] = _NOBODY
         self._slot_in[rows] = slots
         self._row_of[slots] = rows
 

@@ -118,6 +118,7 @@ class ModelRunner:
         self._areas = [0] * self.num_tables
         self._table_of = np.full(self.num_rows, -1)
         """By row, what `_areas` says: the table whose next run reads it, or -1."""
+        self._table_of_seats = self._table_of[first:].reshape(self.num_tables, 2, num_seats)
         for table in range(self.num_tables):
             self._let_read(table)
         self._steps: dict[tuple[int, int], _Steps] = {}
@@ -230,9 +231,9 @@ class ModelRunner:
     def _let_read(self, table: int, area: int = 0) -> None:
         """The table's next run reads this area."""
         self._areas[table] = area
-        here, there = self.first_seat(table), self.next_first_seat(table)
-        self._table_of[here : here + self.num_seats] = table
-        self._table_of[there : there + self.num_seats] = -1
+        areas = self._table_of_seats[table]
+        areas[area] = table
+        areas[1 - area] = -1
 
     def _make_steps(self, num_steps: int, size: int) -> _Steps:
         """Make what runs of as many steps and rows take and give, once."""

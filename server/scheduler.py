@@ -51,15 +51,17 @@ class Scheduler(Generic[M]):
         self._is_ahead = False
         """The last batch was of few turns, and went ahead of those who had waited longest."""
         self._num_added = 0
+        self._num_waiting = 0
         self._num_rows_waiting = 0
         self._num_rows_being_answered = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines))
+        return self._num_waiting
 
     def add(self, message: M) -> None:
         """Put a message at the end of its line."""
         self._num_added += 1
+        self._num_waiting += 1
         self._line_of(message)[message] = self._num_added
         self._num_rows_waiting += message.num_rows
 
@@ -68,6 +70,7 @@ class Scheduler(Generic[M]):
         if message.is_started:
             return False
         del self._line_of(message)[message]
+        self._num_waiting -= 1
         self._num_rows_waiting -= message.num_rows
         return True
 
@@ -76,7 +79,7 @@ class Scheduler(Generic[M]):
         lines = [line for line in self._lines if line]
         if not lines:
             return []
-        oldest = min(lines, key=lambda line: next(iter(line.values())))
+        oldest = lines[0] if len(lines) == 1 else min(lines, key=lambda line: next(iter(line.values())))
         line = oldest if self._is_ahead else lines[0]
         self._is_ahead = line is not oldest
         num_free = most = self._most_rows(next(iter(line)))
@@ -90,6 +93,7 @@ class Scheduler(Generic[M]):
             batch.append(message)
         for message in batch:
             del line[message]
+        self._num_waiting -= len(batch)
         self._num_rows_being_answered = most - num_free  # unless they are put back
         self._num_rows_waiting -= most - num_free
         return batch

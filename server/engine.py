@@ -228,9 +228,9 @@ class Engine:
         queue_times_s = [start_s - message.submit_time_s for message in batch if not message.steps_done]
         turn_times_s: list[float] = []
         stepping = [message for message in batch if message.num_left and not message.has_ended]
-        num_rows = sum(message.num_rows for message in stepping)
+        num_rows = sum([message.num_rows for message in stepping])
         while stepping:
-            num_turns = min(message.num_left for message in stepping)
+            num_turns = min([message.num_left for message in stepping])
             quantum = self._turns_in_a_quantum(num_rows) if num_turns > 1 else 1
             if num_turns > quantum:
                 num_turns = min(num_turns, quantum if self._is_wanted() else _MOST_TURNS_AT_ONCE)

@@ -57,9 +57,10 @@ class Lodgers:
     def make_room_for_run(self, table: int, num_rows: int) -> None:
         """Whoever lodges where the table's next run writes goes to his slot, and out of the rows that pad the batch."""
         size = self._runner.padded_batch_size or num_rows
-        first, next_first = self._runner.first_seat(table), self._runner.next_first_seat(table)
+        next_first = self._runner.next_first_seat(table)
         self._leave(next_first, next_first + size)
         if size > num_rows:
+            first = self._runner.first_seat(table)
             self._leave(first + num_rows, first + size)
 
     def move_out(self, slots: Rows | None = None) -> None:

@@ -139,7 +139,6 @@ class Engine:
         )
         self._wake = threading.Condition()
         self._num_holds = 0
-        self._is_waiting = False
         self._tables_by_use = [*range(runner.num_tables)]
         self._in_order = np.arange(runner.max_batch_size)
         self._is_closing = False
@@ -152,8 +151,7 @@ class Engine:
         with self._wake:
             for message in messages:
                 self._scheduler.add(message)
-            if self._is_waiting:
-                self._wake.notify()
+            self._wake.notify()
 
     def withdraw(self, message: Message) -> bool:
         """Take a message out of line if it has not had a turn; says whether it is out."""
@@ -185,15 +183,13 @@ class Engine:
         while True:
             with self._wake:
                 self._scheduler.put_back(unfinished)
-                while self._num_holds or not len(self._scheduler) or self._is_abandoned:
+                while self._num_holds or not self._scheduler or self._is_abandoned:
                     if self._ended:
                         self._hand_back()
                         continue  # whoever took it may have put something in line
                     if self._is_abandoned or (self._is_closing and not self._num_holds):
                         return
-                    self._is_waiting = True
                     self._wake.wait()
-                    self._is_waiting = False
                 batch = self._scheduler.next_batch()
             self._attempt(batch)
             unfinished = []
@@ -283,7 +279,7 @@ class Engine:
 
     def _is_wanted(self) -> bool:
         """Whether the loop has something else to attend to; a glance, without the lock."""
-        return bool(len(self._scheduler) or self._num_holds or self._is_abandoned)
+        return bool(self._scheduler or self._num_holds or self._is_abandoned)
 
     def _take_turns(
         self, batch: list[Message], num_turns: int, quantum: int, turn_times_s: list[float]

@@ -41,7 +41,7 @@ class Lodgers:
             rows: [B], where nobody lodges any more.
             slots: [B], none twice.
         """
-        self._slot_in[self._row_of[slots]] = _NOBODY
+        self.forget(slots)
         self._slot_in[rows] = slots
         self._row_of[slots] = rows
 

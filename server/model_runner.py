@@ -119,6 +119,7 @@ class ModelRunner:
         self._table_of = np.full(self.num_rows, -1)
         """By row, what `_areas` says: the table whose next run reads it, or -1."""
         self._table_of_seats = self._table_of[first:].reshape(self.num_tables, 2, num_seats)
+        """The same of the seats, by table and area: a view."""
         for table in range(self.num_tables):
             self._let_read(table)
         self._steps: dict[tuple[int, int], _Steps] = {}

@@ -51,17 +51,16 @@ class Scheduler(Generic[M]):
         self._is_ahead = False
         """The last batch was of few turns, and went ahead of those who had waited longest."""
         self._num_added = 0
-        self._num_waiting = 0
         self._num_rows_waiting = 0
         self._num_rows_being_answered = 0
 
-    def __len__(self) -> int:
-        return self._num_waiting
+    def __bool__(self) -> bool:
+        """Whether anybody waits."""
+        return self._num_rows_waiting > 0
 
     def add(self, message: M) -> None:
         """Put a message at the end of its line."""
         self._num_added += 1
-        self._num_waiting += 1
         self._line_of(message)[message] = self._num_added
         self._num_rows_waiting += message.num_rows
 
@@ -70,7 +69,6 @@ class Scheduler(Generic[M]):
         if message.is_started:
             return False
         del self._line_of(message)[message]
-        self._num_waiting -= 1
         self._num_rows_waiting -= message.num_rows
         return True
 
@@ -93,7 +91,6 @@ class Scheduler(Generic[M]):
             batch.append(message)
         for message in batch:
             del line[message]
-        self._num_waiting -= len(batch)
         self._num_rows_being_answered = most - num_free  # unless they are put back
         self._num_rows_waiting -= most - num_free
         return batch

@@ -58,7 +58,9 @@ def test_a_message_can_be_withdrawn_until_its_first_turn() -> None:
 
     assert not scheduler.withdraw(started)
     assert scheduler.withdraw(waiting)
-    assert len(scheduler) == 1
+    assert scheduler
+    assert scheduler.next_batch() == [started]
+    assert not scheduler
 
 
 LENGTHS = st.lists(st.integers(1, 9), max_size=12)

@@ -3,7 +3,7 @@
 A state is copied into its slot only when a run or somebody else is about to overwrite the seat, or somebody reads the
 slot; what nobody needs any more is never copied. `engine.py` says which states those are.
 
-A seat has a row in each of its table's two areas; a run reads those of one and writes those of the other.
+A run reads the rows of its table's area and writes those of the spare one, which then are the table's.
 
 Shapes: B states.
 """
@@ -57,7 +57,7 @@ class Lodgers:
     def make_room_for_run(self, table: int, num_rows: int) -> None:
         """Whoever lodges where the table's next run writes goes to his slot, and out of the rows that pad the batch."""
         size = self._runner.padded_batch_size or num_rows
-        next_first = self._runner.next_first_seat(table)
+        next_first = self._runner.spare_first_seat
         self._leave(next_first, next_first + size)
         if size > num_rows:
             first = self._runner.first_seat(table)

@@ -2,10 +2,11 @@
 
 A pool `[num_rows, ...]` for each state tensor. Row 0 holds the model's initial state and is never written. Then
 come the slots, whose owners are `sessions.py`'s business. The last rows are the seats, at tables that seat the largest
-batch each. A table has two areas of rows: a run reads the first seats of one area and leaves the next state in the same
-seats of the other, from where the table's next run reads it. So a batch that goes on copies no state, several that take
-turns sit at tables of their own, and a run that fails has spoiled none. Only row numbers, inputs and outputs cross
-between host and device.
+batch each. Every table has an area of rows, and one more is spare: a run reads the first seats of its table's area and
+leaves the next state in the same seats of the spare one. The two change over then, so that the table's next run reads
+what this one has left. So a batch that goes on copies no state, several that take turns sit at tables of their own, a
+run that fails has spoiled none, and what is written next was read last: it is still in the processor's cache. Only row
+numbers, inputs and outputs cross between host and device.
 
 Shapes: B batch.
 """
@@ -34,8 +35,8 @@ log = structlog.get_logger()
 INITIAL_SLOT = 0
 NUM_RESERVED_SLOTS = 1
 
-# Callers who take turns with a batch each are rarely more; and seats, of which a table has two for each row of a batch,
-# take no more than a quarter of what slots do, unless one table does.
+# Callers who take turns with a batch each are rarely more; and seats take no more than a quarter of what slots do,
+# unless those of one table and the spare ones do.
 _MOST_TABLES = 8
 _SLOTS_BY_SEATS = 4
 
@@ -105,9 +106,10 @@ class ModelRunner:
         step = math.lcm(*(_ALIGNMENT_BYTES // math.gcd(_row_bytes(s), _ALIGNMENT_BYTES) for s in spec.states))
         self.num_seats = num_seats = _round_up(max_batch_size, step)
         first = _round_up(num_slots + NUM_RESERVED_SLOTS, step)
-        self.num_tables = max(1, min(_MOST_TABLES, num_slots // (_SLOTS_BY_SEATS * 2 * max_batch_size)))
+        self.num_tables = max(1, min(_MOST_TABLES, num_slots // (_SLOTS_BY_SEATS * max_batch_size) - 1))
+        num_areas = self.num_tables + 1
         self._first_of_seats = first
-        self.num_rows = first + 2 * num_seats * self.num_tables
+        self.num_rows = first + num_seats * num_areas
         """Of each pool: slots and seats."""
         self._pools = {
             state.input_name: self._on_device(
@@ -115,13 +117,12 @@ class ModelRunner:
             )
             for state in spec.states
         }
-        self._areas = [0] * self.num_tables
+        *self._areas, self._spare_area = range(num_areas)
         self._table_of = np.full(self.num_rows, -1)
         """By row, what `_areas` says: the table whose next run reads it, or -1."""
-        self._table_of_seats = self._table_of[first:].reshape(self.num_tables, 2, num_seats)
-        """The same of the seats, by table and area: a view."""
-        for table in range(self.num_tables):
-            self._let_read(table)
+        self._table_of_seats = self._table_of[first:].reshape(num_areas, num_seats)
+        """The same of the seats, by area: a view."""
+        self._table_of_seats[:-1] = np.arange(self.num_tables)[:, np.newaxis]
         self._steps: dict[tuple[int, int], _Steps] = {}
         self._runs: dict[tuple[int, int, int, int], ort.IOBinding] = {}
         self._moves: dict[int, _BoundMove] = {}
@@ -139,11 +140,12 @@ class ModelRunner:
 
     def first_seat(self, table: int) -> int:
         """The row that the table's next run reads first; every run there that succeeds changes it."""
-        return self._first_of_seats + (2 * table + self._areas[table]) * self.num_seats
+        return self._first_of_seats + self._areas[table] * self.num_seats
 
-    def next_first_seat(self, table: int) -> int:
-        """The row that the table's next run writes first."""
-        return self._first_of_seats + (2 * table + 1 - self._areas[table]) * self.num_seats
+    @property
+    def spare_first_seat(self) -> int:
+        """The row that the next run writes first, of whatever table it is."""
+        return self._first_of_seats + self._spare_area * self.num_seats
 
     def tables_of(self, rows: Rows) -> Rows:
         """The tables [B] whose next run reads these rows [B], each as a seat; -1 where none does."""
@@ -171,13 +173,15 @@ class ModelRunner:
             # What a session that failed has left there must not fail others.
             empty = np.arange(num_rows, size) + self.first_seat(table)
             self.move(np.full_like(empty, INITIAL_SLOT), empty)
-        area = self._areas[table]
+        area, next_area = self._areas[table], self._spare_area
         steps = self._steps.get((num_steps, size)) or self._make_steps(num_steps, size)
-        binding = self._runs.get((table, area, num_steps, size)) or self._bind_run(table, num_steps, size)
+        binding = self._runs.get((area, next_area, num_steps, size)) or self._bind_run(table, num_steps, size)
         steps.inputs.update_inplace(inputs)
         (self._run if num_steps == 1 else self._scan).run_with_iobinding(binding)
         binding.synchronize_outputs()
-        self._let_read(table, 1 - area)
+        self._areas[table], self._spare_area = next_area, area
+        self._table_of_seats[next_area] = table
+        self._table_of_seats[area] = -1
         return steps.outputs[:, :num_rows]
 
     def move(self, sources: Rows, targets: Rows) -> None:
@@ -229,13 +233,6 @@ class ModelRunner:
         self._pools.clear()
         del self._run, self._scan, self._move, self._read, self._write
 
-    def _let_read(self, table: int, area: int = 0) -> None:
-        """The table's next run reads this area."""
-        self._areas[table] = area
-        areas = self._table_of_seats[table]
-        areas[area] = table
-        areas[1 - area] = -1
-
     def _make_steps(self, num_steps: int, size: int) -> _Steps:
         """Make what runs of as many steps and rows take and give, once."""
         spec, axes = self.model.spec, (num_steps, size)
@@ -249,7 +246,7 @@ class ModelRunner:
         return steps
 
     def _bind_run(self, table: int, num_steps: int, size: int) -> ort.IOBinding:
-        """Bind every buffer for runs of as many steps and rows from the present area of a table, once."""
+        """Bind every buffer for runs of as many steps and rows from a table's area to the spare one, once."""
         spec, steps = self.model.spec, self._steps[num_steps, size]
         where = (self.device.kind, self.device.device_id)
         binding = (self._run if num_steps == 1 else self._scan).io_binding()
@@ -260,10 +257,10 @@ class ModelRunner:
         for state in spec.states:
             pool, row_bytes = self._pools[state.input_name].data_ptr(), _row_bytes(state)
             content = (*where, numpy_dtype(state.dtype), (size, *state.shape))
-            here, there = self.first_seat(table) * row_bytes, self.next_first_seat(table) * row_bytes
+            here, there = self.first_seat(table) * row_bytes, self.spare_first_seat * row_bytes
             binding.bind_input(graphs.content(state), *content, pool + here)
             binding.bind_output(graphs.next_content(state), *content, pool + there)
-        self._runs[table, self._areas[table], num_steps, size] = binding
+        self._runs[self._areas[table], self._spare_area, num_steps, size] = binding
         return binding
 
     def _bind_move(self, size: int) -> _BoundMove:

@@ -398,7 +398,7 @@ def test_messages_that_arrive_amid_the_turns_of_others_give_what_each_gives_alon
 
 
 class Rows:
-    """One table, with two areas of seats, and which slot's state is in each row: enough of a runner for lodgers."""
+    """One table and a spare area, and which slot's state is in each row: enough of a runner for lodgers."""
 
     num_rows, padded_batch_size = 30, None
 
@@ -409,12 +409,13 @@ class Rows:
     def first_seat(self, table: int) -> int:
         return self.firsts[table]
 
-    def next_first_seat(self, table: int) -> int:
-        return self.firsts[table + 1]
+    @property
+    def spare_first_seat(self) -> int:
+        return self.firsts[1]
 
     def run(self, seats: dict[int, str]) -> None:
         """What a run leaves, by seat."""
-        self.content |= {self.next_first_seat(0) + seat: state for seat, state in seats.items()}
+        self.content |= {self.spare_first_seat + seat: state for seat, state in seats.items()}
         self.firsts.reverse()
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:

@@ -40,15 +40,15 @@ log = structlog.get_logger()
 class Message:
     """T steps of S sessions, T at least 0, and a look at the state after them if asked for."""
 
-    session_ids: list[str]
-    first_steps: list[int]
+    session_ids: Sequence[str]
+    first_steps: Sequence[int] | Rows
     inputs: Array
     """[S, T, ...input shape]."""
     outputs: Array
     """[S, T, ...output shape], filled turn by turn."""
-    slots: list[int]
+    slots: Sequence[int] | Rows
     """Where each state is at first: the session's slot."""
-    write_slots: list[int]
+    write_slots: Sequence[int] | Rows
     """Where each state goes in the end, and whenever the message must wait for its next turn."""
     shared_slots: frozenset[int] = frozenset()
     """Those of `slots` that somebody else holds as well, and will need when this message has ended."""
@@ -76,7 +76,7 @@ class Message:
         self.num_rows, self.num_left = self.inputs.shape[:2]
 
     @property
-    def present_slots(self) -> list[int]:
+    def present_slots(self) -> Sequence[int] | Rows:
         """Whose the state of each session is by now; `lodgers.py` knows where it is."""
         return self.write_slots if self.steps_done else self.slots
 
@@ -340,7 +340,7 @@ class Engine:
         """Fail the sessions whose next outputs, [S, K, ...], are not finite, each at the first such step."""
         is_finite: Array = np.asarray(np.isfinite(outputs).reshape(*outputs.shape[:2], -1).all(axis=2))
         for row in np.flatnonzero(~is_finite.all(axis=1)).tolist():
-            step = message.first_steps[row] + message.steps_done + int(is_finite[row].argmin())
+            step = int(message.first_steps[row]) + message.steps_done + int(is_finite[row].argmin())
             message.fail(row, OutputNotFiniteError(self._runner.model.label, step))
 
     def _take_turn_alone(self, batch: list[Message]) -> None:
@@ -358,7 +358,7 @@ class Engine:
                         "a step failed",
                         model=self._runner.model.label,
                         session_id=message.session_ids[row],
-                        step=message.first_steps[row] + step,
+                        step=int(message.first_steps[row]) + step,
                         exc_info=error,
                     )
                     message.fail(row, StepFailedError(self._runner.model.label))
@@ -441,8 +441,10 @@ class Engine:
             log.error("a batch could not be reported", model=self._runner.model.label, exc_info=error)
 
 
-def _joined(slots: list[list[int]]) -> Rows:
-    return np.fromiter(slots[0] if len(slots) == 1 else chain.from_iterable(slots), np.int64)
+def _joined(slots: Sequence[Sequence[int] | Rows]) -> Rows:
+    if len(slots) == 1:
+        return np.asarray(slots[0], np.int64)
+    return np.fromiter(chain.from_iterable(slots), np.int64)
 
 
 def _power_of_two(number: int) -> int:

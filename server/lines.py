@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
+
 from server.errors import (
     LeaseLapsedError,
     QueueFullError,
@@ -23,6 +25,7 @@ from server.errors import (
     SessionMovedError,
 )
 from server.journal import Journal, Outcome
+from server.model_runner import Rows
 from server.records import About
 from server.served_model import ServedModel
 from server.session import Batch, Call, Group, Session
@@ -32,8 +35,8 @@ from server.store import Write
 class Keeper(Protocol):
     """Who looks after sessions: `residence.py`."""
 
-    def rest(self, served: ServedModel, sessions: Sequence[Session]) -> None:
-        """No call is left in the lines of some sessions of a model."""
+    def rest(self, served: ServedModel, places: int | Rows) -> None:
+        """No call is left in the lines of the sessions in some places, or one, of a model's room."""
 
     def vacate(self, session: Session) -> None:
         """A session is lost, and nothing uses its slot any more."""
@@ -80,7 +83,7 @@ class Lines:
         """
         self._check_is_here(session)
         served = session.model
-        must_wait = needs_device or session.calls
+        must_wait = needs_device or session.first_call is not None
         if must_wait and not is_our_own and served.num_pending >= served.limits.max_pending_messages:
             raise queue_full(served)
         served.num_pending += 1
@@ -89,20 +92,21 @@ class Lines:
             call = Call(session, begin, future, partial(_settle, future), follows)
         else:
             call = batch[0].call(session, begin, batch[1])
-        served.room.wake([session])
-        session.calls.append(call)
-        if len(session.calls) == 1:
+        served.room.is_idle.one[session.place] = False
+        if session.line_up(call):
             self.serve(session)
         return call
 
     def enter_group(self, group: Group) -> None:
         """Put a group in the lines of its sessions; whoever enters it has counted it among the pending."""
         group.batch.calls.append(group)
-        group.served.room.wake(group.sessions)
-        for session in group.sessions:
-            if session.calls:
-                group.waiting.add(session)
-            session.calls.append(group)
+        room = group.served.room
+        if room.is_idle.each[group.places].all():
+            for place in group.places.tolist():
+                room.first_call[place] = group
+        else:
+            group.waiting.update([session for session in group.sessions if not session.line_up(group)])
+        room.is_idle.each[group.places] = False
         if not group.waiting:
             group.begin(group)
 
@@ -132,8 +136,7 @@ class Lines:
 
     def serve(self, session: Session) -> None:
         """Begin what can be begun; to be called whenever a session's line or what it waits for has changed."""
-        while session.calls and (session.is_ready or session.loss):
-            call = session.calls[0]
+        while (call := session.first_call) is not None and (session.is_ready or session.loss):
             if isinstance(call, Group):
                 if call.message is not None:
                     return
@@ -158,11 +161,11 @@ class Lines:
                 call.begin(call)
             except Exception as error:  # a bug in one call must not keep the others of its session waiting
                 self.fail(call, error)
-        if not session.calls:
+        if call is None and session.is_ready:
             if session.loss:
                 self.keeper.vacate(session)
-            elif session.is_ready:
-                self.keeper.rest(session.model, [session])
+            else:
+                self.keeper.rest(session.model, session.place)
 
     def end(self, call: Call, result: object) -> None:
         """Answer the call being served, unless what this replica knows may be out of date."""
@@ -181,7 +184,9 @@ class Lines:
         """A session is here no more; what is in its line is told why, but what has begun in the engine ends there."""
         if session.loss is None:
             session.loss = loss
-            session.model.room.wake([session])
+            room = session.model.room
+            room.needs_care.one[session.place], room.is_idle.one[session.place] = True, False
+            room.num_lost += 1
             self.keeper.lost(session)
 
     def commit(self, changes: Sequence[Change], then: Callable[[list[ServingError | None]], None]) -> None:
@@ -241,35 +246,35 @@ class Lines:
 
     def end_group(self, group: Group) -> None:
         """The message of a group has ended or is withdrawn: it is the turn of who waits behind it."""
-        group.served.num_pending -= len(group.sessions)
-        last_use_s = self._journal.service_time_s
-        resting = []
+        served, places = group.served, group.places
+        served.num_pending -= len(places)
+        served.room.last_use_s.each[places] = self._journal.service_time_s
+        if not served.room.needs_care.each[places].any():
+            for place in places.tolist():
+                served.room.first_call[place] = None
+            return self.keeper.rest(served, places)
         for session in group.sessions:
-            session.calls.popleft()
-            session.last_use_s = last_use_s
-            if session.calls or session.loss or not session.is_ready:
-                self.serve(session)
-            else:
-                resting.append(session)
-        self.keeper.rest(group.served, resting)
+            session.leave_line(group)
+            self.serve(session)
+        return None
 
     def _drop(self, group: Group, session: Session, error: ServingError) -> None:
         """Take a session that is lost out of a group that has not begun."""
         row = group.sessions.index(session)
-        index = group.indices[row]
-        session.calls.popleft()
+        index = int(group.indices[row])
+        session.leave_line(group)
         group.served.num_pending -= 1
         group.waiting.discard(session)
         group.keep([other for other in range(len(group.sessions)) if other != row])
         if not group.sessions:
             group.batch.calls.remove(group)
-        group.batch.settle(index, error)
+        group.batch.settle_error(index, error)
         if group.sessions and not group.waiting:
             group.begin(group)
 
     def _leave(self, call: Call) -> None:
         session = call.session
-        session.calls.popleft()
+        session.leave_line(call)
         call.follows = None  # or a stream would keep all its calls alive
         session.last_use_s = self._journal.service_time_s
         session.model.num_pending -= 1
@@ -279,7 +284,7 @@ class Lines:
         if call not in session.calls:
             return
         if not call.is_begun:
-            session.calls.remove(call)
+            session.leave_line(call)
             session.model.num_pending -= 1
             self.serve(session)
         elif call.message is not None and session.model.withdraw(call.message):
@@ -289,14 +294,14 @@ class Lines:
 
     def _withdraw_group(self, group: Group) -> None:
         if group.message is None:
-            behind = [session for session in group.sessions if session.calls[0] is group]
+            behind = [session for session in group.sessions if session.first_call is group]
             group.served.num_pending -= len(group.sessions)
             for session in group.sessions:
-                session.calls.remove(group)
+                session.leave_line(group)
             for session in behind:
                 self.serve(session)
         elif not group.message.has_ended and group.served.withdraw(group.message):
-            group.served.slots.release_many(group.message.write_slots)
+            group.served.slots.release_many(np.asarray(group.message.write_slots))
             self.end_group(group)
 
     def _check_is_here(self, session: Session) -> None:

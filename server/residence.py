@@ -41,10 +41,9 @@ from server.errors import (
     StoreError,
     WrongReplicaError,
 )
-from server.history import History
 from server.journal import Journal
 from server.lines import Lines, loss_by, move
-from server.model_runner import INITIAL_SLOT
+from server.model_runner import INITIAL_SLOT, Rows
 from server.records import (
     About,
     DamagedError,
@@ -123,7 +122,7 @@ class Residence:
                 self._wanted[session_id] -= 1
                 if not self._wanted[session_id]:
                     del self._wanted[session_id]
-        if not session.calls:
+        if session.first_call is None:
             # A call is about to enter. If none does, it is idle after all.
             asyncio.get_running_loop().call_soon(self._lines.serve, session)
         return session
@@ -181,7 +180,7 @@ class Residence:
         self.sessions[session.session_id] = session
         session.is_ready = state is None
         if state is None:
-            self.rest(session.model, [session])
+            self.rest(session.model, session.place)
         else:
             self._spawn(self._restore(session, [], state))
 
@@ -237,17 +236,16 @@ class Residence:
         """Make a claim of an epoch a session in memory, and begin to bring its state back."""
         claim = _check_lives(session_id, found)
         about, served = self._read_entry(claim.entry)
-        if not served.room.take():
-            await self._wait_for_room(served)
+        place = served.room.take()
+        if place is None:
+            place = await self._wait_for_room(served)
         if epoch != self._epoch:
-            served.room.give_up()
+            served.room.give_up(place)
             raise LeaseLapsedError
-        model = served.model
-        history = History(model.no_inputs, model.no_outputs, served.limits.retry_window_steps)
+        entry = claim.entry
         session = Session(
-            session_id, claim.entry.request_id, served, about, claim.fence, history, claim.entry.last_use_s
+            session_id, entry.request_id, served, place, about, claim.fence, entry.next_step, entry.last_use_s
         )
-        session.is_ready = False
         self.sessions[session_id] = session
         try:
             replay, state = self._read_claim(session, claim)
@@ -256,9 +254,9 @@ class Residence:
             self._lines.serve(session)
             raise
         if replay or state is not None:
+            session.is_ready = False
             self._spawn(self._restore(session, replay, state))
         else:
-            session.is_ready = True
             self._lines.serve(session)
 
     def _read_entry(self, entry: Entry) -> tuple[About, ServedModel]:
@@ -302,7 +300,7 @@ class Residence:
             session.about = replace(about, is_approximate=True)
         if replay and about.num_recoveries >= _MOST_RECOVERIES:
             raise SessionQuarantinedError(session.session_id, about.num_recoveries)
-        session.history = _history(session.model, claim.entry.next_step, ran, about.reset_steps)
+        _record(session, ran)
         return replay, state
 
     async def _restore(self, session: Session, replay: list[Ran], state: dict[str, Array] | None) -> None:
@@ -392,12 +390,12 @@ class Residence:
 
     # Room.
 
-    async def _wait_for_room(self, served: ServedModel) -> None:
+    async def _wait_for_room(self, served: ServedModel) -> int:
         if served.room.num_waiting >= served.limits.max_pending_messages:
             raise QueueFullError(served.model.label, served.limits.max_pending_messages)
         place = served.room.line_up()
         self._make_room(served)
-        await place
+        return await place
 
     def _make_room(self, served: ServedModel) -> None:
         while (session := served.room.next_to_leave()) is not None:
@@ -437,7 +435,7 @@ class Residence:
         def committed(errors: list[ServingError | None]) -> None:
             if errors[0] is not None:
                 self._lines.fail(call, errors[0])
-            elif len(session.calls) == 1 or session.is_leaving:
+            elif not session.waiting or session.is_leaving:
                 self._lines.lose(session, SessionMovedError(session.session_id))
                 self._lines.end(call, None)
             else:
@@ -464,12 +462,14 @@ class Residence:
 
     # What lines tell.
 
-    def rest(self, served: ServedModel, sessions: Sequence[Session]) -> None:
-        """No call is left in the lines of some sessions of a model."""
+    def rest(self, served: ServedModel, places: int | Rows) -> None:
+        """No call is left in the lines of the sessions in some places, or one, of a model's room."""
+        room = served.room
         if self._wanted:  # a call may be on its way to some of them
-            sessions = [session for session in sessions if session.session_id not in self._wanted]
-        served.room.rest(sessions)
-        if served.room.num_waiting:
+            those = np.atleast_1d(places).tolist()
+            places = np.array([p for p in those if room.session[p].session_id not in self._wanted], np.int64)
+        room.is_idle.each[places] = True
+        if room.num_waiting:
             self._make_room(served)
 
     def lost(self, session: Session) -> None:
@@ -478,11 +478,8 @@ class Residence:
             del self.sessions[session.session_id]
 
     def vacate(self, session: Session) -> None:
-        """Nothing uses a lost session's slot any more."""
-        if not session.has_vacated:
-            session.has_vacated = True
-            move(session, INITIAL_SLOT)
-            session.model.room.give_up()
+        """Nothing uses a lost session's place any more."""
+        session.give_up_place()
 
     # Several replicas.
 
@@ -540,9 +537,9 @@ class Residence:
 
 def _with_snapshot(session: Session, snapshot: bytes) -> About:
     """What is to be said of a session whose present state is written as its snapshot."""
-    return session.about.with_snapshot(
-        snapshot, session.next_step, session.history.reset_steps, session.model.fingerprint
-    )
+    served = session.model
+    resets = served.histories.reset_steps(session.place)
+    return session.about.with_snapshot(snapshot, session.next_step, resets, served.fingerprint)
 
 
 def _check_lives(session_id: str, found: Claim | Entry | None) -> Claim:
@@ -562,15 +559,14 @@ def end_error(entry: Entry) -> SessionNotFoundError:
     return (SessionExpiredError if has_expired else SessionNotFoundError)(entry.session_id)
 
 
-def _history(served: ServedModel, next_step: int, ran: Sequence[Ran], reset_steps: Sequence[int]) -> History:
-    """The records of a session, as many of its last steps as the window has."""
-    model, window = served.model, served.limits.retry_window_steps
+def _record(session: Session, ran: Sequence[Ran]) -> None:
+    """Put what a session ran on record, as many of its last steps as the window has."""
+    served, model = session.model, session.model.model
+    window = served.limits.retry_window_steps
     inputs = np.concatenate([model.no_inputs, *(message.inputs for message in ran)])[-window:]
     outputs = np.concatenate([model.no_outputs, *(message.outputs for message in ran)])[-window:]
-    history = History(model.no_inputs, model.no_outputs, window, next_step - len(inputs), reset_steps)
-    if len(inputs):
-        history.add(inputs, outputs)
-    return history
+    served.histories.begin(session.place, session.next_step - len(inputs), session.about.reset_steps)
+    served.histories.add(session.place, inputs, outputs)
 
 
 def _look_at_error(done: asyncio.Future[Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.engine import BatchReport, Engine, Message
+from server.history import Histories
 from server.model_runner import ModelRunner
 from server.records import fingerprint
 from server.room import Room
@@ -44,7 +45,13 @@ class ServedModel:
         self.runner = runner
         self.limits = limits
         self.slots = slots
-        self.room: Room[Any] = Room(limits.max_resident_sessions)
+        self.room: Room[Any, Any] = Room(limits.max_resident_sessions)
+        self.histories = Histories(
+            limits.max_resident_sessions + 1,
+            self.model.no_inputs,
+            self.model.no_outputs,
+            limits.retry_window_steps,
+        )
         self.fingerprint = fingerprint(runner.model, runner.device, runner.padded_batch_size)
         self.num_pending = 0
         self.is_leaving = False

@@ -151,18 +151,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
         found = await self._find_each(ids)
         batch = self._enter_batch(ids, found, first_steps, inputs)
-        response = _batch_message(await self._sessions.finish(batch))
-        if None in found:  # brought in meanwhile
-            in_memory = self._sessions.in_memory
-            found = [session or in_memory.get(ids[index]) for index, session in enumerate(found)]
-        response.approximate.extend(
-            [
-                index
-                for index, session in enumerate(found)
-                if isinstance(session, Session) and session.about.is_approximate
-            ]
-        )
-        return response
+        return _batch_message(await self._sessions.finish(batch))
 
     async def GetState(
         self, request: session_service_pb2.GetStateRequest, context: _Context
@@ -237,16 +226,19 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         inputs: Array,
     ) -> Batch:
         """Enter each session's steps; an item that cannot be entered has its error for a result."""
-        models = [*dict.fromkeys(session.model for session in found if isinstance(session, Session))]
-        if models:
-            requests.check_batch_fits(inputs, models[0].model, self._limits)
-        if len(models) > 1:
-            found = [self._if_alike(session, models[0].model) for session in found]
+        models = {session.model if isinstance(session, Session) else None for session in found}
+        first = next((session.model for session in found if isinstance(session, Session)), None)
+        if first is not None:
+            requests.check_batch_fits(inputs, first.model, self._limits)
+            if len(models) > 1:
+                found = [self._if_alike(session, first.model) for session in found]
 
         def check(session: Session) -> None:
-            requests.check_alike("session_ids", session.model.model.spec, models[0].model.spec)
+            assert first is not None
+            requests.check_alike("session_ids", session.model.model.spec, first.model.spec)
 
-        return self._sessions.step_each(ids, found, inputs, first_steps, check)
+        served = first if len(models) == 1 else None
+        return self._sessions.step_each(ids, found, served, inputs, first_steps, check)
 
     def _if_alike(
         self, session: Session | ServingError | None, model: StepModel
@@ -268,7 +260,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     async def _find_each(self, ids: Sequence[str]) -> list[Session | ServingError | None]:
         """The sessions that are in memory, the first at least, since the inputs are held against its model."""
         in_memory = self._sessions.in_memory
-        found: list[Session | ServingError | None] = [in_memory.get(session_id) for session_id in ids]
+        found: list[Session | ServingError | None] = [*map(in_memory.get, ids)]
         if None not in found:
             return found
         has_model = any(found)
@@ -499,7 +491,9 @@ def _state_messages(
 
 
 def _batch_message(result: BatchResult) -> session_service_pb2.BatchStepResponse:
-    response = session_service_pb2.BatchStepResponse(next_steps=result.next_steps)
+    response = session_service_pb2.BatchStepResponse(
+        next_steps=result.next_steps, approximate=sorted(result.approximate)
+    )
     for index, error in sorted(result.errors.items()):
         if not isinstance(error, ServingError):
             log.error("an item of a batch failed unexpectedly", index=index, exc_info=error)

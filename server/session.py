@@ -20,49 +20,165 @@ import numpy as np
 from ntm.tensor import Array
 from server.engine import Message
 from server.errors import ServingError
-from server.history import History
-from server.model_runner import INITIAL_SLOT
+from server.model_runner import INITIAL_SLOT, Rows
 from server.records import About
 from server.served_model import ServedModel
 from server.store import Entry
 
 
-@dataclass(eq=False, slots=True)
 class Session:
-    """A scratch memory and its history."""
+    """A scratch memory and its history. What of it stands in its model's columns, by place, is shown as its own."""
 
-    session_id: str
-    request_id: str
-    model: ServedModel
-    about: About
-    fence: int
-    """Under which this replica may write it."""
-    history: History
-    last_use_s: float
-    """Service time of its last call."""
-    slot: int = INITIAL_SLOT
-    calls: deque[Call | Group] = field(default_factory=deque)
-    """Calls in order of arrival; the first is being served."""
-    is_ready: bool = True
-    """Its state is in its slot. Until then its calls wait."""
-    is_leaving: bool = False
-    """The last call in its line gives it to another replica; no more may enter."""
-    loss: ServingError | None = None
-    """Why it is here no more: what every call that is still in its line is told."""
+    __slots__ = (
+        "_about",
+        "fence",
+        "is_leaving",
+        "is_ready",
+        "loss",
+        "model",
+        "place",
+        "request_id",
+        "session_id",
+        "waiting",
+    )
 
-    has_vacated: bool = False
-    """Lost, and its slot and place given up."""
+    def __init__(
+        self,
+        session_id: str,
+        request_id: str,
+        model: ServedModel,
+        place: int,
+        about: About,
+        fence: int,
+        next_step: int,
+        last_use_s: float,
+        slot: int = INITIAL_SLOT,
+    ) -> None:
+        """A session with nothing on record, in a place that was taken for it.
+
+        Args:
+            session_id: its id.
+            request_id: of the request that made it.
+            model: its model.
+            place: its place in the model's room.
+            about: what its entry says.
+            fence: under which this replica may write it.
+            next_step: its counter.
+            last_use_s: service time of its last call.
+            slot: where its state is, held for it.
+        """
+        self.model = model
+        self.place = place
+        self.session_id = session_id
+        self.request_id = request_id
+        self.fence = fence
+        model.room.num_failed += about.failure is not None
+        self._about = about
+        self.about = about
+        self.slot = slot
+        self.last_use_s = last_use_s
+        self.waiting: deque[Call | Group] | None = None
+        """Calls behind the first, in order of arrival."""
+        self.is_ready = True
+        """Its state is in its slot. Until then its calls wait."""
+        self.is_leaving = False
+        """The last call in its line gives it to another replica; no more may enter."""
+        self.loss: ServingError | None = None
+        """Why it is here no more: what every call that is still in its line is told."""
+        model.room.session[place] = self
+        model.histories.begin(place, next_step, about.reset_steps)
+
+    @property
+    def about(self) -> About:
+        """What its entry says of it."""
+        return self._about
+
+    @about.setter
+    def about(self, about: About) -> None:
+        room, place = self.model.room, self.place
+        room.num_failed += (about.failure is not None) - (self._about.failure is not None)
+        self._about = about
+        room.snapshot_step.one[place] = about.snapshot_step
+        room.is_approximate.one[place] = about.is_approximate
 
     @property
     def next_step(self) -> int:
         """Index of the next step."""
-        return self.history.next_step
+        return self.model.histories.next_step.one[self.place]
+
+    @property
+    def slot(self) -> int:
+        """Where its state is."""
+        return self.model.room.slot.one[self.place]
+
+    @slot.setter
+    def slot(self, slot: int) -> None:
+        self.model.room.slot.one[self.place] = slot
+
+    @property
+    def last_use_s(self) -> float:
+        """Service time of its last call."""
+        return self.model.room.last_use_s.one[self.place]
+
+    @last_use_s.setter
+    def last_use_s(self, last_use_s: float) -> None:
+        self.model.room.last_use_s.one[self.place] = last_use_s
+
+    @property
+    def first_call(self) -> Call | Group | None:
+        """The call that is being served, or is next."""
+        call: Call | Group | None = self.model.room.first_call[self.place]
+        return call
+
+    @property
+    def calls(self) -> list[Call | Group]:
+        """All calls in its line."""
+        first = self.first_call
+        return [] if first is None else [first, *(self.waiting or ())]
+
+    def line_up(self, call: Call | Group) -> bool:
+        """Put a call at the end of its line; says whether it is the first."""
+        room, place = self.model.room, self.place
+        if room.first_call[place] is None:
+            room.first_call[place] = call
+            return True
+        if self.waiting is None:
+            self.waiting = deque()
+        self.waiting.append(call)
+        room.needs_care.one[place] = True
+        return False
+
+    def leave_line(self, call: Call | Group) -> None:
+        """Take a call out of its line."""
+        room, place, waiting = self.model.room, self.place, self.waiting
+        if call is not room.first_call[place]:
+            assert waiting is not None
+            waiting.remove(call)
+        else:
+            room.first_call[place] = waiting.popleft() if waiting else None
+        if waiting is not None and not waiting and self.loss is None:
+            room.needs_care.one[place] = False
+
+    def put_first(self, call: Call | Group) -> None:
+        """Put a call in the place of the first in its line."""
+        self.model.room.first_call[self.place] = call
+
+    def give_up_place(self) -> None:
+        """It is lost, and nothing uses its state or its history any more."""
+        served, place = self.model, self.place
+        if place != served.room.nowhere:
+            self.place = served.room.nowhere
+            served.room.num_failed -= self._about.failure is not None
+            served.room.num_lost -= 1
+            served.slots.release(served.room.slot.one[place])
+            served.histories.end(place)
+            served.room.give_up(place)
 
     @property
     def has_just_failed(self) -> bool:
         """Whether the last message failed, so that a repeat of it is answered without running it."""
         failure = self.about.failure
-        return failure is not None and failure.first_step == self.history.next_step
+        return failure is not None and failure.first_step == self.next_step
 
     def entry(
         self, about: About, next_step: int, last_use_s: float, end_time_s: float | None = None
@@ -117,6 +233,8 @@ class BatchResult:
     """[S, T, ...output shape], zeros where a session failed; None if all did."""
     next_steps: list[int]
     """0 where a session failed."""
+    approximate: list[int]
+    """Indices of the sessions that were once replayed on another machine or build than they ran on."""
     errors: dict[int, BaseException]
     """By index."""
 
@@ -124,46 +242,61 @@ class BatchResult:
 class Batch:
     """What the caller of several sessions' steps waits for: what became of each, when all have ended."""
 
-    def __init__(self, num_sessions: int, num_steps: int) -> None:
+    def __init__(self, session_ids: Sequence[str], inputs: Array, first_steps: Sequence[int]) -> None:
+        """Nothing is known yet of the steps with inputs [S, T, ...input shape]."""
+        self.session_ids = session_ids
+        self.inputs = inputs
+        self.first_steps = first_steps
+        """As the caller says, or empty."""
+        num_sessions = len(session_ids)
         self.future: asyncio.Future[BatchResult] = asyncio.get_running_loop().create_future()
         self.calls: list[Call | Group] = []
-        self._size = (num_sessions, num_steps)
-        self._result = BatchResult(None, [0] * num_sessions, {})
+        self._result = BatchResult(None, [0] * num_sessions, [], {})
         self._num_left = num_sessions
 
     def call(self, session: Session, begin: Callable[[Call], None], index: int) -> Call:
         """A call for one of the sessions."""
-        call = Call(session, begin, self.future, partial(self.settle, index))
+        call = Call(session, begin, self.future, partial(self._settle, session, index))
         self.calls.append(call)
         return call
 
-    def settle(self, index: int, result: object) -> None:
-        """Note what became of one session's steps."""
-        if isinstance(result, StepResult):
-            self._outputs_like(result.outputs)[index] = result.outputs
-            self._result.next_steps[index] = result.next_step
-        else:
-            assert isinstance(result, BaseException)
-            self._result.errors[index] = result
+    def settle_error(self, index: int, error: BaseException) -> None:
+        """Note that one session's steps cannot be run."""
+        self._result.errors[index] = error
         self._end(1)
 
     def settle_group(self, group: Group, outputs: Array, errors: Mapping[int, ServingError]) -> None:
         """Note what became of a group's steps: outputs [its sessions, T, ...output shape], and errors by row."""
-        if not errors and len(group.indices) == self._size[0]:
-            self._result.outputs = outputs
-            self._result.next_steps = [session.history.next_step for session in group.sessions]
-            return self._end(len(group.indices))
-        for row, (index, session) in enumerate(zip(group.indices, group.sessions, strict=True)):
+        result, num_sessions = self._result, len(group.indices)
+        next_steps = group.served.histories.next_step.each[group.places].tolist()
+        are_approximate = group.served.room.is_approximate.each[group.places]
+        if are_approximate.any():
+            result.approximate += group.indices[are_approximate].tolist()
+        if not errors and num_sessions == len(self.session_ids):
+            result.outputs, result.next_steps = outputs, next_steps
+            return self._end(num_sessions)
+        for row, index in enumerate(group.indices.tolist()):
             if row in errors:
-                self._result.errors[index] = errors[row]
+                result.errors[index] = errors[row]
             else:
                 self._outputs_like(outputs[row])[index] = outputs[row]
-                self._result.next_steps[index] = session.next_step
-        return self._end(len(group.indices))
+                result.next_steps[index] = next_steps[row]
+        return self._end(num_sessions)
+
+    def _settle(self, session: Session, index: int, result: object) -> None:
+        """Note what became of one session's steps."""
+        if not isinstance(result, StepResult):
+            assert isinstance(result, BaseException)
+            return self.settle_error(index, result)
+        self._outputs_like(result.outputs)[index] = result.outputs
+        self._result.next_steps[index] = result.next_step
+        if session.about.is_approximate:
+            self._result.approximate.append(index)
+        return self._end(1)
 
     def _outputs_like(self, outputs: Array) -> Array:
         if self._result.outputs is None:
-            self._result.outputs = np.zeros((*self._size, *outputs.shape[1:]), outputs.dtype)
+            self._result.outputs = np.zeros((*self.inputs.shape[:2], *outputs.shape[1:]), outputs.dtype)
         return self._result.outputs
 
     def _end(self, num_sessions: int) -> None:
@@ -183,9 +316,12 @@ class Group:
 
     batch: Batch
     served: ServedModel
-    indices: list[int]
+    indices: Rows
     """Where the sessions stand in the batch."""
+    session_ids: Sequence[str]
     sessions: list[Session]
+    places: Rows
+    """Theirs, in their model's room."""
     inputs: Array
     """[sessions, T, ...input shape]."""
     first_steps: Sequence[int]
@@ -198,7 +334,9 @@ class Group:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on without the sessions in the other rows."""
+        rows = list(rows)
+        self.session_ids = [self.session_ids[row] for row in rows]
         self.sessions = [self.sessions[row] for row in rows]
-        self.indices = [self.indices[row] for row in rows]
-        self.inputs = self.inputs[list(rows)]
+        self.indices, self.places = self.indices[rows], self.places[rows]
+        self.inputs = self.inputs[rows]
         self.first_steps = [self.first_steps[row] for row in rows] if self.first_steps else ()

@@ -41,7 +41,6 @@ from server.errors import (
     StepOrderError,
     StoreFullError,
 )
-from server.history import History
 from server.journal import Journal
 from server.lines import Lines, move
 from server.model_runner import INITIAL_SLOT
@@ -213,6 +212,7 @@ class SessionManager:
         self,
         session_ids: Sequence[str],
         sessions: Sequence[Session | ServingError | None],
+        served: ServedModel | None,
         inputs: Array,
         first_steps: Sequence[int],
         check: Callable[[Session], None],
@@ -223,11 +223,14 @@ class SessionManager:
             session_ids: S ids, none twice.
             sessions: for each the session, if it is in memory, or why there can be none; the others are brought in, as
                 room is made, and run when they are there.
+            served: their model, if all are in memory and have the same.
             inputs: [S, T, ...input shape], T at least 1, checked.
             first_steps: for each session the index of its first input, or empty.
             check: raises a ServingError for a session brought in that the inputs do not fit.
         """
-        batch = self._steps.step_each(sessions, inputs, first_steps)
+        batch = self._steps.step_each(session_ids, sessions, served, inputs, first_steps)
+        if served is not None:
+            return batch
         missing = [index for index, session in enumerate(sessions) if session is None]
         if missing:
             self.begin_to_find([session_ids[index] for index in missing])
@@ -237,9 +240,9 @@ class SessionManager:
                 session = await self.find(session_ids[index])
                 check(session)
             except ServingError as error:
-                batch.settle(index, error)
+                batch.settle_error(index, error)
             else:
-                self._steps.step_alone(batch, index, session, inputs, first_steps)
+                self._steps.step_alone(batch, index, session)
 
         for index in missing:
             self._spawn(step(index))
@@ -271,17 +274,18 @@ class SessionManager:
         def begin(call: Call) -> None:
             session = call.session
             step = session.next_step if at_step is None else at_step
-            if session.history.was_reset_at(step):
+            histories, place = session.model.histories, session.place
+            if histories.was_reset_at(place, step):
                 return self._lines.end(call, self.describe(session))
-            session.history.check_is_at(step)
-            resets = (*session.history.reset_steps, step)
+            histories.check_is_at(place, step)
+            resets = (*histories.reset_steps(place), step)
             about = replace(
                 session.about, snapshot_step=step, snapshot_checksum=0, reset_steps=resets, failure=None
             )
 
             def apply() -> None:
                 move(session, INITIAL_SLOT)
-                session.history.add_reset()
+                histories.add_reset(place)
 
             return self._change(call, about, apply, snapshot=b"")
 
@@ -350,7 +354,7 @@ class SessionManager:
         def begin(call: Call) -> None:
             source = call.session
             if at_step is not None:
-                source.history.check_is_at(at_step)
+                source.model.histories.check_is_at(source.place, at_step)
 
             def copy(state: dict[str, Array] | None = None) -> None:
                 self._spawn(self._fork(call, session_id, request_id, request, state))
@@ -471,17 +475,17 @@ class SessionManager:
             raise ModelLeavingError(served.model.label)
         session_id = session_id or secrets.token_hex(16)
         store = self.journal.store
-        has_place = served.room.take()
-        if not has_place and not store.keeps_steps:
+        place = served.room.take()
+        if place is None and not store.keeps_steps:
             if repeated := await self._repeated(request_id, about.request):
                 return repeated
             raise NoFreeSlotError(served.model.label, served.limits.max_resident_sessions)
         last_use_s = self.journal.service_time_s
         entry = Entry(session_id, served.model.name, request_id, next_step, last_use_s, about.encode())
-        if state is not None and store.keeps_steps and has_place:
+        if state is not None and store.keeps_steps and place is not None:
             # It comes into memory as any other session does.
-            served.room.give_up()
-            has_place = False
+            served.room.give_up(place)
+            place = None
         write = Write(
             session_id,
             NEW,
@@ -489,20 +493,20 @@ class SessionManager:
             last_use_s,
             entry=entry,
             snapshot=snapshot if store.keeps_steps else b"",
-            releases=not has_place,
+            releases=place is None,
         )
-        held = served.slots.hold(slot) if has_place else INITIAL_SLOT
+        held = INITIAL_SLOT if place is None else served.slots.hold(slot)
         outcome = await self.journal.committed(write)
         if outcome is not None:
-            if has_place:
+            if place is not None:
                 served.slots.release(held)
-                served.room.give_up()
+                served.room.give_up(place)
             return await self._already(outcome, session_id, request_id, about.request)
-        if not has_place:
+        if place is None:
             return self._describe_entry(entry)
-        model = served.model
-        history = History(model.no_inputs, model.no_outputs, served.limits.retry_window_steps, next_step)
-        session = Session(session_id, request_id, served, about, FIRST_FENCE, history, last_use_s, held)
+        session = Session(
+            session_id, request_id, served, place, about, FIRST_FENCE, next_step, last_use_s, held
+        )
         self._residence.admit(session, state)
         return self.describe(session)
 
@@ -601,9 +605,7 @@ class SessionManager:
             return
         now_s = self.journal.service_time_s
         for served in self.models.values():
-            for session in served.room.idle:
-                if now_s - session.last_use_s < limit_s:
-                    break
+            for session in served.room.idle(now_s - limit_s):
                 log.info("session expired", session_id=session.session_id, idle_limit_s=limit_s)
                 self._lines.enter(session, self._ending("EXPIRED")).future.add_done_callback(_look_at_error)
         if not self.journal.store.keeps_steps:

@@ -11,7 +11,7 @@ Shapes: S sessions of a batch, T steps of a message.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,8 +27,8 @@ from server.errors import (
     StepFailedError,
 )
 from server.journal import Journal
-from server.lines import Change, Lines, queue_full
-from server.model_runner import INITIAL_SLOT
+from server.lines import Change, Lines, move, queue_full
+from server.model_runner import INITIAL_SLOT, Rows
 from server.records import Failure, digest_of, encode_record, encode_snapshot
 from server.served_model import ServedModel
 from server.session import Batch, Call, Group, Session, StepResult
@@ -59,42 +59,58 @@ class Steps:
         return self._lines.enter(session, begin, needs_device=True, follows=follows, batch=batch)
 
     def step_each(
-        self, sessions: Sequence[Session | ServingError | None], inputs: Array, first_steps: Sequence[int]
+        self,
+        session_ids: Sequence[str],
+        sessions: Sequence[Session | ServingError | None],
+        served: ServedModel | None,
+        inputs: Array,
+        first_steps: Sequence[int],
     ) -> Batch:
         """As `SessionManager.step_each`; those that are None enter later, by `step_alone`."""
-        batch = Batch(len(sessions), inputs.shape[1])
-        together = defaultdict[tuple[ServedModel, Group | None], list[int]](list)
+        batch = Batch(session_ids, inputs, first_steps)
+        if served is not None:
+            here: list[Session] = sessions  # type: ignore[assignment]
+            places = np.fromiter([session.place for session in here], np.int64)
+            if served.room.is_idle.each[places].all():
+                self._enter_groups(batch, served, np.arange(len(here)), here, places)
+                return batch
+        together = defaultdict[tuple[ServedModel, Call | Group | None], list[int]](list)
         for index, session in enumerate(sessions):
             if session is None:
                 continue
             if isinstance(session, ServingError):
-                batch.settle(index, session)
+                batch.settle_error(index, session)
                 continue
-            last = session.calls[-1] if session.calls else None
+            last = session.waiting[-1] if session.waiting else session.first_call
             if isinstance(last, Call) or not session.is_ready or session.loss or session.is_leaving:
-                self.step_alone(batch, index, session, inputs, first_steps)
+                self.step_alone(batch, index, session)
             else:
                 together[session.model, last].append(index)
-        for (served, _), indices in together.items():
-            num_free = max(0, served.limits.max_pending_messages - served.num_pending)
-            for index in indices[num_free:]:
-                batch.settle(index, queue_full(served))
-            del indices[num_free:]
-            served.num_pending += len(indices)
-            size = served.runner.max_batch_size
-            for start in range(0, len(indices), size):
-                part = indices[start : start + size]
-                group = Group(
-                    batch,
-                    served,
-                    part,
-                    [sessions[index] for index in part],  # type: ignore[misc]  # none is an error
-                    inputs if len(part) == len(sessions) else inputs[part],
-                    [first_steps[index] for index in part] if first_steps else (),
-                    self._begin_group,
-                )
-                self._lines.enter_group(group)
+        for (served_here, _), indices in together.items():
+            those: list[Session] = [sessions[index] for index in indices]  # type: ignore[misc]  # none is an error
+            places = np.array([session.place for session in those])
+            self._enter_groups(batch, served_here, np.array(indices), those, places)
         return batch
+
+    def _enter_groups(
+        self, batch: Batch, served: ServedModel, indices: Rows, sessions: list[Session], places: Rows
+    ) -> None:
+        """Enter sessions of a model that stand at some indices of a batch, in groups of no more than fit into a run."""
+        num_free = max(0, served.limits.max_pending_messages - served.num_pending)
+        for index in indices[num_free:].tolist():
+            batch.settle_error(index, queue_full(served))
+        served.num_pending += min(num_free, len(indices))
+        size = served.runner.max_batch_size
+        for start in range(0, min(num_free, len(indices)), size):
+            part = slice(start, min(start + size, num_free))
+            its, ids, inputs, first_steps = indices[part], batch.session_ids, batch.inputs, batch.first_steps
+            if len(its) < len(ids):
+                ids, inputs = [ids[index] for index in its], inputs[its]
+                first_steps = [first_steps[index] for index in its] if first_steps else ()
+            group = Group(
+                batch, served, its, ids, sessions[part], places[part], inputs, first_steps, self._begin_group
+            )
+            self._lines.enter_group(group)
 
     def look(self, call: Call, then: Callable[[dict[str, Array]], None]) -> None:
         """Read the state of the session whose call is being served: a message of no steps."""
@@ -117,7 +133,7 @@ class Steps:
             model.no_outputs[np.newaxis],
             [session.slot],
             [INITIAL_SLOT],
-            session.model.slots.shared([session.slot]),
+            session.model.slots.shared(session.slot),
             wants_state=True,
             on_ended=on_ended,
         )
@@ -130,7 +146,8 @@ class Steps:
 
         def begin(call: Call) -> None:
             session = call.session
-            known = session.history.outputs_of(inputs, first_step)
+            histories = session.model.histories
+            known = histories.outputs_of(session.place, inputs, first_step)
             new_inputs = inputs[len(known) :]
             if len(new_inputs):
                 if first_step is not None:
@@ -139,7 +156,7 @@ class Steps:
             end_step = (first_step or 0) + len(inputs)
             if not wants_state:
                 return self._lines.end(call, StepResult(known, end_step, {}))
-            if end_step != session.next_step or session.history.was_reset_at(end_step):
+            if end_step != session.next_step or histories.was_reset_at(session.place, end_step):
                 raise StateNotKeptError(end_step - 1, session.next_step)
             return self.look(call, lambda state: self._lines.end(call, StepResult(known, end_step, state)))
 
@@ -150,8 +167,9 @@ class Steps:
         session, served = call.session, call.session.model
         no_outputs = served.model.no_outputs
         outputs = np.empty((len(inputs), *no_outputs.shape[1:]), no_outputs.dtype)
-        slot = served.slots.take()
-        is_due = self._is_durable and self._is_snapshot_due(session, len(inputs))
+        first_step, slot_before, slot = session.next_step, session.slot, served.slots.take()
+        num_steps_since = first_step + len(inputs) - session.about.snapshot_step
+        is_due = self._is_durable and num_steps_since >= self._snapshot_every_steps
 
         def on_ended(message: Message) -> None:
             error = session.loss or message.errors.get(0)
@@ -163,7 +181,7 @@ class Steps:
                 change = self._stepped(session, slot, inputs, outputs, state if is_due else None)
                 self._lines.commit([change], partial(committed, state))
             else:
-                _take_on(served, [session], [slot], [inputs], [outputs])
+                _take_on(session, slot, inputs, outputs)
                 return committed(state, [None])
             return self._lines.serve(session)
 
@@ -172,24 +190,22 @@ class Steps:
                 self._lines.fail(call, errors[0])
             else:
                 joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
-                self._lines.end(call, StepResult(joined, session.next_step, state if wants_state else {}))
+                next_step = first_step + len(inputs)
+                self._lines.end(call, StepResult(joined, next_step, state if wants_state else {}))
             self._lines.serve(session)
 
         call.message = Message(
             [session.session_id],
-            [session.next_step],
+            [first_step],
             inputs[np.newaxis],
             outputs[np.newaxis],
-            [session.slot],
+            [slot_before],
             [slot],
-            served.slots.shared([session.slot]),
+            served.slots.shared(slot_before),
             wants_state=wants_state or is_due,
             on_ended=on_ended,
         )
         served.submit(call.message)
-
-    def _is_snapshot_due(self, session: Session, num_steps: int) -> bool:
-        return session.next_step + num_steps - session.about.snapshot_step >= self._snapshot_every_steps
 
     def _stepped(
         self, session: Session, slot: int, inputs: Array, outputs: Array, state: dict[str, Array] | None
@@ -203,7 +219,8 @@ class Steps:
         if state is not None:
             snapshot = encode_snapshot(session.model.model, next_step, state)
             forget_before = max(0, next_step - session.model.limits.retry_window_steps)
-            about = about.with_snapshot(snapshot, next_step, session.history.reset_steps, where)
+            resets = session.model.histories.reset_steps(session.place)
+            about = about.with_snapshot(snapshot, next_step, resets, where)
         if about.fingerprint != where.text:
             about = replace(about, fingerprint=where.text)
         entry = None if about is session.about else session.entry(about, next_step, last_use_s)
@@ -213,7 +230,7 @@ class Steps:
 
         def apply() -> None:
             session.about = about
-            _take_on(session.model, [session], [slot], [inputs], [outputs])
+            _take_on(session, slot, inputs, outputs)
 
         return Change(session, write, apply, partial(session.model.slots.release, slot))
 
@@ -236,30 +253,27 @@ class Steps:
 
     # Messages of many sessions.
 
-    def step_alone(
-        self,
-        batch: Batch,
-        index: int,
-        session: Session,
-        inputs: Array,
-        first_steps: Sequence[int],
-    ) -> None:
+    def step_alone(self, batch: Batch, index: int, session: Session) -> None:
         """Enter a call for one session of a batch, behind other calls."""
+        first_step = batch.first_steps[index] if batch.first_steps else None
         try:
-            self.step(
-                session, inputs[index], first_steps[index] if first_steps else None, batch=(batch, index)
-            )
+            self.step(session, batch.inputs[index], first_step, batch=(batch, index))
         except ServingError as error:
-            batch.settle(index, error)
+            batch.settle_error(index, error)
 
     def _begin_group(self, group: Group) -> None:
         """Send a group's message; a session that is not where the steps begin is served by itself."""
-        elsewhere = [
-            row
-            for row, (session, first_step) in enumerate(zip(group.sessions, group.first_steps, strict=False))
-            if first_step != session.history.next_step or session.has_just_failed
-        ]
-        others = self._split_off(group, elsewhere) if elsewhere else []
+        served, first_steps = group.served, group.first_steps
+        others: list[Session] = []
+        if first_steps:
+            next_steps = served.histories.next_step.each[group.places].tolist()
+            if next_steps != first_steps or served.room.num_failed:
+                elsewhere = [
+                    row
+                    for row, session in enumerate(group.sessions)
+                    if first_steps[row] != next_steps[row] or session.has_just_failed
+                ]
+                others = self._split_off(group, elsewhere)
         if group.sessions:
             self._run_group(group)
         else:
@@ -273,23 +287,31 @@ class Steps:
         for row in rows:
             first_step = group.first_steps[row] if group.first_steps else None
             session, begin = group.sessions[row], self._stepping(group.inputs[row], first_step)
-            session.calls[0] = group.batch.call(session, begin, group.indices[row])
+            session.put_first(group.batch.call(session, begin, int(group.indices[row])))
         others = [group.sessions[row] for row in rows]
         group.keep([row for row in range(len(group.sessions)) if row not in apart])
         return others
 
     def _run_group(self, group: Group) -> None:
-        served, sessions, inputs = group.served, group.sessions, group.inputs
-        no_outputs = served.model.no_outputs
+        served, sessions, places, inputs = group.served, group.sessions, group.places, group.inputs
+        room, no_outputs = served.room, served.model.no_outputs
         outputs = np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype)
-        slots = [served.slots.take() for _ in sessions]
-        num_steps = inputs.shape[1]
-        are_due = [self._is_durable and self._is_snapshot_due(session, num_steps) for session in sessions]
+        next_steps = served.histories.next_step.each[places]
+        present = room.slot.each[places]
+        slots = served.slots.take_many(len(sessions))
+        are_due = None
+        if self._is_durable:
+            num_steps_since = next_steps + inputs.shape[1] - room.snapshot_step.each[places]
+            are_due = num_steps_since >= self._snapshot_every_steps
 
         def on_ended(message: Message) -> None:
             errors = dict(message.errors)
-            errors |= {row: session.loss for row, session in enumerate(sessions) if session.loss}
-            served.slots.release_many([slots[row] for row in errors])
+            if room.num_lost:
+                errors |= {row: session.loss for row, session in enumerate(sessions) if session.loss}
+            if not errors and not self._is_durable:
+                _take_on_each(served, places, present, slots, inputs, outputs)
+                return self._answer_group(group, outputs, errors)
+            served.slots.release_many(slots[[*errors]])
             rows = [row for row in range(len(sessions)) if row not in errors]
             failing = [
                 partial(self._settle_failure, sessions[row], inputs[row], error)
@@ -299,17 +321,15 @@ class Steps:
                 changes = []
                 for row in rows:
                     state = None
-                    if are_due[row] and message.state is not None:
+                    if are_due is not None and are_due[row] and message.state is not None:
                         state = {name: values[row] for name, values in message.state.items()}
-                    changes.append(self._stepped(sessions[row], slots[row], inputs[row], outputs[row], state))
-                self._lines.commit(changes, partial(committed, rows, errors, failing))
-            else:
-                if errors:
-                    those, their_slots = [sessions[row] for row in rows], [slots[row] for row in rows]
-                    _take_on(served, those, their_slots, inputs[rows], outputs[rows])
-                else:
-                    _take_on(served, sessions, slots, inputs, outputs)
-                committed(rows, errors, failing, [None] * len(rows))
+                    changes.append(
+                        self._stepped(sessions[row], int(slots[row]), inputs[row], outputs[row], state)
+                    )
+                return self._lines.commit(changes, partial(committed, rows, errors, failing))
+            for row in rows:
+                _take_on(sessions[row], int(slots[row]), inputs[row], outputs[row])
+            return committed(rows, errors, failing, [None] * len(rows))
 
         def committed(
             rows: list[int],
@@ -331,14 +351,14 @@ class Steps:
             settle()
 
         group.message = Message(
-            [session.session_id for session in sessions],
-            [session.history.next_step for session in sessions],
+            group.session_ids,
+            next_steps,
             inputs,
             outputs,
-            present := [session.slot for session in sessions],
+            present,
             slots,
-            served.slots.shared(present),
-            wants_state=any(are_due),
+            served.slots.shared_many(present),
+            wants_state=are_due is not None and bool(are_due.any()),
             on_ended=on_ended,
         )
         served.submit(group.message)
@@ -351,18 +371,23 @@ class Steps:
         self._lines.end_group(group)
 
 
-def _take_on(
+def _take_on(session: Session, slot: int, inputs: Array, outputs: Array) -> None:
+    """Make steps that ended well, [T, ...] each, part of a session: state, counter and record."""
+    session.model.histories.add(session.place, inputs, outputs)
+    move(session, slot)
+
+
+def _take_on_each(
     served: ServedModel,
-    sessions: Sequence[Session],
-    slots: Sequence[int],
-    inputs: Iterable[Array],
-    outputs: Iterable[Array],
+    places: Rows,
+    slots_before: Rows,
+    slots: Rows,
+    inputs: Array,
+    outputs: Array,
 ) -> None:
-    """Make steps that ended well part of sessions of a model: state, counter and record."""
-    slots_before = [session.slot for session in sessions]
-    for session, slot, its_inputs, its_outputs in zip(sessions, slots, inputs, outputs, strict=True):
-        session.history.add(its_inputs, its_outputs)
-        session.slot = slot
+    """As `_take_on`, for sessions of a model in some places: inputs and outputs [S, T, ...]."""
+    served.histories.add_each(places, inputs, outputs)
+    served.room.slot.each[places] = slots
     served.slots.release_many(slots_before)
 
 

@@ -80,14 +80,14 @@ def to_array(tensor: tensor_pb2.Tensor) -> Array:
     shape = tuple(tensor.shape)
     if min(shape, default=0) < 0:
         raise TensorError("shape", f"shape {list(shape)} has a negative axis")
-    expected_bytes = math.prod(shape) * dtype.itemsize
-    if len(tensor.raw) != expected_bytes:
+    expected_bytes, raw = math.prod(shape) * dtype.itemsize, tensor.raw
+    if len(raw) != expected_bytes:
         raise TensorError(
             "raw",
-            f"raw has {len(tensor.raw)} bytes, but shape {list(shape)} of {type_name(tensor.dtype)} "
+            f"raw has {len(raw)} bytes, but shape {list(shape)} of {type_name(tensor.dtype)} "
             f"takes {expected_bytes}",
         )
-    flat = np.frombuffer(tensor.raw, dtype=dtype)
+    flat = np.frombuffer(raw, dtype=dtype)
     if dtype == np.bool_ and flat.view(np.uint8).max(initial=0) > 1:
         raise TensorError("raw", "raw has a byte that is neither 0 nor 1, in a BOOL tensor")
     try:

@@ -332,9 +332,9 @@ def test_every_slot_has_the_state_it_should_whatever_happened_to_others(
             inputs = randomness.uniform(0.5, 1, (1, num_steps, 3)).astype(np.float32)
             if what == "fail" and session == max(sessions):
                 inputs[0, -1] = -1000
-            slots = [slot_of[session]]
+            slot = slot_of[session]
             messages.append(
-                Message([""], [0], inputs, np.empty_like(inputs), slots, [pool.take()], pool.shared(slots))
+                Message([""], [0], inputs, np.empty_like(inputs), [slot], [pool.take()], pool.shared(slot))
             )
         harness.run(*messages)
         for session, message in zip(sorted(sessions), messages, strict=True):

@@ -1,4 +1,4 @@
-"""The history against a plain list of everything that ever ran."""
+"""Histories against a plain list of everything that ever ran."""
 
 from __future__ import annotations
 
@@ -8,89 +8,148 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InputMismatchError, StepGapError, StepTooOldError
-from server.history import History
+from server.history import Histories
 
 WINDOW = 40
+NUM_PLACES = 4
 
-# Sizes of messages that are applied one after another, with a repeat of some steps after each.
-messages = st.lists(st.integers(1, WINDOW), max_size=20)
-
-
-def empty_history(next_step: int = 0) -> History:
-    return History(np.zeros((0, 2), np.float32), np.zeros((0, 3), np.float32), WINDOW, next_step)
+# Sizes of messages that are applied one after another.
+sizes_of_messages = st.lists(st.integers(1, WINDOW), max_size=20)
 
 
-def inputs_of(first_step: int, num_steps: int) -> np.ndarray:
-    return (np.arange(first_step, first_step + num_steps)[:, None] + np.array([0.0, 0.5])).astype(np.float32)
+def histories_at(*next_steps: int) -> Histories:
+    histories = Histories(NUM_PLACES, np.zeros((0, 2), np.float32), np.zeros((0, 3), np.float32), WINDOW)
+    for place, next_step in enumerate(next_steps):
+        histories.begin(place, next_step)
+    return histories
 
 
-def outputs_of(first_step: int, num_steps: int) -> np.ndarray:
-    return (-np.arange(first_step, first_step + num_steps)[:, None] * np.ones(3)).astype(np.float32)
+def inputs_of(first_step: int, num_steps: int, place: int = 0) -> np.ndarray:
+    steps = np.arange(first_step, first_step + num_steps)[:, None]
+    return (1000 * place + steps + np.array([0.0, 0.5])).astype(np.float32)
 
 
-@given(messages, st.integers(0, 100), st.data())
+def outputs_of(first_step: int, num_steps: int, place: int = 0) -> np.ndarray:
+    return np.repeat(-inputs_of(first_step, num_steps, place)[:, :1], 3, axis=1)
+
+
+def add(histories: Histories, place: int, num_steps: int) -> None:
+    step = histories.next_step.one[place]
+    histories.add(place, inputs_of(step, num_steps, place), outputs_of(step, num_steps, place))
+
+
+def add_each(histories: Histories, places: list[int], num_steps: int) -> None:
+    steps = [histories.next_step.one[place] for place in places]
+    inputs = [inputs_of(step, num_steps, place) for step, place in zip(steps, places, strict=True)]
+    outputs = [outputs_of(step, num_steps, place) for step, place in zip(steps, places, strict=True)]
+    histories.add_each(np.array(places), np.array(inputs), np.array(outputs))
+
+
+@given(sizes_of_messages, st.integers(0, 100), st.data())
 def test_the_last_steps_are_answered_however_they_were_and_are_cut(
     sizes: list[int], begin: int, data: st.DataObject
 ) -> None:
-    history, next_step = empty_history(begin), begin
+    histories, next_step = histories_at(begin), begin
     for size in sizes:
-        history.add(inputs_of(next_step, size), outputs_of(next_step, size))
+        add(histories, 0, size)
         next_step += size
         oldest = max(begin, next_step - WINDOW)
 
         first = data.draw(st.integers(oldest, next_step - 1))
         num_steps = data.draw(st.integers(1, WINDOW))
-        answered = history.outputs_of(inputs_of(first, num_steps), first)
+        answered = histories.outputs_of(0, inputs_of(first, num_steps), first)
 
-        assert (history.next_step, history.oldest_step) == (next_step, oldest)
+        assert (histories.next_step.one[0], histories.oldest_step(0)) == (next_step, oldest)
         np.testing.assert_array_equal(answered, outputs_of(first, min(num_steps, next_step - first)))
 
 
-@given(messages.filter(bool), st.data())
+@given(
+    st.lists(st.integers(0, 50), min_size=NUM_PLACES, max_size=NUM_PLACES),
+    st.lists(
+        st.tuples(st.sets(st.integers(0, NUM_PLACES - 1), min_size=1), st.sampled_from([1, 1, 1, 2, 16, 33])),
+        max_size=60,
+    ),
+)
+def test_sessions_that_step_together_have_a_history_each(
+    begins: list[int], messages: list[tuple[set[int], int]]
+) -> None:
+    histories = histories_at(*begins)
+
+    for places, num_steps in messages:
+        add_each(histories, sorted(places), num_steps)
+
+    for place, begin in enumerate(begins):
+        next_step = begin + sum(num_steps for places, num_steps in messages if place in places)
+        first = max(begin, next_step - WINDOW)
+        assert (histories.next_step.one[place], histories.oldest_step(place)) == (next_step, first)
+        inputs, outputs = (of(first, next_step - first, place) for of in (inputs_of, outputs_of))
+        np.testing.assert_array_equal(histories.outputs_of(place, inputs, first), outputs)
+
+
+@given(sizes_of_messages.filter(bool), st.data())
 def test_what_does_not_fit_is_refused(sizes: list[int], data: st.DataObject) -> None:
-    history = empty_history()
+    histories = histories_at(0)
     for size in sizes:
-        history.add(inputs_of(history.next_step, size), outputs_of(history.next_step, size))
-    wrong = data.draw(st.integers(history.oldest_step, history.next_step - 1))
-    repeat = inputs_of(history.oldest_step, history.next_step - history.oldest_step)
-    repeat[wrong - history.oldest_step, 1] = 77
+        add(histories, 0, size)
+    oldest, next_step = histories.oldest_step(0), histories.next_step.one[0]
+    wrong = data.draw(st.integers(oldest, next_step - 1))
+    repeat = inputs_of(oldest, next_step - oldest)
+    repeat[wrong - oldest, 1] = 77
 
     with pytest.raises(InputMismatchError, match=str(wrong)):
-        history.outputs_of(repeat, history.oldest_step)
+        histories.outputs_of(0, repeat, oldest)
     with pytest.raises(StepGapError):
-        history.outputs_of(repeat, history.next_step + 1)
-    if history.oldest_step:
+        histories.outputs_of(0, repeat, next_step + 1)
+    if oldest:
         with pytest.raises(StepTooOldError):
-            history.outputs_of(repeat, history.oldest_step - 1)
+            histories.outputs_of(0, repeat, oldest - 1)
 
 
 def test_what_is_answered_does_not_change_afterwards() -> None:
-    history = empty_history()
-    history.add(inputs_of(0, 1), outputs_of(0, 1))
-    answered = history.outputs_of(inputs_of(0, 1), 0)
+    histories = histories_at(0)
+    add(histories, 0, 1)
+    answered = histories.outputs_of(0, inputs_of(0, 1), 0)
 
-    for step in range(1, 3 * WINDOW):
-        history.add(inputs_of(step, 1), outputs_of(step, 1))
+    for _ in range(3 * WINDOW):
+        add(histories, 0, 1)
 
     np.testing.assert_array_equal(answered, outputs_of(0, 1))
 
 
-def test_it_takes_no_more_room_than_the_window() -> None:
-    history = empty_history()
-    history.add(inputs_of(0, 1), outputs_of(0, 1))
-    assert len(history._inputs) < WINDOW
+def test_who_comes_into_a_place_finds_nothing_of_who_was_there_before() -> None:
+    histories = histories_at(0)
+    for _ in range(WINDOW):
+        add(histories, 0, 1)
+    histories.add_reset(0)
+    histories.end(0)
 
-    for step in range(1, 3 * WINDOW):
-        history.add(inputs_of(step, 1), outputs_of(step, 1))
+    histories.begin(0, 5)
 
-    assert len(history._inputs) == len(history._outputs) == WINDOW
+    assert (histories.next_step.one[0], histories.oldest_step(0), histories.reset_steps(0)) == (5, 5, ())
+    with pytest.raises(StepTooOldError):
+        histories.outputs_of(0, inputs_of(4, 1), 4)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2])
-def test_steps_can_be_scalars(num_steps: int) -> None:
-    history = History(np.zeros(0, np.float32), np.zeros(0, np.float32), WINDOW)
+@pytest.mark.parametrize("num_steps", [1, 3, WINDOW])
+def test_it_takes_no_more_room_than_the_window_and_a_message(num_steps: int) -> None:
+    histories = histories_at(0)
+
+    for _ in range(3 * WINDOW):
+        add(histories, 0, num_steps)
+
+    assert sum(len(inputs) for _, inputs, _ in histories._full_pages[0]) < WINDOW + max(num_steps, 16)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 20])
+@pytest.mark.parametrize("is_together", [False, True])
+def test_steps_can_be_scalars(num_steps: int, is_together: bool) -> None:
+    histories = Histories(1, np.zeros(0, np.float32), np.zeros(0, np.float32), WINDOW)
+    histories.begin(0, 0)
     steps = np.arange(num_steps, dtype=np.float32)
 
-    history.add(steps, -steps)
+    if is_together:
+        histories.add_each(np.array([0]), steps[np.newaxis], -steps[np.newaxis])
+    else:
+        histories.add(0, steps, -steps)
 
-    np.testing.assert_array_equal(history.outputs_of(steps, 0), -steps)
+    np.testing.assert_array_equal(histories.outputs_of(0, steps, 0), -steps)

@@ -132,9 +132,10 @@ async def test_what_is_remembered_of_a_session_is_bounded_by_the_retry_window(ca
         await caller.step(random_inputs(1))
         await reset(caller)
 
-    history = caller.server.sessions.in_memory["s"].history
-    assert history.next_step - history.oldest_step == 16
-    assert len(history.reset_steps) <= 17
+    session = caller.server.sessions.in_memory["s"]
+    histories = session.model.histories
+    assert session.next_step - histories.oldest_step(session.place) == 16
+    assert len(histories.reset_steps(session.place)) <= 17
 
 
 async def test_an_unused_session_can_be_deleted_when_the_queue_is_full(caller: Caller) -> None:

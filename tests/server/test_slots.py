@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -28,6 +29,14 @@ class Slots(RuleBasedStateMachine):
             self.held.append(slot)
 
     @rule(data=st.data())
+    def take_many(self, data: st.DataObject) -> None:
+        num_slots = data.draw(st.integers(0, NUM_SLOTS - len(set(self.held))))
+        slots = self.pool.take_many(num_slots).tolist()
+        assert len(set(slots)) == num_slots
+        assert not set(slots) & set(self.held)
+        self.held += slots
+
+    @rule(data=st.data())
     def hold(self, data: st.DataObject) -> None:
         if self.held:
             self.held.append(self.pool.hold(data.draw(st.sampled_from(self.held))))
@@ -38,6 +47,20 @@ class Slots(RuleBasedStateMachine):
             slot = data.draw(st.sampled_from(self.held))
             self.held.remove(slot)
             self.pool.release(slot)
+
+    @rule(data=st.data())
+    def release_many(self, data: st.DataObject) -> None:
+        """Some of those held, and the same twice where it is held twice; the initial slot can be among them."""
+        order = data.draw(st.permutations(self.held))
+        num_slots = data.draw(st.integers(0, len(order)))
+        slots, self.held = order[:num_slots], order[num_slots:]
+        self.pool.release_many(np.array([*slots, INITIAL_SLOT] if num_slots % 2 else slots, np.int64))
+
+    @invariant()
+    def those_held_twice_are_shared(self) -> None:
+        shared = {slot for slot in self.held if self.held.count(slot) > 1}
+        assert self.pool.shared_many(np.array(self.held, np.int64)) == shared
+        assert {slot for slot in self.held if self.pool.shared(slot)} == shared
 
     @invariant()
     def a_slot_is_used_as_long_as_somebody_holds_it(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from tests.server.helpers import GONE, ORDER, TAKEN, Caller, Start, accumulated, crash, random_inputs, refused
 
@@ -191,6 +192,53 @@ async def test_records_of_another_machine_are_refused_or_replayed_and_marked(
     assert (await caller.stub.GetSession(pb.GetSessionRequest(session_id="s"))).session.approximate
     caller = await restart(recovery="exact")
     assert (await caller.stub.GetState(pb.GetStateRequest(session_id="s"))).approximate
+
+
+async def test_a_batch_says_which_of_its_sessions_are_approximate(
+    restart: Restart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = np.array([random_inputs(1, index) for index in range(4)])
+    request = pb.BatchStepRequest(session_ids=["a", "exact", "b", "c"], inputs=to_message(inputs))
+    caller = await restart()
+    for session_id in "abc":
+        await caller.create("accumulator", session_id)
+        await caller.step(random_inputs(4), session_id)
+    monkeypatch.setattr("server.device._cpu", lambda: "another processor")
+    caller = await restart(recovery="approximate")
+    await caller.create("accumulator", "exact")
+
+    brought_in = await caller.stub.BatchStep(request)
+    in_memory = await caller.stub.BatchStep(request)
+
+    assert (brought_in.next_steps, in_memory.next_steps) == ([5, 1, 5, 5], [6, 2, 6, 6])
+    assert (brought_in.approximate, in_memory.approximate) == ([0, 2, 3], [0, 2, 3])
+
+
+async def test_a_session_lost_while_it_is_brought_back_keeps_its_place_until_nothing_uses_it(
+    restart: Restart,
+) -> None:
+    """Whoever got the place before would have its counter and its slot written over."""
+    inputs = random_inputs(5)
+    caller = await restart()
+    await caller.create("accumulator")
+    await caller.step(inputs[:4])
+    caller = await restart(max_resident_sessions=1)
+    served = caller.server.sessions.model("accumulator", None)
+    with caller.hold("accumulator"):
+        lost = asyncio.ensure_future(caller.step(inputs[4:], first_step=4))
+        while not served.room.num_taken:
+            await asyncio.sleep(0)
+        while not served.slots.num_used:  # until its replay is in the engine's line
+            await asyncio.sleep(0.001)
+
+        caller.server.sessions.journal._on_lapse()
+
+        await refused(lost, grpc.StatusCode.UNAVAILABLE, "LEASE_LAPSED")
+        assert served.room.num_taken == 1
+    while served.room.num_taken:
+        await asyncio.sleep(0.001)
+    assert served.slots.num_used == 0
+    np.testing.assert_array_equal(await caller.step(inputs[4:], first_step=4), accumulated(inputs)[4:])
 
 
 async def test_a_snapshot_without_records_behind_it_is_exact_on_any_machine(

@@ -209,6 +209,31 @@ async def test_a_node_that_fails_mid_graph_fails_its_own_session_and_leaves_no_h
     assert await caller.next_step("bad") == 1
 
 
+async def test_a_numbered_message_that_failed_is_answered_again_without_running(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = random_inputs(3), random_inputs(3)
+    good[:, 0], bad[:, 0] = 1.0, [1.0, 2.0, 99.0]
+    await caller.create("fragile", "good")
+    await caller.create("fragile", "bad")
+    served = caller.server.sessions.model("fragile", None)
+    submit, run = served.submit, list[str]()
+    monkeypatch.setattr(served, "submit", lambda message: (run.extend(message.session_ids), submit(message)))
+
+    for num_batches in range(2):
+        request = pb.BatchStepRequest(
+            session_ids=["good", "bad"],
+            first_steps=[3 * num_batches, 0],
+            inputs=to_message(np.stack([good, bad])),
+        )
+        answer = await caller.stub.BatchStep(request)
+        assert [(error.index, error.reason) for error in answer.errors] == [(1, "STEP_FAILED")]
+    await refused(caller.step(bad, "bad", first_step=0), grpc.StatusCode.INTERNAL, "STEP_FAILED")
+
+    assert run == ["good", "bad", "good"]
+    np.testing.assert_array_equal(await caller.step(good, "bad", first_step=0), 2 * np.cumsum(good, axis=0))
+
+
 async def test_outputs_that_are_not_finite_fail_the_whole_message_of_their_session_alone(
     caller: Caller,
 ) -> None:

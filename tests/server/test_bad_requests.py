@@ -183,3 +183,11 @@ async def test_an_answer_that_would_not_fit_in_a_message_is_refused_before_anyth
     assert told["field"] == "inputs.shape"
     assert await caller.next_step() == 0
     await caller.channel.close()
+
+
+@pytest.mark.filterwarnings("error")
+async def test_the_largest_inputs_are_taken_as_they_are(caller: Caller) -> None:
+    inputs = np.array([[3e38, 3e38, -3e38]], np.float32)
+    await caller.create("accumulator")
+
+    np.testing.assert_array_equal(await caller.step(inputs), inputs)

@@ -3,8 +3,6 @@
 A batch has a hundred sessions, and each of them an object of its own, somewhere in memory. So what every batch asks and
 tells of all its sessions stands in columns here and in `history.py`, by place, and takes one operation for all.
 `session.py` shows one session's as its own; `residence.py` brings sessions in and out.
-
-Shapes: S sessions.
 """
 
 from __future__ import annotations
@@ -19,7 +17,9 @@ from server.column import Column
 from server.model_runner import INITIAL_SLOT
 
 S = TypeVar("S")
+"""A session."""
 C = TypeVar("C")
+"""What stands in its line."""
 
 # How many of the longest idle are sought at once: so many leave before all are looked through again.
 _NUM_SOUGHT = 256
@@ -44,7 +44,7 @@ class Room(Generic[S, C]):
         self.first_call: list[C | None] = [None] * (num_places + 1)
         """What is being served of the calls in its line, or is next; None if there are none."""
         self.needs_care = Column(num_places + 1, False)
-        """Whether its next call must be begun when the first has ended, or it is lost."""
+        """Whether calls wait behind the first, or it is lost: when the first has ended, there is more to do."""
         self.is_idle = Column(num_places + 1, False)
         """Whether no call uses it."""
         self.last_use_s = Column(num_places + 1, 0.0)

@@ -70,10 +70,7 @@ class Histories:
         return max(self._first_step.one[place], self.next_step.one[place] - self._window_steps)
 
     def add(self, place: int, inputs: Array, outputs: Array) -> None:
-        """Record a message that was applied, [T, ...] each, and forget what is older than the window.
-
-        The arrays may be kept, so nobody is to change them afterwards.
-        """
+        """Record a message that was applied, [T, ...] each, and forget what is older than the window."""
         num_steps, step = len(inputs), self.next_step.one[place]
         row = step - self._page_step.one[place]
         if row and row + num_steps > _PAGE_STEPS:
@@ -87,7 +84,8 @@ class Histories:
                 self._turn_page(place)
         else:
             self.next_step.one[place] = self._page_step.one[place] = step + num_steps
-            self._keep(place, (step, inputs, outputs))
+            # Copies: these may be parts of arrays of a whole batch, which one session is not to keep.
+            self._keep(place, (step, inputs.copy(), outputs.copy()))
 
     def add_each(self, places: Rows, inputs: Array, outputs: Array) -> None:
         """As `add`, for sessions in several places [S], none twice: inputs and outputs [S, T, ...]."""
@@ -101,8 +99,7 @@ class Histories:
                 self._turn_page(place)
         else:
             for place, its_inputs, its_outputs in zip(places.tolist(), inputs, outputs, strict=True):
-                # Copies, or one session would keep what is the others'.
-                self.add(place, its_inputs.copy(), its_outputs.copy())
+                self.add(place, its_inputs, its_outputs)
 
     def reset_steps(self, place: int) -> tuple[int, ...]:
         """Where the session was reset, as far as that is on record."""

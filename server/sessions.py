@@ -228,9 +228,8 @@ class SessionManager:
             first_steps: for each session the index of its first input, or empty.
             check: raises a ServingError for a session brought in that the inputs do not fit.
         """
-        batch = self._steps.step_each(session_ids, sessions, served, inputs, first_steps)
-        if served is not None:
-            return batch
+        batch = Batch(session_ids, inputs, first_steps)
+        self._steps.enter_each(batch, sessions, served)
         missing = [index for index, session in enumerate(sessions) if session is None]
         if missing:
             self.begin_to_find([session_ids[index] for index in missing])

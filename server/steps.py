@@ -58,22 +58,24 @@ class Steps:
         begin = self._stepping(inputs, first_step, wants_state)
         return self._lines.enter(session, begin, needs_device=True, follows=follows, batch=batch)
 
-    def step_each(
+    def enter_each(
         self,
-        session_ids: Sequence[str],
+        batch: Batch,
         sessions: Sequence[Session | ServingError | None],
         served: ServedModel | None,
-        inputs: Array,
-        first_steps: Sequence[int],
-    ) -> Batch:
-        """As `SessionManager.step_each`; those that are None enter later, by `step_alone`."""
-        batch = Batch(session_ids, inputs, first_steps)
+    ) -> None:
+        """Enter the sessions of a batch; those that are None enter later, by `step_alone`.
+
+        Args:
+            batch: all of them.
+            sessions: for each the session, or why there is none.
+            served: their model, if none is missing and all have the same.
+        """
         if served is not None:
             here: list[Session] = sessions  # type: ignore[assignment]
             places = np.fromiter([session.place for session in here], np.int64)
             if served.room.is_idle.each[places].all():
-                self._enter_groups(batch, served, np.arange(len(here)), here, places)
-                return batch
+                return self._enter_groups(batch, served, np.arange(len(here)), here, places)
         together = defaultdict[tuple[ServedModel, Call | Group | None], list[int]](list)
         for index, session in enumerate(sessions):
             if session is None:
@@ -90,7 +92,7 @@ class Steps:
             those: list[Session] = [sessions[index] for index in indices]  # type: ignore[misc]  # none is an error
             places = np.array([session.place for session in those])
             self._enter_groups(batch, served_here, np.array(indices), those, places)
-        return batch
+        return None
 
     def _enter_groups(
         self, batch: Batch, served: ServedModel, indices: Rows, sessions: list[Session], places: Rows
@@ -273,7 +275,8 @@ class Steps:
                     for row, session in enumerate(group.sessions)
                     if first_steps[row] != next_steps[row] or session.has_just_failed
                 ]
-                others = self._split_off(group, elsewhere)
+                if elsewhere:
+                    others = self._split_off(group, elsewhere)
         if group.sessions:
             self._run_group(group)
         else:
@@ -285,8 +288,7 @@ class Steps:
         """Put calls of their own in the place of the group for some of its sessions; returns these."""
         apart = set(rows)
         for row in rows:
-            first_step = group.first_steps[row] if group.first_steps else None
-            session, begin = group.sessions[row], self._stepping(group.inputs[row], first_step)
+            session, begin = group.sessions[row], self._stepping(group.inputs[row], group.first_steps[row])
             session.put_first(group.batch.call(session, begin, int(group.indices[row])))
         others = [group.sessions[row] for row in rows]
         group.keep([row for row in range(len(group.sessions)) if row not in apart])
@@ -299,10 +301,10 @@ class Steps:
         next_steps = served.histories.next_step.each[places]
         present = room.slot.each[places]
         slots = served.slots.take_many(len(sessions))
-        are_due = None
+        due = set[int]()
         if self._is_durable:
             num_steps_since = next_steps + inputs.shape[1] - room.snapshot_step.each[places]
-            are_due = num_steps_since >= self._snapshot_every_steps
+            due.update(np.flatnonzero(num_steps_since >= self._snapshot_every_steps).tolist())
 
         def on_ended(message: Message) -> None:
             errors = dict(message.errors)
@@ -321,7 +323,7 @@ class Steps:
                 changes = []
                 for row in rows:
                     state = None
-                    if are_due is not None and are_due[row] and message.state is not None:
+                    if row in due and message.state is not None:
                         state = {name: values[row] for name, values in message.state.items()}
                     changes.append(
                         self._stepped(sessions[row], int(slots[row]), inputs[row], outputs[row], state)
@@ -358,7 +360,7 @@ class Steps:
             present,
             slots,
             served.slots.shared_many(present),
-            wants_state=are_due is not None and bool(are_due.any()),
+            wants_state=bool(due),
             on_ended=on_ended,
         )
         served.submit(group.message)

@@ -130,6 +130,22 @@ def test_who_comes_into_a_place_finds_nothing_of_who_was_there_before() -> None:
         histories.outputs_of(0, inputs_of(4, 1), 4)
 
 
+@pytest.mark.parametrize("is_together", [False, True])
+def test_what_is_kept_of_a_long_message_is_the_sessions_own(is_together: bool) -> None:
+    """Or one session that takes no more steps would keep the arrays of all that were in its batch."""
+    histories = histories_at(0, 0)
+    inputs, outputs = np.array([inputs_of(0, 20)] * 2), np.array([outputs_of(0, 20)] * 2)
+
+    if is_together:
+        histories.add_each(np.array([0, 1]), inputs, outputs)
+    else:
+        histories.add(0, inputs[0], outputs[0])
+
+    ((_, kept_inputs, kept_outputs),) = histories._full_pages[0]
+    assert kept_inputs.base is None
+    assert kept_outputs.base is None
+
+
 @pytest.mark.parametrize("num_steps", [1, 3, WINDOW])
 def test_it_takes_no_more_room_than_the_window_and_a_message(num_steps: int) -> None:
     histories = histories_at(0)

@@ -137,7 +137,8 @@ class Engine:
         self._scheduler: Scheduler[Message] = Scheduler(
             runner.max_batch_size, self._turns_in_a_quantum(runner.max_batch_size // 2), self._halves_from()
         )
-        self._wake = threading.Condition()
+        self._lock = threading.RLock()  # held by itself, not by way of the condition, whose `with` is Python
+        self._wake = threading.Condition(self._lock)
         self._num_holds = 0
         self._tables_by_use = [*range(runner.num_tables)]
         self._in_order = np.arange(runner.max_batch_size)
@@ -148,31 +149,31 @@ class Engine:
 
     def submit(self, messages: Sequence[Message]) -> None:
         """Put messages in line."""
-        with self._wake:
+        with self._lock:
             for message in messages:
                 self._scheduler.add(message)
             self._wake.notify()
 
     def withdraw(self, message: Message) -> bool:
         """Take a message out of line if it has not had a turn; says whether it is out."""
-        with self._wake:
+        with self._lock:
             return self._scheduler.withdraw(message)
 
     @contextmanager
     def device_held(self) -> Iterator[None]:
         """Keep the loop from taking its next batch, so that a test decides what is in it."""
-        with self._wake:
+        with self._lock:
             self._num_holds += 1
         try:
             yield
         finally:
-            with self._wake:
+            with self._lock:
                 self._num_holds -= 1
                 self._wake.notify()
 
     def close(self, abandon: bool = False) -> None:
         """End the loop after the messages in line, or, to `abandon` them, after the batch that is running."""
-        with self._wake:
+        with self._lock:
             self._is_closing = True
             self._is_abandoned = abandon
             self._wake.notify()
@@ -181,7 +182,7 @@ class Engine:
     def _loop(self) -> None:
         unfinished: list[Message] = []
         while True:
-            with self._wake:
+            with self._lock:
                 self._scheduler.put_back(unfinished)
                 while self._num_holds or not self._scheduler or self._is_abandoned:
                     if self._ended:
@@ -225,17 +226,18 @@ class Engine:
         turn_times_s: list[float] = []
         stepping = [message for message in batch if message.num_left and not message.has_ended]
         num_rows = sum([message.num_rows for message in stepping])
-        while stepping:
+        ended = [] if stepping else batch
+        while not ended:
             num_turns = min([message.num_left for message in stepping])
             quantum = self._turns_in_a_quantum(num_rows) if num_turns > 1 else 1
             if num_turns > quantum:
                 num_turns = min(num_turns, quantum if self._is_wanted() else _MOST_TURNS_AT_ONCE)
             self._take_turns(stepping, num_turns, quantum, turn_times_s)
-            if any(message.has_ended or not message.num_left for message in stepping) or self._is_wanted():
+            ended = [message for message in batch if message.has_ended or not message.num_left]
+            if self._is_wanted():
                 break
-        for message in batch:
-            message.has_ended = message.has_ended or not message.num_left
-        ended = [message for message in batch if message.has_ended]
+        for message in ended:
+            message.has_ended = True
         self._forget_what_was_before(ended)
         self._look([message for message in ended if message.wants_state and not message.errors])
         self._report(BatchReport(num_rows, turn_times_s, queue_times_s))
@@ -320,7 +322,7 @@ class Engine:
         if not num_done:  # nothing is left of those that are new
             are_old = np.repeat([m.steps_done > 0 for m in batch], [m.num_rows for m in batch])
             seats, write_slots = seats[are_old], write_slots[are_old]
-        self._lodgers.add(self._runner.first_seat(table) + seats, write_slots)
+        self._lodgers.add(self._runner.seats(table, num_rows)[seats], write_slots)
         for _ in range(num_failed):
             self._take_turn_alone([message for message in batch if not message.has_ended])
 
@@ -381,7 +383,7 @@ class Engine:
         """
         rows, in_order = self._lodgers.rows_of(slots), self._in_order[: len(slots)]
         table = int(self._runner.tables_of(rows[0]))
-        if table != _NOBODY and not np.count_nonzero(rows - self._runner.first_seat(table) != in_order):
+        if table != _NOBODY and not np.count_nonzero(rows != self._runner.seats(table, len(rows))):
             self._note_use(table)
             return table, in_order, True
         tables = self._runner.tables_of(rows)

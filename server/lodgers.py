@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from server.model_runner import ModelRunner, Rows
+from server.model_runner import INITIAL_SLOT, ModelRunner, Rows
 
-_NOBODY = -1
+# Its state never is anywhere else, and to ask which numbers are not 0 is the quickest.
+_NOBODY = INITIAL_SLOT
 _NO_ROWS: Rows = np.empty(0, np.int64)
 
 
@@ -65,13 +66,13 @@ class Lodgers:
 
     def move_out(self, slots: Rows | None = None) -> None:
         """Copy states to these slots [B], or to all, if they are not there."""
-        rows = (self._slot_in != _NOBODY).nonzero()[0] if slots is None else self._row_of[slots]
+        rows = self._slot_in.nonzero()[0] if slots is None else self._row_of[slots]
         leaving = rows[self._slot_in[rows] != _NOBODY]
         self._copy(np.unique(leaving))
 
     def _leave(self, start: int, stop: int) -> None:
         """Whoever lodges in these rows goes to his slot."""
-        leaving = (self._slot_in[start:stop] != _NOBODY).nonzero()[0]
+        leaving = self._slot_in[start:stop].nonzero()[0]
         if len(leaving):
             self._copy(leaving + start)
 

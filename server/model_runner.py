@@ -61,6 +61,14 @@ class _Steps:
 
 
 @dataclass(frozen=True)
+class _BoundRun:
+    """Everything bound once for runs from one area to another."""
+
+    binding: ort.IOBinding
+    steps: _Steps
+
+
+@dataclass(frozen=True)
 class _BoundMove:
     """Everything bound once for moves of so many rows."""
 
@@ -117,6 +125,7 @@ class ModelRunner:
             )
             for state in spec.states
         }
+        self._row_numbers = np.arange(self.num_rows)
         *self._areas, self._spare_area = range(num_areas)
         self._table_of = np.full(self.num_rows, -1)
         """By row, what `_areas` says: the table whose next run reads it, or -1."""
@@ -124,7 +133,7 @@ class ModelRunner:
         """The same of the seats, by area: a view."""
         self._table_of_seats[:-1] = np.arange(self.num_tables)[:, np.newaxis]
         self._steps: dict[tuple[int, int], _Steps] = {}
-        self._runs: dict[tuple[int, int, int, int], ort.IOBinding] = {}
+        self._runs: dict[tuple[int, int, int, int], _BoundRun] = {}
         self._moves: dict[int, _BoundMove] = {}
         self.padded_batch_size: int | None = None
         """What every batch is padded to, or None: see `_ensure_batch_invariance`."""
@@ -141,6 +150,11 @@ class ModelRunner:
     def first_seat(self, table: int) -> int:
         """The row that the table's next run reads first; every run there that succeeds changes it."""
         return self._first_of_seats + self._areas[table] * self.num_seats
+
+    def seats(self, table: int, num_seats: int) -> Rows:
+        """The rows of a table's first seats, as of now; not to be written to."""
+        first = self.first_seat(table)
+        return self._row_numbers[first : first + num_seats]
 
     @property
     def spare_first_seat(self) -> int:
@@ -174,15 +188,14 @@ class ModelRunner:
             empty = np.arange(num_rows, size) + self.first_seat(table)
             self.move(np.full_like(empty, INITIAL_SLOT), empty)
         area, next_area = self._areas[table], self._spare_area
-        steps = self._steps.get((num_steps, size)) or self._make_steps(num_steps, size)
-        binding = self._runs.get((area, next_area, num_steps, size)) or self._bind_run(table, num_steps, size)
-        steps.inputs.update_inplace(inputs)
-        (self._run if num_steps == 1 else self._scan).run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        bound = self._runs.get((area, next_area, num_steps, size)) or self._bind_run(table, num_steps, size)
+        bound.steps.inputs.update_inplace(inputs)
+        (self._run if num_steps == 1 else self._scan).run_with_iobinding(bound.binding)
+        bound.binding.synchronize_outputs()
         self._areas[table], self._spare_area = next_area, area
         self._table_of_seats[next_area] = table
         self._table_of_seats[area] = -1
-        return steps.outputs[:, :num_rows]
+        return bound.steps.outputs[:, :num_rows]
 
     def move(self, sources: Rows, targets: Rows) -> None:
         """Copy the state in some rows to others.
@@ -245,9 +258,10 @@ class ModelRunner:
         self._steps[axes] = steps
         return steps
 
-    def _bind_run(self, table: int, num_steps: int, size: int) -> ort.IOBinding:
+    def _bind_run(self, table: int, num_steps: int, size: int) -> _BoundRun:
         """Bind every buffer for runs of as many steps and rows from a table's area to the spare one, once."""
-        spec, steps = self.model.spec, self._steps[num_steps, size]
+        spec = self.model.spec
+        steps = self._steps.get((num_steps, size)) or self._make_steps(num_steps, size)
         where = (self.device.kind, self.device.device_id)
         binding = (self._run if num_steps == 1 else self._scan).io_binding()
         axes = (size,) if num_steps == 1 else (num_steps, size)
@@ -260,8 +274,9 @@ class ModelRunner:
             here, there = self.first_seat(table) * row_bytes, self.spare_first_seat * row_bytes
             binding.bind_input(graphs.content(state), *content, pool + here)
             binding.bind_output(graphs.next_content(state), *content, pool + there)
-        self._runs[self._areas[table], self._spare_area, num_steps, size] = binding
-        return binding
+        bound = _BoundRun(binding, steps)
+        self._runs[self._areas[table], self._spare_area, num_steps, size] = bound
+        return bound
 
     def _bind_move(self, size: int) -> _BoundMove:
         """Bind every buffer for moves of `size` rows, once."""

@@ -80,6 +80,15 @@ class Message:
         """Whose the state of each session is by now; `lodgers.py` knows where it is."""
         return self.write_slots if self.steps_done else self.slots
 
+    def leave_out(self, row: int) -> None:
+        """Go without one of several sessions, before the first turn."""
+        rows = [other for other in range(self.num_rows) if other != row]
+        self.session_ids = [self.session_ids[other] for other in rows]
+        self.first_steps = np.asarray(self.first_steps)[rows]
+        self.inputs, self.outputs = self.inputs[rows], self.outputs[rows]
+        self.slots, self.write_slots = np.asarray(self.slots)[rows], np.asarray(self.write_slots)[rows]
+        self.num_rows -= 1
+
     def go_on(self, num_steps: int) -> None:
         """So many more steps are done."""
         self.steps_done += num_steps
@@ -158,6 +167,14 @@ class Engine:
         """Take a message out of line if it has not had a turn; says whether it is out."""
         with self._lock:
             return self._scheduler.withdraw(message)
+
+    def leave_out(self, message: Message, row: int) -> bool:
+        """Take one of several sessions out of a message in line if it has not had a turn; says whether it is out."""
+        with self._lock:
+            if not self._scheduler.shrink(message):
+                return False
+            message.leave_out(row)
+            return True
 
     @contextmanager
     def device_held(self) -> Iterator[None]:
@@ -239,7 +256,7 @@ class Engine:
         for message in ended:
             message.has_ended = True
         self._forget_what_was_before(ended)
-        self._look([message for message in ended if message.wants_state and not message.errors])
+        self._look([m for m in ended if m.wants_state and len(m.errors) < m.num_rows])
         self._report(BatchReport(num_rows, turn_times_s, queue_times_s))
 
     def _load(self, messages: list[Message]) -> None:

@@ -174,7 +174,7 @@ class Lines:
         self._leave(call)
         return call.settle(result)
 
-    def fail(self, call: Call, error: Exception) -> None:
+    def fail(self, call: Call, error: BaseException) -> None:
         """Answer the call being served with an error."""
         call.has_failed = True
         self._leave(call)
@@ -275,7 +275,7 @@ class Lines:
     def _leave(self, call: Call) -> None:
         session = call.session
         session.leave_line(call)
-        call.follows = None  # or a stream would keep all its calls alive
+        call.follows = call.company = None  # or a stream would keep all its calls alive, and a call itself
         session.last_use_s = self._journal.service_time_s
         session.model.num_pending -= 1
 
@@ -287,10 +287,14 @@ class Lines:
             session.leave_line(call)
             session.model.num_pending -= 1
             self.serve(session)
-        elif call.message is not None and session.model.withdraw(call.message):
-            session.model.slots.release(call.message.write_slots[0])
-            self._leave(call)
-            self.serve(session)
+        elif (company := call.company) is not None and company.message is not None:
+            row = company.sessions.index(session)
+            slot = int(company.message.write_slots[row])
+            if session.model.withdraw(company.message, row):
+                session.model.slots.release(slot)
+                company.keep([other for other in range(len(company.sessions)) if other != row])
+                self._leave(call)
+                self.serve(session)
 
     def _withdraw_group(self, group: Group) -> None:
         if group.message is None:

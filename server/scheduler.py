@@ -72,6 +72,13 @@ class Scheduler(Generic[M]):
         self._num_rows_waiting -= message.num_rows
         return True
 
+    def shrink(self, message: M) -> bool:
+        """Let a message in line need a row less, unless its first turn was taken; says whether it does."""
+        if message.is_started:
+            return False
+        self._num_rows_waiting -= 1
+        return True
+
     def next_batch(self) -> list[M]:
         """Take the messages whose turn it is, out of their line; empty when nobody waits."""
         lines = [line for line in self._lines if line]

@@ -74,8 +74,14 @@ class ServedModel:
             self.loop.call_soon(self._flush)
         self._outbox.append(message)
 
-    def withdraw(self, message: Message) -> bool:
-        """Take a message back that has not begun; says whether it is out."""
+    def submit_now(self, messages: list[Message]) -> None:
+        """As `submit`, of what has come together already."""
+        self.engine.submit(messages)
+
+    def withdraw(self, message: Message, row: int | None = None) -> bool:
+        """Take a message back that has not begun, or only one of its sessions; says whether it is out."""
+        if row is not None and message.num_rows > 1:
+            return self.engine.leave_out(message, row)
         if message in self._outbox:
             self._outbox.remove(message)
             return True

@@ -220,8 +220,8 @@ class Call:
     follows: Call | None = None
     """The call before it on its stream: if that one fails, this one is not begun."""
     is_begun: bool = False
-    message: Message | None = None
-    """What it has in the engine's line."""
+    company: Company | None = None
+    """With whom it is in the engine's line."""
     has_failed: bool = False
 
 
@@ -307,36 +307,60 @@ class Batch:
                 self.future.set_result(self._result)
 
 
-@dataclass(eq=False, slots=True)
-class Group:
-    """Sessions of a batch that are served together, in one message, since nothing else is to be served before.
+@dataclass(eq=False, slots=True, kw_only=True)
+class Company:
+    """Sessions of a model whose steps are one message."""
 
-    It stands in the line of each of them: alone, or behind the same other group.
-    """
-
-    batch: Batch
     served: ServedModel
-    indices: Rows
-    """Where the sessions stand in the batch."""
     session_ids: Sequence[str]
     sessions: list[Session]
     places: Rows
     """Theirs, in their model's room."""
     inputs: Array
     """[sessions, T, ...input shape]."""
-    first_steps: Sequence[int]
-    """As its caller says, or empty."""
-    begin: Callable[[Group], None]
-    """Called when it is the turn of all its sessions."""
-    waiting: set[Session] = field(default_factory=set)
-    """Sessions whose turn has not come."""
     message: Message | None = None
+    """What they have in the engine's line."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on without the sessions in the other rows."""
         rows = list(rows)
         self.session_ids = [self.session_ids[row] for row in rows]
         self.sessions = [self.sessions[row] for row in rows]
-        self.indices, self.places = self.indices[rows], self.places[rows]
-        self.inputs = self.inputs[rows]
+        self.places, self.inputs = self.places[rows], self.inputs[rows]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Calls(Company):
+    """Sessions that a call each runs the steps of: those whose turn came at once."""
+
+    calls: list[Call]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on without the calls in the other rows."""
+        super(Calls, self).keep(rows)
+        self.calls = [self.calls[row] for row in rows]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Group(Company):
+    """Sessions of a batch that are served together, since nothing else is to be served before.
+
+    It stands in the line of each of them: alone, or behind the same other group.
+    """
+
+    batch: Batch
+    indices: Rows
+    """Where the sessions stand in the batch."""
+    first_steps: Sequence[int]
+    """As its caller says, or empty."""
+    begin: Callable[[Group], None]
+    """Called when it is the turn of all its sessions."""
+    waiting: set[Session] = field(default_factory=set)
+    """Sessions whose turn has not come."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on without the sessions in the other rows."""
+        rows = list(rows)
+        super(Group, self).keep(rows)
+        self.indices = self.indices[rows]
         self.first_steps = [self.first_steps[row] for row in rows] if self.first_steps else ()

@@ -10,10 +10,12 @@ Shapes: S sessions of a batch, T steps of a message.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,8 +33,23 @@ from server.lines import Change, Lines, move, queue_full
 from server.model_runner import INITIAL_SLOT, Rows
 from server.records import Failure, digest_of, encode_record, encode_snapshot
 from server.served_model import ServedModel
-from server.session import Batch, Call, Group, Session, StepResult
+from server.session import Batch, Call, Calls, Company, Group, Session, StepResult
 from server.store import Write
+
+# Calls whose turn comes at once share a message, since most of what one costs it costs once. But it runs in one piece,
+# and many small ones fill a batch better than few large ones.
+_MOST_CALLS = 32
+
+_Answer = Callable[[Array, Mapping[int, ServingError], Mapping[str, Array]], None]
+"""What to do with outputs [S, T, ...], errors by row, and the state [S, ...] each if it was asked for."""
+
+
+class _Begun(NamedTuple):
+    """A call whose turn has come, and the steps of it that have to run."""
+
+    call: Call
+    inputs: Array
+    known_outputs: Array
 
 
 class Steps:
@@ -44,6 +61,8 @@ class Steps:
         self._journal = journal
         self._snapshot_every_steps = snapshot_every_steps
         self._is_durable = journal.store.keeps_steps
+        self._begun = defaultdict[tuple[ServedModel, int, bool], list[_Begun]](list)
+        """Calls whose turn came in this turn of the event loop, alike in model, steps, and whether they want state."""
 
     def step(
         self,
@@ -110,7 +129,15 @@ class Steps:
                 ids, inputs = [ids[index] for index in its], inputs[its]
                 first_steps = [first_steps[index] for index in its] if first_steps else ()
             group = Group(
-                batch, served, its, ids, sessions[part], places[part], inputs, first_steps, self._begin_group
+                served=served,
+                session_ids=ids,
+                sessions=sessions[part],
+                places=places[part],
+                inputs=inputs,
+                batch=batch,
+                indices=its,
+                first_steps=first_steps,
+                begin=self._begin_group,
             )
             self._lines.enter_group(group)
 
@@ -128,10 +155,18 @@ class Steps:
             self._lines.serve(session)
 
         model = session.model.model
-        call.message = Message(
-            [session.session_id],
+        call.company = Calls(
+            served=session.model,
+            session_ids=[session.session_id],
+            sessions=[session],
+            places=np.array([session.place]),
+            inputs=model.no_inputs[np.newaxis],
+            calls=[call],
+        )
+        call.company.message = Message(
+            call.company.session_ids,
             [session.next_step],
-            model.no_inputs[np.newaxis],
+            call.company.inputs,
             model.no_outputs[np.newaxis],
             [session.slot],
             [INITIAL_SLOT],
@@ -139,7 +174,7 @@ class Steps:
             wants_state=True,
             on_ended=on_ended,
         )
-        session.model.submit(call.message)
+        session.model.submit(call.company.message)
 
     def _stepping(
         self, inputs: Array, first_step: int | None, wants_state: bool = False
@@ -165,49 +200,63 @@ class Steps:
         return begin
 
     def _run(self, call: Call, inputs: Array, known_outputs: Array, wants_state: bool) -> None:
-        """Send a message for the call; its answer is the outputs known and the new ones."""
-        session, served = call.session, call.session.model
-        no_outputs = served.model.no_outputs
-        outputs = np.empty((len(inputs), *no_outputs.shape[1:]), no_outputs.dtype)
-        first_step, slot_before, slot = session.next_step, session.slot, served.slots.take()
-        num_steps_since = first_step + len(inputs) - session.about.snapshot_step
-        is_due = self._is_durable and num_steps_since >= self._snapshot_every_steps
+        """Run steps of the call, together with those of others whose turn comes in this turn of the event loop."""
+        served = call.session.model
+        if not self._begun:
+            served.loop.call_soon(self._run_begun)
+        self._begun[served, len(inputs), wants_state].append(_Begun(call, inputs, known_outputs))
 
-        def on_ended(message: Message) -> None:
-            error = session.loss or message.errors.get(0)
-            state = {name: values[0] for name, values in (message.state or {}).items()}
-            if error is not None:
-                served.slots.release(slot)
-                self._settle_failure(session, inputs, error, lambda: self._lines.fail(call, error))
-            elif self._is_durable:
-                change = self._stepped(session, slot, inputs, outputs, state if is_due else None)
-                self._lines.commit([change], partial(committed, state))
-            else:
-                _take_on(session, slot, inputs, outputs)
-                return committed(state, [None])
-            return self._lines.serve(session)
+    def _run_begun(self) -> None:
+        all_begun, self._begun = self._begun, defaultdict(list)
+        for (served, _, wants_state), begun in all_begun.items():
+            here = [one for one in begun if not one.call.future.cancelled()]
+            if len(here) < len(begun):
+                self._fail_begun(
+                    [one for one in begun if one.call.future.cancelled()], asyncio.CancelledError()
+                )
+            size = min(_MOST_CALLS, served.runner.max_batch_size)
+            parts = [here[start : start + size] for start in range(0, len(here), size)]
+            try:
+                served.submit_now([self._run_calls(served, part, wants_state) for part in parts])
+            except Exception as error:  # a bug must keep nobody waiting
+                self._fail_begun(here, error)
 
-        def committed(state: dict[str, Array], errors: list[ServingError | None]) -> None:
-            if errors[0] is not None:
-                self._lines.fail(call, errors[0])
-            else:
-                joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
-                next_step = first_step + len(inputs)
-                self._lines.end(call, StepResult(joined, next_step, state if wants_state else {}))
-            self._lines.serve(session)
+    def _fail_begun(self, begun: Sequence[_Begun], error: BaseException) -> None:
+        for call, _, _ in begun:
+            self._lines.fail(call, error)
+            self._lines.serve(call.session)
 
-        call.message = Message(
-            [session.session_id],
-            [first_step],
-            inputs[np.newaxis],
-            outputs[np.newaxis],
-            [slot_before],
-            [slot],
-            served.slots.shared(slot_before),
-            wants_state=wants_state or is_due,
-            on_ended=on_ended,
+    def _run_calls(self, served: ServedModel, begun: Sequence[_Begun], wants_state: bool) -> Message:
+        """A message for calls whose steps run together; their answers are the outputs known and the new ones."""
+        calls, inputs, known_outputs = zip(*begun, strict=True)
+        sessions = [call.session for call in calls]
+        company = Calls(
+            served=served,
+            session_ids=[session.session_id for session in sessions],
+            sessions=sessions,
+            places=np.fromiter([session.place for session in sessions], np.int64),
+            inputs=np.array(inputs),
+            calls=[*calls],
         )
-        served.submit(call.message)
+        known = {call: outputs for call, outputs in zip(calls, known_outputs, strict=True) if len(outputs)}
+        for call in calls:
+            call.company = company
+
+        def answer(outputs: Array, errors: Mapping[int, ServingError], state: Mapping[str, Array]) -> None:
+            next_steps = served.histories.next_step.each[company.places].tolist()
+            for row, call in enumerate(company.calls):
+                if row in errors:
+                    self._lines.fail(call, errors[row])
+                else:
+                    # A copy: whoever is slow to read its answer is not to keep everybody's.
+                    its_own = (
+                        np.concatenate([known[call], outputs[row]]) if call in known else outputs[row].copy()
+                    )
+                    its_state = {name: values[row] for name, values in state.items()}
+                    self._lines.end(call, StepResult(its_own, next_steps[row], its_state))
+                self._lines.serve(call.session)
+
+        return self._run_company(company, wants_state, answer)
 
     def _stepped(
         self, session: Session, slot: int, inputs: Array, outputs: Array, state: dict[str, Array] | None
@@ -295,24 +344,33 @@ class Steps:
         return others
 
     def _run_group(self, group: Group) -> None:
-        served, sessions, places, inputs = group.served, group.sessions, group.places, group.inputs
+        def answer(outputs: Array, errors: Mapping[int, ServingError], _state: Mapping[str, Array]) -> None:
+            self._answer_group(group, outputs, errors)
+
+        group.served.submit(self._run_company(group, wants_state=False, answer=answer))
+
+    def _run_company(self, company: Company, wants_state: bool, answer: _Answer) -> Message:
+        """A message for sessions whose steps run together; `answer` is called when what ended well is theirs."""
+        served, places, inputs = company.served, company.places, company.inputs
         room, no_outputs = served.room, served.model.no_outputs
-        outputs = np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype)
         next_steps = served.histories.next_step.each[places]
         present = room.slot.each[places]
-        slots = served.slots.take_many(len(sessions))
-        due = set[int]()
+        due = set[Session]()
         if self._is_durable:
             num_steps_since = next_steps + inputs.shape[1] - room.snapshot_step.each[places]
-            due.update(np.flatnonzero(num_steps_since >= self._snapshot_every_steps).tolist())
+            are_due = num_steps_since >= self._snapshot_every_steps
+            due.update(company.sessions[row] for row in np.flatnonzero(are_due).tolist())
 
         def on_ended(message: Message) -> None:
+            sessions, inputs, outputs = company.sessions, company.inputs, message.outputs
+            slots = np.asarray(message.write_slots)
+            state = message.state or {}
             errors = dict(message.errors)
             if room.num_lost:
                 errors |= {row: session.loss for row, session in enumerate(sessions) if session.loss}
             if not errors and not self._is_durable:
-                _take_on_each(served, places, present, slots, inputs, outputs)
-                return self._answer_group(group, outputs, errors)
+                _take_on_each(served, company.places, np.asarray(message.slots), slots, inputs, outputs)
+                return answer(outputs, errors, state if wants_state else {})
             served.slots.release_many(slots[[*errors]])
             rows = [row for row in range(len(sessions)) if row not in errors]
             failing = [
@@ -322,18 +380,19 @@ class Steps:
             if self._is_durable:
                 changes = []
                 for row in rows:
-                    state = None
-                    if row in due and message.state is not None:
-                        state = {name: values[row] for name, values in message.state.items()}
+                    snapshot = None
+                    if sessions[row] in due and state:
+                        snapshot = {name: values[row] for name, values in state.items()}
                     changes.append(
-                        self._stepped(sessions[row], int(slots[row]), inputs[row], outputs[row], state)
+                        self._stepped(sessions[row], int(slots[row]), inputs[row], outputs[row], snapshot)
                     )
-                return self._lines.commit(changes, partial(committed, rows, errors, failing))
+                return self._lines.commit(changes, partial(committed, message, rows, errors, failing))
             for row in rows:
                 _take_on(sessions[row], int(slots[row]), inputs[row], outputs[row])
-            return committed(rows, errors, failing, [None] * len(rows))
+            return committed(message, rows, errors, failing, [None] * len(rows))
 
         def committed(
+            message: Message,
             rows: list[int],
             errors: dict[int, ServingError],
             failing: Sequence[Callable[[Callable[[], None]], None]],
@@ -346,26 +405,26 @@ class Steps:
                 nonlocal num_left
                 num_left -= 1
                 if num_left < 0:
-                    self._answer_group(group, outputs, errors)
+                    answer(message.outputs, errors, (message.state or {}) if wants_state else {})
 
             for settle_failure in failing:
                 settle_failure(settle)
             settle()
 
-        group.message = Message(
-            group.session_ids,
+        company.message = Message(
+            company.session_ids,
             next_steps,
             inputs,
-            outputs,
+            np.empty((*inputs.shape[:2], *no_outputs.shape[1:]), no_outputs.dtype),
             present,
-            slots,
+            served.slots.take_many(len(places)),
             served.slots.shared_many(present),
-            wants_state=bool(due),
+            wants_state=wants_state or bool(due),
             on_ended=on_ended,
         )
-        served.submit(group.message)
+        return company.message
 
-    def _answer_group(self, group: Group, outputs: Array, errors: dict[int, ServingError]) -> None:
+    def _answer_group(self, group: Group, outputs: Array, errors: Mapping[int, ServingError]) -> None:
         if not self._journal.holds_lease:
             errors = dict.fromkeys(range(len(group.sessions)), LeaseLapsedError())
         group.batch.settle_group(group, outputs, errors)

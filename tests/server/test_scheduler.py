@@ -63,6 +63,19 @@ def test_a_message_can_be_withdrawn_until_its_first_turn() -> None:
     assert not scheduler
 
 
+def test_a_message_can_need_less_room_until_its_first_turn() -> None:
+    started, waiting = Steps("started", 2, num_rows=2), Steps("waiting", 1, num_rows=2)
+    scheduler = scheduler_of(started, waiting, max_batch_size=3)
+    scheduler.put_back(scheduler.next_batch())
+
+    assert not scheduler.shrink(started)
+    assert scheduler.shrink(waiting)
+    waiting.num_rows -= 1
+
+    assert scheduler.next_batch() == [waiting, started], "there is room for both now"
+    assert not scheduler
+
+
 LENGTHS = st.lists(st.integers(1, 9), max_size=12)
 SIZES = st.integers(1, 5)
 MOST_TURNS = st.sampled_from([1, 2, 4, 8])

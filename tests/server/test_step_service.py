@@ -15,6 +15,8 @@ import structlog.testing
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
 from server.engine import Message
+from server.errors import OutputNotFiniteError
+from server.served_model import ServedModel
 from server.session import Batch, Call, Group
 from tests.server.helpers import (
     GONE,
@@ -283,19 +285,147 @@ async def test_a_call_that_was_cancelled_is_not_begun_when_its_turn_comes(
     manager = caller.server.sessions
     served = manager.model("accumulator", None)
     await caller.create("accumulator")
-    submitted, submit = [], served.submit
-    monkeypatch.setattr(served, "submit", lambda message: (submitted.append(message), submit(message)))
+    run = messages_of(served, monkeypatch)
 
     with caller.hold("accumulator"):
         first = manager.step(manager.in_memory["s"], random_inputs(1), None)
         second = manager.step(manager.in_memory["s"], random_inputs(1, 9), None)
+        await asyncio.sleep(0)  # the first is in the engine's line
         # Taking the first out of line makes it the second's turn, before the second is taken out itself.
         second.future.cancel()
         manager.withdraw([first, second])
         await pending(caller, "accumulator", 0)
 
-    assert len(submitted) == 1
+    assert run == [["s"]]
     assert await caller.next_step() == 0
+
+
+async def test_a_call_cancelled_in_the_turn_of_the_event_loop_it_came_in_is_not_run(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = caller.server.sessions
+    served = manager.model("accumulator", None)
+    await caller.create("accumulator")
+    run = messages_of(served, monkeypatch)
+
+    first = manager.step(manager.in_memory["s"], random_inputs(1), None)
+    follower = manager.step(manager.in_memory["s"], random_inputs(1, 9), None, follows=first)
+    manager.withdraw([first])
+    await pending(caller, "accumulator", 0)
+
+    assert run == []
+    assert follower.future.cancelled() or not follower.future.done()
+    assert await caller.next_step() == 0
+
+
+async def test_calls_whose_turn_comes_at_once_run_in_one_message_and_give_what_each_gives_alone(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = caller.server.sessions
+    served = manager.model("accumulator", None)
+    run = messages_of(served, monkeypatch)
+    names = ["a", "b", "c", "longer", "looking"]
+    inputs = {name: random_inputs(4 if name == "longer" else 3, seed) for seed, name in enumerate(names)}
+    sessions = {}
+    for name in names:
+        await caller.create("accumulator", name)
+        sessions[name] = manager.in_memory[name]
+    before = await caller.step(inputs["b"][:1], "b")
+    run.clear()
+
+    calls = [
+        # The first step of "b" has run already: it is answered from the record.
+        manager.step(sessions[name], inputs[name], 0, wants_state=name == "looking")
+        for name in names
+    ]
+    results = dict(zip(names, await asyncio.gather(*[call.future for call in calls]), strict=True))
+
+    assert sorted(run) == [["a", "c"], ["b"], ["longer"], ["looking"]]
+    np.testing.assert_array_equal(results["b"].outputs[:1], before)
+    for name in names:
+        np.testing.assert_array_equal(results[name].outputs, accumulated(inputs[name]))
+        assert results[name].next_step == len(inputs[name])
+        assert results[name].outputs.base is None, "it would keep the outputs of all"
+    np.testing.assert_array_equal(results["looking"].state["sum"], accumulated(inputs["looking"])[-1])
+    assert not results["a"].state
+
+
+async def test_of_calls_in_one_message_one_that_is_cancelled_leaves_it_and_the_others_keep_their_turn(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = caller.server.sessions
+    served = manager.model("accumulator", None)
+    run = messages_of(served, monkeypatch)
+    names = ["a", "b", "c", "last"]
+    inputs = {name: random_inputs(2, seed) for seed, name in enumerate(names)}
+    for name in names:
+        await caller.create("accumulator", name)
+    num_used = served.slots.num_used
+
+    with caller.hold("accumulator"):
+        calls = [manager.step(manager.in_memory[name], inputs[name], 0) for name in names[:3]]
+        await asyncio.sleep(0)
+        last = manager.step(manager.in_memory["last"], inputs["last"], 0)
+        await asyncio.sleep(0)
+        manager.withdraw([calls[1]])
+        await pending(caller, "accumulator", 3)
+        assert served.slots.num_used == num_used + 3
+        again = manager.step(manager.in_memory["b"], inputs["b"][::-1], 0)
+        await asyncio.sleep(0)
+    results = await asyncio.gather(*[call.future for call in (calls[0], calls[2], last, again)])
+
+    assert run == [["a", "b", "c"], ["last"], ["b"]]
+    for result, expected in zip(
+        results, [inputs["a"], inputs["c"], inputs["last"], inputs["b"][::-1]], strict=True
+    ):
+        np.testing.assert_array_equal(result.outputs, accumulated(expected))
+    assert served.slots.num_used == num_used + len(names)
+    with caller.hold("accumulator"):
+        calls = [manager.step(manager.in_memory[name], inputs[name], 2) for name in names[:2]]
+        await asyncio.sleep(0)
+        manager.withdraw(calls)
+        await pending(caller, "accumulator", 0)
+    assert served.slots.num_used == num_used + len(names)
+    assert [await caller.next_step(name) for name in names] == [2] * 4
+
+
+async def test_of_calls_in_one_message_one_that_fails_takes_no_state_from_those_who_asked_for_it(
+    caller: Caller,
+) -> None:
+    manager = caller.server.sessions
+    await caller.create("logarithm", "well")
+    await caller.create("logarithm", "sinking")
+    inputs = {"well": np.ones((1, 3), np.float32), "sinking": np.full((1, 3), -9, np.float32)}
+
+    calls = [
+        manager.step(manager.in_memory[name], inputs[name], 0, wants_state=True)
+        for name in ("sinking", "well")
+    ]
+    failed, passed = await asyncio.gather(*[call.future for call in calls], return_exceptions=True)
+
+    assert isinstance(failed, OutputNotFiniteError)
+    assert not isinstance(passed, BaseException)
+    np.testing.assert_array_equal(passed.state["sum"], np.full(3, 2))
+
+
+async def test_a_bug_as_calls_begin_keeps_none_of_them_waiting(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = caller.server.sessions
+    served = manager.model("accumulator", None)
+    for name in "ab":
+        await caller.create("accumulator", name)
+
+    def submit_now(_messages: list[Message]) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served, "submit_now", submit_now)
+        calls = [manager.step(manager.in_memory[name], random_inputs(1), 0) for name in "ab"]
+        outcomes = await asyncio.gather(*[call.future for call in calls], return_exceptions=True)
+
+    assert [str(outcome) for outcome in outcomes] == ["a bug", "a bug"]
+    np.testing.assert_array_equal(await caller.step(random_inputs(1), "a"), accumulated(random_inputs(1)))
 
 
 async def test_a_call_cancelled_behind_another_of_its_session_leaves_the_order_of_the_rest(
@@ -314,6 +444,18 @@ async def test_a_call_cancelled_behind_another_of_its_session_leaves_the_order_o
         await pending(caller, "accumulator", 2)
 
     np.testing.assert_array_equal(np.concatenate([await first, await third]), accumulated(inputs))
+
+
+def messages_of(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What a model's engine is given from now on: the sessions of each message of steps of calls."""
+    submitted, submit = list[list[str]](), served.submit_now
+
+    def submit_now(messages: list[Message]) -> None:
+        submitted.extend([*message.session_ids] for message in messages)
+        submit(messages)
+
+    monkeypatch.setattr(served, "submit_now", submit_now)
+    return submitted
 
 
 def a_batch(

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +29,7 @@ from server.journal import Journal, Outcome
 from server.model_runner import Rows
 from server.records import About
 from server.served_model import ServedModel
-from server.session import Batch, Call, Group, Session
+from server.session import Batch, Call, Calls, Company, Group, Session
 from server.store import Write
 
 
@@ -180,6 +181,19 @@ class Lines:
         self._leave(call)
         call.settle(error)
 
+    def end_calls(self, company: Calls, results: Sequence[object]) -> None:
+        """Answer calls that were served together, each with a result or an exception, as `end` and `fail` do one."""
+        if not self._journal.holds_lease:
+            results = [
+                result if isinstance(result, BaseException) else LeaseLapsedError() for result in results
+            ]
+        for call, result in zip(company.calls, results, strict=True):
+            call.has_failed = isinstance(result, BaseException)
+            call.follows = call.company = None
+            call.settle(result)
+        # Only now, since whose turn it is next sees what has become of those before.
+        self._leave_together(company, company.calls)
+
     def lose(self, session: Session, loss: ServingError) -> None:
         """A session is here no more; what is in its line is told why, but what has begun in the engine ends there."""
         if session.loss is None:
@@ -246,15 +260,19 @@ class Lines:
 
     def end_group(self, group: Group) -> None:
         """The message of a group has ended or is withdrawn: it is the turn of who waits behind it."""
-        served, places = group.served, group.places
+        self._leave_together(group, repeat(group, len(group.sessions)))
+
+    def _leave_together(self, company: Company, calls: Iterable[Call | Group]) -> None:
+        """Take sessions that were served together out of line, each with its call, and begin what stands behind."""
+        served, places = company.served, company.places
         served.num_pending -= len(places)
         served.room.last_use_s.each[places] = self._journal.service_time_s
         if not served.room.needs_care.each[places].any():
             for place in places.tolist():
                 served.room.first_call[place] = None
             return self.keeper.rest(served, places)
-        for session in group.sessions:
-            session.leave_line(group)
+        for session, call in zip(company.sessions, calls, strict=True):
+            session.leave_line(call)
             self.serve(session)
         return None
 

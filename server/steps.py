@@ -244,17 +244,18 @@ class Steps:
 
         def answer(outputs: Array, errors: Mapping[int, ServingError], state: Mapping[str, Array]) -> None:
             next_steps = served.histories.next_step.each[company.places].tolist()
+            results: list[StepResult | ServingError] = []
             for row, call in enumerate(company.calls):
                 if row in errors:
-                    self._lines.fail(call, errors[row])
-                else:
-                    # A copy: whoever is slow to read its answer is not to keep everybody's.
-                    its_own = (
-                        np.concatenate([known[call], outputs[row]]) if call in known else outputs[row].copy()
-                    )
-                    its_state = {name: values[row] for name, values in state.items()}
-                    self._lines.end(call, StepResult(its_own, next_steps[row], its_state))
-                self._lines.serve(call.session)
+                    results.append(errors[row])
+                    continue
+                # Copies: whoever is slow to read its answer is not to keep everybody's.
+                its_own = (
+                    np.concatenate([known[call], outputs[row]]) if call in known else outputs[row].copy()
+                )
+                its_state = {name: values[row].copy() for name, values in state.items()}
+                results.append(StepResult(its_own, next_steps[row], its_state))
+            self._lines.end_calls(company, results)
 
         return self._run_company(company, wants_state, answer)
 

@@ -130,7 +130,7 @@ def check_answer_size(
     num_items: int = 0,
 ) -> None:
     """That the answer will fit in a message, before anything is run for it; `field` is what can be made less."""
-    output_bytes = num_steps * math.prod(model.no_outputs.shape[1:]) * model.no_outputs.itemsize
+    output_bytes = num_steps * model.output_bytes
     state_bytes = 0
     if state_names:
         state_bytes = sum(

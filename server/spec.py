@@ -52,6 +52,11 @@ class StepModel:
         """The outputs of no steps, [0, ...output shape]."""
         return np.empty((0, *self.spec.output.shape), numpy_dtype(self.spec.output.dtype))
 
+    @cached_property
+    def output_bytes(self) -> int:
+        """Bytes of output of one step."""
+        return math.prod(self.no_outputs.shape[1:]) * self.no_outputs.itemsize
+
     @property
     def state_bytes(self) -> int:
         """Bytes of state of one session."""

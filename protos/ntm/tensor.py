@@ -88,7 +88,7 @@ def to_array(tensor: tensor_pb2.Tensor) -> Array:
             f"takes {expected_bytes}",
         )
     flat = np.frombuffer(raw, dtype=dtype)
-    if dtype == np.bool_ and flat.view(np.uint8).max(initial=0) > 1:
+    if dtype.kind == "b" and flat.view(np.uint8).max(initial=0) > 1:
         raise TensorError("raw", "raw has a byte that is neither 0 nor 1, in a BOOL tensor")
     try:
         return flat.reshape(shape)

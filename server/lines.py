@@ -305,12 +305,14 @@ class Lines:
             session.leave_line(call)
             session.model.num_pending -= 1
             self.serve(session)
-        elif (company := call.company) is not None and company.message is not None:
-            row = company.sessions.index(session)
-            slot = int(company.message.write_slots[row])
-            if session.model.withdraw(company.message, row):
+        elif (message := call.message) is not None:
+            company = call.company
+            row = company.sessions.index(session) if company else 0
+            slot = int(message.write_slots[row])
+            if session.model.withdraw(message, row):
                 session.model.slots.release(slot)
-                company.keep([other for other in range(len(company.sessions)) if other != row])
+                if company:
+                    company.keep([other for other in range(len(company.sessions)) if other != row])
                 self._leave(call)
                 self.serve(session)
 

@@ -220,8 +220,10 @@ class Call:
     follows: Call | None = None
     """The call before it on its stream: if that one fails, this one is not begun."""
     is_begun: bool = False
-    company: Company | None = None
-    """With whom it is in the engine's line."""
+    message: Message | None = None
+    """What it has in the engine's line."""
+    company: Calls | None = None
+    """With whom it shares that, unless it is alone."""
     has_failed: bool = False
 
 

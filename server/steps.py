@@ -36,8 +36,9 @@ from server.served_model import ServedModel
 from server.session import Batch, Call, Calls, Company, Group, Session, StepResult
 from server.store import Write
 
-# Calls whose turn comes at once share a message, since most of what one costs it costs once. But it runs in one piece,
-# and many small ones fill a batch better than few large ones.
+# Calls whose turn comes at once share a message, since most of what one costs it costs once; below a few, what arrays
+# cost is more. A message runs in one piece, and many small ones fill a batch better than few large ones.
+_FEWEST_CALLS = 4
 _MOST_CALLS = 32
 
 _Answer = Callable[[Array, Mapping[int, ServingError], Mapping[str, Array]], None]
@@ -155,18 +156,10 @@ class Steps:
             self._lines.serve(session)
 
         model = session.model.model
-        call.company = Calls(
-            served=session.model,
-            session_ids=[session.session_id],
-            sessions=[session],
-            places=np.array([session.place]),
-            inputs=model.no_inputs[np.newaxis],
-            calls=[call],
-        )
-        call.company.message = Message(
-            call.company.session_ids,
+        call.message = Message(
+            [session.session_id],
             [session.next_step],
-            call.company.inputs,
+            model.no_inputs[np.newaxis],
             model.no_outputs[np.newaxis],
             [session.slot],
             [INITIAL_SLOT],
@@ -174,7 +167,7 @@ class Steps:
             wants_state=True,
             on_ended=on_ended,
         )
-        session.model.submit(call.company.message)
+        session.model.submit(call.message)
 
     def _stepping(
         self, inputs: Array, first_step: int | None, wants_state: bool = False
@@ -215,9 +208,15 @@ class Steps:
                     [one for one in begun if one.call.future.cancelled()], asyncio.CancelledError()
                 )
             size = min(_MOST_CALLS, served.runner.max_batch_size)
-            parts = [here[start : start + size] for start in range(0, len(here), size)]
+            messages = list[Message]()
             try:
-                served.submit_now([self._run_calls(served, part, wants_state) for part in parts])
+                for start in range(0, len(here), size):
+                    part = here[start : start + size]
+                    if len(part) < _FEWEST_CALLS:
+                        messages += [self._run_alone(*one, wants_state) for one in part]
+                    else:
+                        messages.append(self._run_together(served, part, wants_state))
+                served.submit_now(messages)
             except Exception as error:  # a bug must keep nobody waiting
                 self._fail_begun(here, error)
 
@@ -226,7 +225,7 @@ class Steps:
             self._lines.fail(call, error)
             self._lines.serve(call.session)
 
-    def _run_calls(self, served: ServedModel, begun: Sequence[_Begun], wants_state: bool) -> Message:
+    def _run_together(self, served: ServedModel, begun: Sequence[_Begun], wants_state: bool) -> Message:
         """A message for calls whose steps run together; their answers are the outputs known and the new ones."""
         calls, inputs, known_outputs = zip(*begun, strict=True)
         sessions = [call.session for call in calls]
@@ -239,8 +238,6 @@ class Steps:
             calls=[*calls],
         )
         known = {call: outputs for call, outputs in zip(calls, known_outputs, strict=True) if len(outputs)}
-        for call in calls:
-            call.company = company
 
         def answer(outputs: Array, errors: Mapping[int, ServingError], state: Mapping[str, Array]) -> None:
             next_steps = served.histories.next_step.each[company.places].tolist()
@@ -257,7 +254,55 @@ class Steps:
                 results.append(StepResult(its_own, next_steps[row], its_state))
             self._lines.end_calls(company, results)
 
-        return self._run_company(company, wants_state, answer)
+        message = self._run_company(company, wants_state, answer)
+        for call in calls:
+            call.message, call.company = message, company
+        return message
+
+    def _run_alone(self, call: Call, inputs: Array, known_outputs: Array, wants_state: bool) -> Message:
+        """As `_run_together`, for one, which takes less: where one number is asked for, numpy is slow."""
+        session, served = call.session, call.session.model
+        no_outputs = served.model.no_outputs
+        outputs = np.empty((len(inputs), *no_outputs.shape[1:]), no_outputs.dtype)
+        first_step, slot_before, slot = session.next_step, session.slot, served.slots.take()
+        num_steps_since = first_step + len(inputs) - session.about.snapshot_step
+        is_due = self._is_durable and num_steps_since >= self._snapshot_every_steps
+
+        def on_ended(message: Message) -> None:
+            error = session.loss or message.errors.get(0)
+            state = {name: values[0] for name, values in (message.state or {}).items()}
+            if error is not None:
+                served.slots.release(slot)
+                self._settle_failure(session, inputs, error, lambda: self._lines.fail(call, error))
+            elif self._is_durable:
+                change = self._stepped(session, slot, inputs, outputs, state if is_due else None)
+                self._lines.commit([change], partial(committed, state))
+            else:
+                _take_on(session, slot, inputs, outputs)
+                return committed(state, [None])
+            return self._lines.serve(session)
+
+        def committed(state: dict[str, Array], errors: list[ServingError | None]) -> None:
+            if errors[0] is not None:
+                self._lines.fail(call, errors[0])
+            else:
+                joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
+                next_step = first_step + len(inputs)
+                self._lines.end(call, StepResult(joined, next_step, state if wants_state else {}))
+            self._lines.serve(session)
+
+        call.message = Message(
+            [session.session_id],
+            [first_step],
+            inputs[np.newaxis],
+            outputs[np.newaxis],
+            [slot_before],
+            [slot],
+            served.slots.shared(slot_before),
+            wants_state=wants_state or is_due,
+            on_ended=on_ended,
+        )
+        return call.message
 
     def _stepped(
         self, session: Session, slot: int, inputs: Array, outputs: Array, state: dict[str, Array] | None

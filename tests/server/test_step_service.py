@@ -319,93 +319,93 @@ async def test_a_call_cancelled_in_the_turn_of_the_event_loop_it_came_in_is_not_
 
 
 async def test_calls_whose_turn_comes_at_once_run_in_one_message_and_give_what_each_gives_alone(
-    caller: Caller, monkeypatch: pytest.MonkeyPatch
+    roomy_caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caller = roomy_caller
     manager = caller.server.sessions
     served = manager.model("accumulator", None)
-    run = messages_of(served, monkeypatch)
-    names = ["a", "b", "c", "longer", "looking"]
-    inputs = {name: random_inputs(4 if name == "longer" else 3, seed) for seed, name in enumerate(names)}
-    sessions = {}
+    alike, known, looking, few = [*"abcd"], [*"efgh"], [*"ijkl"], [*"mno"]
+    names = [*alike, *known, *looking, *few]
+    inputs = {name: random_inputs(4 if name in few else 3, seed) for seed, name in enumerate(names)}
     for name in names:
         await caller.create("accumulator", name)
-        sessions[name] = manager.in_memory[name]
-    before = await caller.step(inputs["b"][:1], "b")
-    run.clear()
+    for name in known:
+        await caller.step(inputs[name][:1], name)  # and is answered from the record below
+    run = messages_of(served, monkeypatch)
 
     calls = [
-        # The first step of "b" has run already: it is answered from the record.
-        manager.step(sessions[name], inputs[name], 0, wants_state=name == "looking")
-        for name in names
+        manager.step(manager.in_memory[name], inputs[name], 0, wants_state=name in looking) for name in names
     ]
     results = dict(zip(names, await asyncio.gather(*[call.future for call in calls]), strict=True))
 
-    assert sorted(run) == [["a", "c"], ["b"], ["longer"], ["looking"]]
-    np.testing.assert_array_equal(results["b"].outputs[:1], before)
+    assert sorted(run) == [alike, known, looking, *([name] for name in few)]
     for name in names:
         np.testing.assert_array_equal(results[name].outputs, accumulated(inputs[name]))
-        assert results[name].next_step == len(inputs[name])
         assert results[name].outputs.base is None, "it would keep the outputs of all"
-    np.testing.assert_array_equal(results["looking"].state["sum"], accumulated(inputs["looking"])[-1])
-    assert not results["a"].state
+        assert results[name].next_step == len(inputs[name]) == await caller.next_step(name)
+        assert [*results[name].state] == (["sum"] if name in looking else [])
+    for name in looking:
+        np.testing.assert_array_equal(results[name].state["sum"], accumulated(inputs[name])[-1])
 
 
 async def test_of_calls_in_one_message_one_that_is_cancelled_leaves_it_and_the_others_keep_their_turn(
-    caller: Caller, monkeypatch: pytest.MonkeyPatch
+    roomy_caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caller = roomy_caller
     manager = caller.server.sessions
     served = manager.model("accumulator", None)
     run = messages_of(served, monkeypatch)
-    names = ["a", "b", "c", "last"]
-    inputs = {name: random_inputs(2, seed) for seed, name in enumerate(names)}
-    for name in names:
+    inputs = {name: random_inputs(2, seed) for seed, name in enumerate("abcdz")}
+    for name in inputs:
         await caller.create("accumulator", name)
     num_used = served.slots.num_used
 
     with caller.hold("accumulator"):
-        calls = [manager.step(manager.in_memory[name], inputs[name], 0) for name in names[:3]]
+        calls = [manager.step(manager.in_memory[name], inputs[name], 0) for name in "abcd"]
         await asyncio.sleep(0)
-        last = manager.step(manager.in_memory["last"], inputs["last"], 0)
+        last = manager.step(manager.in_memory["z"], inputs["z"], 0)
         await asyncio.sleep(0)
         manager.withdraw([calls[1]])
-        await pending(caller, "accumulator", 3)
-        assert served.slots.num_used == num_used + 3
+        await pending(caller, "accumulator", 4)
+        assert served.slots.num_used == num_used + 4
         again = manager.step(manager.in_memory["b"], inputs["b"][::-1], 0)
         await asyncio.sleep(0)
-    results = await asyncio.gather(*[call.future for call in (calls[0], calls[2], last, again)])
+    results = await asyncio.gather(*[call.future for call in (calls[0], *calls[2:], last, again)])
 
-    assert run == [["a", "b", "c"], ["last"], ["b"]]
+    assert run == [["a", "b", "c", "d"], ["z"], ["b"]]
     for result, expected in zip(
-        results, [inputs["a"], inputs["c"], inputs["last"], inputs["b"][::-1]], strict=True
+        results, [*(inputs[name] for name in "acdz"), inputs["b"][::-1]], strict=True
     ):
         np.testing.assert_array_equal(result.outputs, accumulated(expected))
-    assert served.slots.num_used == num_used + len(names)
+    num_used += len(inputs)  # none is in the initial one any more
+    assert served.slots.num_used == num_used
     with caller.hold("accumulator"):
-        calls = [manager.step(manager.in_memory[name], inputs[name], 2) for name in names[:2]]
+        calls = [manager.step(manager.in_memory[name], inputs[name], 2) for name in "abcd"]
         await asyncio.sleep(0)
         manager.withdraw(calls)
         await pending(caller, "accumulator", 0)
-    assert served.slots.num_used == num_used + len(names)
-    assert [await caller.next_step(name) for name in names] == [2] * 4
+    assert served.slots.num_used == num_used
+    assert [await caller.next_step(name) for name in inputs] == [2] * 5
 
 
 async def test_of_calls_in_one_message_one_that_fails_takes_no_state_from_those_who_asked_for_it(
-    caller: Caller,
+    roomy_caller: Caller,
 ) -> None:
+    caller = roomy_caller
     manager = caller.server.sessions
-    await caller.create("logarithm", "well")
-    await caller.create("logarithm", "sinking")
-    inputs = {"well": np.ones((1, 3), np.float32), "sinking": np.full((1, 3), -9, np.float32)}
+    names = ["sinking", "one", "two", "three"]
+    inputs = {name: np.full((1, 3), -9 if name == "sinking" else 1, np.float32) for name in names}
+    for name in names:
+        await caller.create("logarithm", name)
 
-    calls = [
-        manager.step(manager.in_memory[name], inputs[name], 0, wants_state=True)
-        for name in ("sinking", "well")
-    ]
-    failed, passed = await asyncio.gather(*[call.future for call in calls], return_exceptions=True)
+    calls = [manager.step(manager.in_memory[name], inputs[name], 0, wants_state=True) for name in names]
+    failed, *passed = await asyncio.gather(*[call.future for call in calls], return_exceptions=True)
 
     assert isinstance(failed, OutputNotFiniteError)
-    assert not isinstance(passed, BaseException)
-    np.testing.assert_array_equal(passed.state["sum"], np.full(3, 2))
+    for result in passed:
+        assert not isinstance(result, BaseException)
+        np.testing.assert_array_equal(result.state["sum"], np.full(3, 2))
+    np.testing.assert_array_equal((await caller.state("sinking"))["sum"], np.ones(3))
 
 
 async def test_a_bug_as_calls_begin_keeps_none_of_them_waiting(
@@ -413,7 +413,7 @@ async def test_a_bug_as_calls_begin_keeps_none_of_them_waiting(
 ) -> None:
     manager = caller.server.sessions
     served = manager.model("accumulator", None)
-    for name in "ab":
+    for name in "abcde":
         await caller.create("accumulator", name)
 
     def submit_now(_messages: list[Message]) -> None:
@@ -421,10 +421,10 @@ async def test_a_bug_as_calls_begin_keeps_none_of_them_waiting(
 
     with monkeypatch.context() as patch:
         patch.setattr(served, "submit_now", submit_now)
-        calls = [manager.step(manager.in_memory[name], random_inputs(1), 0) for name in "ab"]
+        calls = [manager.step(manager.in_memory[name], random_inputs(1), 0) for name in "abcde"]
         outcomes = await asyncio.gather(*[call.future for call in calls], return_exceptions=True)
 
-    assert [str(outcome) for outcome in outcomes] == ["a bug", "a bug"]
+    assert [str(outcome) for outcome in outcomes] == ["a bug"] * 5
     np.testing.assert_array_equal(await caller.step(random_inputs(1), "a"), accumulated(random_inputs(1)))
 
 

@@ -36,7 +36,7 @@ class Metrics:
         )
         self._queue_seconds = Histogram(
             "ntm_queue_seconds",
-            "A message's wait for its first turn.",
+            "A message's wait for its first turn; those that came at once and wait together count as one.",
             ["model"],
             buckets=_SECONDS,
             registry=r,

@@ -81,7 +81,7 @@ class Message:
         return self.write_slots if self.steps_done else self.slots
 
     def leave_out(self, row: int) -> None:
-        """Go without one of several sessions, before the first turn."""
+        """Go without one of several sessions, before the first turn; for messages that bring no state along."""
         rows = [other for other in range(self.num_rows) if other != row]
         self.session_ids = [self.session_ids[other] for other in rows]
         self.first_steps = np.asarray(self.first_steps)[rows]
@@ -400,7 +400,7 @@ class Engine:
         """
         rows, in_order = self._lodgers.rows_of(slots), self._in_order[: len(slots)]
         table = int(self._runner.tables_of(rows[0]))
-        if table != _NOBODY and not np.count_nonzero(rows != self._runner.seats(table, len(rows))):
+        if table >= 0 and not np.count_nonzero(rows != self._runner.seats(table, len(rows))):
             self._note_use(table)
             return table, in_order, True
         tables = self._runner.tables_of(rows)

@@ -29,7 +29,7 @@ from server.journal import Journal, Outcome
 from server.model_runner import Rows
 from server.records import About
 from server.served_model import ServedModel
-from server.session import Batch, Call, Calls, Company, Group, Session
+from server.session import Batch, Call, CallsTogether, Company, Group, Session
 from server.store import Write
 
 
@@ -181,7 +181,7 @@ class Lines:
         self._leave(call)
         call.settle(error)
 
-    def end_calls(self, company: Calls, results: Sequence[object]) -> None:
+    def end_calls(self, company: CallsTogether, results: Sequence[object]) -> None:
         """Answer calls that were served together, each with a result or an exception, as `end` and `fail` do one."""
         if not self._journal.holds_lease:
             results = [
@@ -189,7 +189,7 @@ class Lines:
             ]
         for call, result in zip(company.calls, results, strict=True):
             call.has_failed = isinstance(result, BaseException)
-            call.follows = call.company = None
+            _let_go(call)
             call.settle(result)
         # Only now, since whose turn it is next sees what has become of those before.
         self._leave_together(company, company.calls)
@@ -293,7 +293,7 @@ class Lines:
     def _leave(self, call: Call) -> None:
         session = call.session
         session.leave_line(call)
-        call.follows = call.company = None  # or a stream would keep all its calls alive, and a call itself
+        _let_go(call)
         session.last_use_s = self._journal.service_time_s
         session.model.num_pending -= 1
 
@@ -305,7 +305,7 @@ class Lines:
             session.leave_line(call)
             session.model.num_pending -= 1
             self.serve(session)
-        elif (message := call.message) is not None:
+        elif (message := call.message) is not None:  # else it has yet to get one, unless it is cancelled
             company = call.company
             row = company.sessions.index(session) if company else 0
             slot = int(message.write_slots[row])
@@ -333,6 +333,11 @@ class Lines:
             raise session.loss
         if session.is_leaving:
             raise SessionMovedError(session.session_id)
+
+
+def _let_go(call: Call) -> None:
+    """A call that has left its line is to keep nothing alive, however long its caller keeps it."""
+    call.follows = call.message = call.company = None
 
 
 def move(session: Session, slot: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from server.model_runner import INITIAL_SLOT, ModelRunner, Rows
 
-# Its state never is anywhere else, and to ask which numbers are not 0 is the quickest.
+# Who lodges where nobody does: the initial slot's state never lodges. It is 0, so `nonzero` finds those who do.
 _NOBODY = INITIAL_SLOT
 _NO_ROWS: Rows = np.empty(0, np.int64)
 
@@ -40,7 +40,7 @@ class Lodgers:
 
         Args:
             rows: [B], where nobody lodges any more.
-            slots: [B], none twice.
+            slots: [B], none twice, none the initial one.
         """
         self.forget(slots)
         self._slot_in[rows] = slots

@@ -84,8 +84,10 @@ class ServedModel:
             return self.engine.leave_out(message, row)
         if message in self._outbox:
             self._outbox.remove(message)
-            return True
-        return self.engine.withdraw(message)
+        elif not self.engine.withdraw(message):
+            return False
+        message.on_ended = None  # which knows it, as in `_end`
+        return True
 
     def close(self) -> None:
         """End the engine and free the device's memory, when no session is left. Blocks."""

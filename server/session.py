@@ -222,7 +222,7 @@ class Call:
     is_begun: bool = False
     message: Message | None = None
     """What it has in the engine's line."""
-    company: Calls | None = None
+    company: CallsTogether | None = None
     """With whom it shares that, unless it is alone."""
     has_failed: bool = False
 
@@ -332,14 +332,14 @@ class Company:
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
-class Calls(Company):
+class CallsTogether(Company):
     """Sessions that a call each runs the steps of: those whose turn came at once."""
 
     calls: list[Call]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on without the calls in the other rows."""
-        super(Calls, self).keep(rows)
+        super(CallsTogether, self).keep(rows)  # by name: a dataclass with slots is made twice
         self.calls = [self.calls[row] for row in rows]
 
 

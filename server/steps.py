@@ -33,7 +33,7 @@ from server.lines import Change, Lines, move, queue_full
 from server.model_runner import INITIAL_SLOT, Rows
 from server.records import Failure, digest_of, encode_record, encode_snapshot
 from server.served_model import ServedModel
-from server.session import Batch, Call, Calls, Company, Group, Session, StepResult
+from server.session import Batch, Call, CallsTogether, Company, Group, Session, StepResult
 from server.store import Write
 
 # Calls whose turn comes at once share a message, since most of what one costs it costs once; below a few, what arrays
@@ -43,6 +43,16 @@ _MOST_CALLS = 32
 
 _Answer = Callable[[Array, Mapping[int, ServingError], Mapping[str, Array]], None]
 """What to do with outputs [S, T, ...], errors by row, and the state [S, ...] each if it was asked for."""
+
+
+class _Kind(NamedTuple):
+    """In what calls must be alike that share a message."""
+
+    served: ServedModel
+    num_steps: int
+    wants_state: bool
+    is_due: bool
+    """The state after these steps is to be a snapshot, for which that of all in the message is read."""
 
 
 class _Begun(NamedTuple):
@@ -62,8 +72,8 @@ class Steps:
         self._journal = journal
         self._snapshot_every_steps = snapshot_every_steps
         self._is_durable = journal.store.keeps_steps
-        self._begun = defaultdict[tuple[ServedModel, int, bool], list[_Begun]](list)
-        """Calls whose turn came in this turn of the event loop, alike in model, steps, and whether they want state."""
+        self._begun = defaultdict[_Kind, list[_Begun]](list)
+        """Calls whose turn came in this turn of the event loop."""
 
     def step(
         self,
@@ -194,42 +204,49 @@ class Steps:
 
     def _run(self, call: Call, inputs: Array, known_outputs: Array, wants_state: bool) -> None:
         """Run steps of the call, together with those of others whose turn comes in this turn of the event loop."""
-        served = call.session.model
+        session, num_steps = call.session, len(inputs)
+        num_steps_since = session.next_step + num_steps - session.about.snapshot_step
+        is_due = self._is_durable and num_steps_since >= self._snapshot_every_steps
         if not self._begun:
-            served.loop.call_soon(self._run_begun)
-        self._begun[served, len(inputs), wants_state].append(_Begun(call, inputs, known_outputs))
+            session.model.loop.call_soon(self._run_begun)
+        kind = _Kind(session.model, num_steps, wants_state, is_due)
+        self._begun[kind].append(_Begun(call, inputs, known_outputs))
 
     def _run_begun(self) -> None:
         all_begun, self._begun = self._begun, defaultdict(list)
-        for (served, _, wants_state), begun in all_begun.items():
+        messages = defaultdict[ServedModel, list[Message]](list)
+        for kind, begun in all_begun.items():
             here = [one for one in begun if not one.call.future.cancelled()]
             if len(here) < len(begun):
-                self._fail_begun(
-                    [one for one in begun if one.call.future.cancelled()], asyncio.CancelledError()
-                )
-            size = min(_MOST_CALLS, served.runner.max_batch_size)
-            messages = list[Message]()
-            try:
-                for start in range(0, len(here), size):
-                    part = here[start : start + size]
-                    if len(part) < _FEWEST_CALLS:
-                        messages += [self._run_alone(*one, wants_state) for one in part]
-                    else:
-                        messages.append(self._run_together(served, part, wants_state))
-                served.submit_now(messages)
-            except Exception as error:  # a bug must keep nobody waiting
-                self._fail_begun(here, error)
+                cancelled = [one for one in begun if one.call.future.cancelled()]
+                self._fail_begun(cancelled, asyncio.CancelledError())
+            size = min(_MOST_CALLS, kind.served.runner.max_batch_size)
+            for start in range(0, len(here), size):
+                part = here[start : start + size]
+                try:
+                    messages[kind.served] += self._messages(kind, part)
+                except Exception as error:  # a bug must keep nobody waiting
+                    self._fail_begun(part, error)
+        for served, its_own in messages.items():
+            served.submit_now(its_own)
 
     def _fail_begun(self, begun: Sequence[_Begun], error: BaseException) -> None:
         for call, _, _ in begun:
             self._lines.fail(call, error)
             self._lines.serve(call.session)
 
-    def _run_together(self, served: ServedModel, begun: Sequence[_Begun], wants_state: bool) -> Message:
+    def _messages(self, kind: _Kind, begun: Sequence[_Begun]) -> list[Message]:
+        """What the engine is to run for some calls."""
+        if len(begun) < _FEWEST_CALLS:
+            return [self._run_alone(kind, *one) for one in begun]
+        return [self._run_together(kind, begun)]
+
+    def _run_together(self, kind: _Kind, begun: Sequence[_Begun]) -> Message:
         """A message for calls whose steps run together; their answers are the outputs known and the new ones."""
+        served = kind.served
         calls, inputs, known_outputs = zip(*begun, strict=True)
         sessions = [call.session for call in calls]
-        company = Calls(
+        company = CallsTogether(
             served=served,
             session_ids=[session.session_id for session in sessions],
             sessions=sessions,
@@ -254,19 +271,17 @@ class Steps:
                 results.append(StepResult(its_own, next_steps[row], its_state))
             self._lines.end_calls(company, results)
 
-        message = self._run_company(company, wants_state, answer)
+        message = self._run_company(company, kind.wants_state, answer)
         for call in calls:
             call.message, call.company = message, company
         return message
 
-    def _run_alone(self, call: Call, inputs: Array, known_outputs: Array, wants_state: bool) -> Message:
+    def _run_alone(self, kind: _Kind, call: Call, inputs: Array, known_outputs: Array) -> Message:
         """As `_run_together`, for one, which takes less: where one number is asked for, numpy is slow."""
-        session, served = call.session, call.session.model
+        session, served = call.session, kind.served
         no_outputs = served.model.no_outputs
         outputs = np.empty((len(inputs), *no_outputs.shape[1:]), no_outputs.dtype)
         first_step, slot_before, slot = session.next_step, session.slot, served.slots.take()
-        num_steps_since = first_step + len(inputs) - session.about.snapshot_step
-        is_due = self._is_durable and num_steps_since >= self._snapshot_every_steps
 
         def on_ended(message: Message) -> None:
             error = session.loss or message.errors.get(0)
@@ -275,7 +290,7 @@ class Steps:
                 served.slots.release(slot)
                 self._settle_failure(session, inputs, error, lambda: self._lines.fail(call, error))
             elif self._is_durable:
-                change = self._stepped(session, slot, inputs, outputs, state if is_due else None)
+                change = self._stepped(session, slot, inputs, outputs, state if kind.is_due else None)
                 self._lines.commit([change], partial(committed, state))
             else:
                 _take_on(session, slot, inputs, outputs)
@@ -288,7 +303,7 @@ class Steps:
             else:
                 joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
                 next_step = first_step + len(inputs)
-                self._lines.end(call, StepResult(joined, next_step, state if wants_state else {}))
+                self._lines.end(call, StepResult(joined, next_step, state if kind.wants_state else {}))
             self._lines.serve(session)
 
         call.message = Message(
@@ -299,7 +314,7 @@ class Steps:
             [slot_before],
             [slot],
             served.slots.shared(slot_before),
-            wants_state=wants_state or is_due,
+            wants_state=kind.wants_state or kind.is_due,
             on_ended=on_ended,
         )
         return call.message
@@ -409,8 +424,7 @@ class Steps:
 
         def on_ended(message: Message) -> None:
             sessions, inputs, outputs = company.sessions, company.inputs, message.outputs
-            slots = np.asarray(message.write_slots)
-            state = message.state or {}
+            slots, state = np.asarray(message.write_slots), message.state or {}
             errors = dict(message.errors)
             if room.num_lost:
                 errors |= {row: session.loss for row, session in enumerate(sessions) if session.loss}
@@ -419,43 +433,33 @@ class Steps:
                 return answer(outputs, errors, state if wants_state else {})
             served.slots.release_many(slots[[*errors]])
             rows = [row for row in range(len(sessions)) if row not in errors]
-            failing = [
-                partial(self._settle_failure, sessions[row], inputs[row], error)
-                for row, error in errors.items()
-            ]
-            if self._is_durable:
-                changes = []
-                for row in rows:
-                    snapshot = None
-                    if sessions[row] in due and state:
-                        snapshot = {name: values[row] for name, values in state.items()}
-                    changes.append(
-                        self._stepped(sessions[row], int(slots[row]), inputs[row], outputs[row], snapshot)
-                    )
-                return self._lines.commit(changes, partial(committed, message, rows, errors, failing))
-            for row in rows:
-                _take_on(sessions[row], int(slots[row]), inputs[row], outputs[row])
-            return committed(message, rows, errors, failing, [None] * len(rows))
+            num_left = len(errors) + 1
 
-        def committed(
-            message: Message,
-            rows: list[int],
-            errors: dict[int, ServingError],
-            failing: Sequence[Callable[[Callable[[], None]], None]],
-            outcomes: list[ServingError | None],
-        ) -> None:
-            errors |= {row: error for row, error in zip(rows, outcomes, strict=True) if error is not None}
-            num_left = len(failing)
+            def change(row: int) -> Change:
+                is_due = sessions[row] in due and state
+                snapshot = {name: values[row] for name, values in state.items()} if is_due else None
+                return self._stepped(sessions[row], int(slots[row]), inputs[row], outputs[row], snapshot)
 
             def settle() -> None:
                 nonlocal num_left
                 num_left -= 1
-                if num_left < 0:
-                    answer(message.outputs, errors, (message.state or {}) if wants_state else {})
+                if not num_left:
+                    answer(outputs, errors, state if wants_state else {})
 
-            for settle_failure in failing:
-                settle_failure(settle)
-            settle()
+            def committed(outcomes: list[ServingError | None]) -> None:
+                errors.update(
+                    {row: error for row, error in zip(rows, outcomes, strict=True) if error is not None}
+                )
+                settle()
+
+            # What failed is noted in the same commit.
+            for row, error in errors.items():
+                self._settle_failure(sessions[row], inputs[row], error, settle)
+            if self._is_durable:
+                return self._lines.commit([change(row) for row in rows], committed)
+            for row in rows:
+                _take_on(sessions[row], int(slots[row]), inputs[row], outputs[row])
+            return settle()
 
         company.message = Message(
             company.session_ids,

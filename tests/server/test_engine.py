@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from server import device, spec
 from server.engine import BatchReport, Engine, Message
-from server.errors import StepFailedError
+from server.errors import OutputNotFiniteError, StepFailedError
 from server.lodgers import Lodgers
 from server.model_runner import INITIAL_SLOT, ModelRunner
 from server.slots import SlotPool
@@ -235,6 +235,28 @@ def test_in_a_message_of_several_sessions_one_that_fails_fails_alone(
     alone.run(other)
     alone.engine.close()
     np.testing.assert_array_equal(message.outputs[[0, 2]], [other.outputs[0]] * 2)
+
+
+def test_a_message_goes_without_the_session_that_is_taken_out_of_it_before_its_first_turn(
+    tmp_path: Path,
+) -> None:
+    harness = Harness(tmp_path, step_models.logarithm(), max_batch_size=4)
+    inputs = np.ones((3, 9, 3), np.float32)
+    inputs[2, 4] = -100
+    message = Message(list("abc"), [0, 10, 20], inputs, np.empty_like(inputs), [INITIAL_SLOT] * 3, [1, 2, 3])
+
+    with harness.engine.device_held():
+        harness.engine.submit([message])
+        assert harness.engine.leave_out(message, 1)
+    harness.engine.close()
+
+    assert not harness.engine.leave_out(message, 0), "it has begun"
+    assert [*message.session_ids] == ["a", "c"]
+    assert [*message.write_slots] == [1, 3]
+    assert {row: str(error) for row, error in message.errors.items()} == {
+        1: str(OutputNotFiniteError("test/1", 24))
+    }
+    np.testing.assert_allclose(message.outputs[0, :, 0], np.log(np.arange(2, 11)), rtol=1e-6)
 
 
 def test_sessions_that_go_on_in_the_same_company_are_not_copied(

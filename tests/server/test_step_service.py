@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import structlog.testing
 
+import server.steps
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
 from server.engine import Message
 from server.errors import OutputNotFiniteError
 from server.served_model import ServedModel
-from server.session import Batch, Call, Group
+from server.session import Batch, Call, Company
+from server.spec import StepModel
 from tests.server.helpers import (
     GONE,
     INVALID,
@@ -314,7 +316,7 @@ async def test_a_call_cancelled_in_the_turn_of_the_event_loop_it_came_in_is_not_
     await pending(caller, "accumulator", 0)
 
     assert run == []
-    assert follower.future.cancelled() or not follower.future.done()
+    assert not follower.future.done(), "whoever withdraws a call withdraws those that follow it"
     assert await caller.next_step() == 0
 
 
@@ -408,23 +410,91 @@ async def test_of_calls_in_one_message_one_that_fails_takes_no_state_from_those_
     np.testing.assert_array_equal((await caller.state("sinking"))["sum"], np.ones(3))
 
 
+async def test_of_calls_in_one_message_only_what_follows_one_that_fails_is_not_run(
+    roomy_caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = roomy_caller
+    manager = caller.server.sessions
+    run = messages_of(manager.model("logarithm", None), monkeypatch)
+    names = ["sinking", "one", "two", "three"]
+    followers = []
+    for name in names:
+        await caller.create("logarithm", name)
+
+    for name in names:
+        session, value = manager.in_memory[name], -9 if name == "sinking" else 1
+        first = manager.step(session, np.full((1, 3), value, np.float32), 0)
+        followers.append(manager.step(session, np.ones((1, 3), np.float32), None, follows=first))
+    await pending(caller, "logarithm", 0)
+
+    assert run == [names, *([name] for name in names[1:])]
+    assert [follower.future.done() for follower in followers] == [False, True, True, True]
+    assert [await caller.next_step(name) for name in names] == [0, 2, 2, 2]
+
+
+async def test_of_calls_in_one_message_each_gets_the_snapshot_that_is_due(
+    roomy_caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = roomy_caller
+    manager = caller.server.sessions
+    served = manager.model("accumulator", None)
+    inputs = {name: random_inputs(6, seed) for seed, name in enumerate("abcdefgh")}
+    for name in inputs:
+        await caller.create("accumulator", name)
+        await caller.step(inputs[name][: 3 if name in "abcd" else 1], name)
+    run, snapshots = messages_of(served, monkeypatch), list[tuple[int, np.ndarray]]()
+    encode = server.steps.encode_snapshot
+
+    def encode_snapshot(model: StepModel, next_step: int, state: dict[str, np.ndarray]) -> bytes:
+        snapshots.append((next_step, state["sum"].copy()))
+        return encode(model, next_step, state)
+
+    monkeypatch.setattr(server.steps, "encode_snapshot", encode_snapshot)
+
+    with caller.hold("accumulator"):
+        calls = [
+            manager.step(
+                manager.in_memory[name], inputs[name][3:] if name in "abcd" else inputs[name][1:4], None
+            )
+            for name in inputs
+        ]
+        await asyncio.sleep(0)
+        manager.withdraw([calls[1]])
+    results = await asyncio.gather(*[call.future for call in calls if not call.future.cancelled()])
+
+    assert not any(result.state for result in results)
+    if not manager.journal.store.keeps_steps:
+        assert run == [[*inputs]]
+        assert not snapshots
+        return
+    assert run == [[*"abcd"], [*"efgh"]], (
+        "else the state of those that need no snapshot would be read as well"
+    )
+    assert [next_step for next_step, _ in snapshots] == [6, 6, 6]
+    for name, (_, state) in zip("acd", snapshots, strict=True):
+        np.testing.assert_array_equal(state, accumulated(inputs[name])[-1])
+
+
 async def test_a_bug_as_calls_begin_keeps_none_of_them_waiting(
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = caller.server.sessions
     served = manager.model("accumulator", None)
-    for name in "abcde":
+    for name in "abcde":  # four of them together, and one alone
         await caller.create("accumulator", name)
 
-    def submit_now(_messages: list[Message]) -> None:
+    def take(*_: int) -> None:
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(served, "submit_now", submit_now)
+        patch.setattr(served.slots, "take", take)
+        patch.setattr(served.slots, "take_many", take)
         calls = [manager.step(manager.in_memory[name], random_inputs(1), 0) for name in "abcde"]
         outcomes = await asyncio.gather(*[call.future for call in calls], return_exceptions=True)
 
     assert [str(outcome) for outcome in outcomes] == ["a bug"] * 5
+    assert not served.slots.num_used
+    assert not served.num_pending
     np.testing.assert_array_equal(await caller.step(random_inputs(1), "a"), accumulated(random_inputs(1)))
 
 
@@ -619,8 +689,9 @@ async def test_sessions_forked_from_one_another_step_together_and_apart(caller: 
         np.testing.assert_array_equal(outputs, expected)
 
 
-async def test_what_has_been_answered_leaves_nothing_for_the_collector(caller: Caller) -> None:
+async def test_what_has_been_answered_leaves_nothing_for_the_collector(roomy_caller: Caller) -> None:
     """A message's objects go when it is answered; in cycles they would pile up, and wait to be collected."""
+    caller = roomy_caller
 
     async def requests() -> AsyncIterator[pb.StreamStepsRequest]:
         for _ in range(3):
@@ -628,7 +699,8 @@ async def test_what_has_been_answered_leaves_nothing_for_the_collector(caller: C
 
     inputs = to_message(random_inputs(2))
     await caller.create("accumulator")
-    await caller.create("accumulator", session_id="t")
+    for name in "tuvwx":
+        await caller.create("accumulator", session_id=name)
     gc.collect()
     gc.disable()
     try:
@@ -640,10 +712,21 @@ async def test_what_has_been_answered_leaves_nothing_for_the_collector(caller: C
             assert not (await caller.stub.BatchStep(request)).errors
         await caller.state()
         await asyncio.sleep(0.05)  # for the stream's tasks to end
+        manager = caller.server.sessions
+        calls = [manager.step(manager.in_memory[name], random_inputs(1), None) for name in "uvwx"]
+        await asyncio.gather(*[call.future for call in calls])
+        assert [(call.message, call.company) for call in calls] == [(None, None)] * 4, (
+            "they keep what all have sent"
+        )
+        with caller.hold("accumulator"):
+            cancelled = [manager.step(manager.in_memory[name], random_inputs(1), None) for name in "uvwx"]
+            await asyncio.sleep(0)
+            manager.withdraw(cancelled)
+        del calls, cancelled
 
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        found = [item for item in gc.garbage if isinstance(item, Call | Group | Batch | Message)]
+        found = [item for item in gc.garbage if isinstance(item, Call | Company | Batch | Message)]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()

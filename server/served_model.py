@@ -75,8 +75,9 @@ class ServedModel:
         self._outbox.append(message)
 
     def submit_now(self, messages: list[Message]) -> None:
-        """As `submit`, of what has come together already."""
-        self.engine.submit(messages)
+        """Run messages, and what was submitted in this turn of the event loop, without waiting for its end."""
+        self._outbox += messages
+        self._flush()
 
     def withdraw(self, message: Message, row: int | None = None) -> bool:
         """Take a message back that has not begun, or only one of its sessions; says whether it is out."""

@@ -17,7 +17,6 @@ from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
 from server.engine import Message
 from server.errors import OutputNotFiniteError
-from server.served_model import ServedModel
 from server.session import Batch, Call, Company
 from server.spec import StepModel
 from tests.server.helpers import (
@@ -285,9 +284,8 @@ async def test_a_call_that_was_cancelled_is_not_begun_when_its_turn_comes(
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = caller.server.sessions
-    served = manager.model("accumulator", None)
     await caller.create("accumulator")
-    run = messages_of(served, monkeypatch)
+    run = messages_of(caller, "accumulator", monkeypatch)
 
     with caller.hold("accumulator"):
         first = manager.step(manager.in_memory["s"], random_inputs(1), None)
@@ -306,9 +304,8 @@ async def test_a_call_cancelled_in_the_turn_of_the_event_loop_it_came_in_is_not_
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = caller.server.sessions
-    served = manager.model("accumulator", None)
     await caller.create("accumulator")
-    run = messages_of(served, monkeypatch)
+    run = messages_of(caller, "accumulator", monkeypatch)
 
     first = manager.step(manager.in_memory["s"], random_inputs(1), None)
     follower = manager.step(manager.in_memory["s"], random_inputs(1, 9), None, follows=first)
@@ -325,7 +322,6 @@ async def test_calls_whose_turn_comes_at_once_run_in_one_message_and_give_what_e
 ) -> None:
     caller = roomy_caller
     manager = caller.server.sessions
-    served = manager.model("accumulator", None)
     alike, known, looking, few = [*"abcd"], [*"efgh"], [*"ijkl"], [*"mno"]
     names = [*alike, *known, *looking, *few]
     inputs = {name: random_inputs(4 if name in few else 3, seed) for seed, name in enumerate(names)}
@@ -333,7 +329,7 @@ async def test_calls_whose_turn_comes_at_once_run_in_one_message_and_give_what_e
         await caller.create("accumulator", name)
     for name in known:
         await caller.step(inputs[name][:1], name)  # and is answered from the record below
-    run = messages_of(served, monkeypatch)
+    run = messages_of(caller, "accumulator", monkeypatch)
 
     calls = [
         manager.step(manager.in_memory[name], inputs[name], 0, wants_state=name in looking) for name in names
@@ -356,7 +352,7 @@ async def test_of_calls_in_one_message_one_that_is_cancelled_leaves_it_and_the_o
     caller = roomy_caller
     manager = caller.server.sessions
     served = manager.model("accumulator", None)
-    run = messages_of(served, monkeypatch)
+    run = messages_of(caller, "accumulator", monkeypatch)
     inputs = {name: random_inputs(2, seed) for seed, name in enumerate("abcdz")}
     for name in inputs:
         await caller.create("accumulator", name)
@@ -415,7 +411,7 @@ async def test_of_calls_in_one_message_only_what_follows_one_that_fails_is_not_r
 ) -> None:
     caller = roomy_caller
     manager = caller.server.sessions
-    run = messages_of(manager.model("logarithm", None), monkeypatch)
+    run = messages_of(caller, "logarithm", monkeypatch)
     names = ["sinking", "one", "two", "three"]
     followers = []
     for name in names:
@@ -437,12 +433,11 @@ async def test_of_calls_in_one_message_each_gets_the_snapshot_that_is_due(
 ) -> None:
     caller = roomy_caller
     manager = caller.server.sessions
-    served = manager.model("accumulator", None)
     inputs = {name: random_inputs(6, seed) for seed, name in enumerate("abcdefgh")}
     for name in inputs:
         await caller.create("accumulator", name)
         await caller.step(inputs[name][: 3 if name in "abcd" else 1], name)
-    run, snapshots = messages_of(served, monkeypatch), list[tuple[int, np.ndarray]]()
+    run, snapshots = messages_of(caller, "accumulator", monkeypatch), list[tuple[int, np.ndarray]]()
     encode = server.steps.encode_snapshot
 
     def encode_snapshot(model: StepModel, next_step: int, state: dict[str, np.ndarray]) -> bytes:
@@ -516,8 +511,9 @@ async def test_a_call_cancelled_behind_another_of_its_session_leaves_the_order_o
     np.testing.assert_array_equal(np.concatenate([await first, await third]), accumulated(inputs))
 
 
-def messages_of(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def messages_of(caller: Caller, model: str, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What a model's engine is given from now on: the sessions of each message of steps of calls."""
+    served = caller.server.sessions.model(model, None)
     submitted, submit = list[list[str]](), served.submit_now
 
     def submit_now(messages: list[Message]) -> None:

@@ -4,8 +4,8 @@ A step is exported from a cell whose heads and access are these. What differs:
 
 - the linear map of the heads gives its numbers in the order in which they are used, not head by head, and constants
   among them, by weights of zero: a softplus is then one LogSumExp of pairs;
-- the write goes over the memory four times instead of five: what a head keeps comes out of one matrix product,
-  e w - 1, and not from M - (e w) M;
+- the write goes over the memory fewer times than five: three, M - w (e M - a), where there is one write head, and one
+  more than two for each where there are several, since what a head keeps comes out of one matrix product, e w - 1;
 - attention of 0 has a logarithm of minus infinity, and stays 0: only a gradient needs a floor.
 
 `verification.py` holds what is exported to the cell as it was trained; `benchmarks/step_graph.py` measures it.
@@ -56,15 +56,42 @@ def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes
 
     by_content = focus_by_content(key.reshape(-1, num_heads, width), strength, memory)
     gated = interpolate(by_content, previous, gate.reshape(-1, num_heads, 1))
-    shifted = shift(gated, torch.softmax(kernel.reshape(-1, num_heads, sizes.num_shifts), dim=-1))
+    shifted = shift(gated, torch.softmax(kernel.reshape(-1, num_heads, 1, sizes.num_shifts), dim=-1))
     weightings = torch.softmax(sharpness * shifted.log(), dim=-1)  # eq. 9
     reading, writing = torch.split(weightings, [sizes.num_read_heads, num_write], dim=1)
-    written = write(memory, writing, erase.reshape(-1, num_write, width), add.reshape(-1, width, num_write))
+    if num_write == 1:
+        written = write_by_one_head(memory, writing, erase.flatten(), add.flatten())
+    else:
+        written = write(
+            memory, writing, erase.reshape(-1, num_write, width), add.reshape(-1, width, num_write)
+        )
     return Accessed(weightings, written, read(written, reading))
 
 
+def write_by_one_head(memory: Tensor, weightings: Tensor, erase: Tensor, taken: Tensor) -> Tensor:
+    """Erase and add at once (eq. 3 and 4).
+
+    Of a row of which all is erased a rounding error of what was in it stays.
+
+    Args:
+        memory: [B, M, N].
+        weightings: [B, 1, N], summing to 1.
+        erase: [B M], in [0, 1].
+        taken: -a, [B M].
+
+    Returns:
+        [B, M, N].
+    """
+    _, width, num_rows = memory.shape
+    # A number times this and plus that is a pass where it is a batch normalisation with a mean of 0 and a variance
+    # of 1, here 0 and an epsilon of 1, and two where it is not.
+    nothing = (0.0 * erase).detach()
+    lost = F.batch_norm(memory.reshape(1, -1, num_rows), nothing, nothing, erase, taken, eps=1.0)
+    return memory - weightings * lost.reshape(-1, width, num_rows)
+
+
 def write(memory: Tensor, weightings: Tensor, erase: Tensor, add: Tensor) -> Tensor:
-    """Erase, then add (eq. 3 and 4).
+    """Erase, then add (eq. 3 and 4), by several heads.
 
     Args:
         memory: [B, M, N].
@@ -114,6 +141,9 @@ def _spread(heads: Heads) -> None:
     heads.weight = nn.Parameter(F.pad(heads.weight, (0, 0, 0, 1))[order])
     heads.bias = nn.Parameter(F.pad(heads.bias, (0, 1))[order] + constants)
     heads.out_features = len(order)
+    if heads.sizes.num_write_heads == 1:  # -a in place of a
+        heads.weight[-heads.sizes.row_width :] *= -1
+        heads.bias[-heads.sizes.row_width :] *= -1
 
 
 def _with_row_of(number: float, row: Tensor) -> Tensor:

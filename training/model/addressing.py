@@ -55,7 +55,7 @@ def address(request: AddressRequest, memory: Tensor, previous: Tensor) -> Tensor
     """
     by_content = focus_by_content(request.key, request.strength, memory)
     gated = interpolate(by_content, previous, request.gate)
-    return sharpen(shift(gated, request.kernel), request.sharpness)
+    return sharpen(shift(gated, request.kernel.unsqueeze(-2)), request.sharpness)
 
 
 def focus_by_content(key: Tensor, strength: Tensor, memory: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def shift(weightings: Tensor, kernel: Tensor) -> Tensor:
 
     Args:
         weightings: [B, H, N], each row summing to 1.
-        kernel: s [B, H, S], S <= N, each row summing to 1; the first entry moves attention S // 2 rows
+        kernel: s [B, H, 1, S], S <= N, each row summing to 1; the first entry moves attention S // 2 rows
             forward, the middle one means "stay".
 
     Returns:
@@ -116,7 +116,7 @@ def shift(weightings: Tensor, kernel: Tensor) -> Tensor:
     # so that line i is the ring moved forward by reach - i. The last column is one too many.
     turns = [weightings[..., -reach:], *[weightings] * num_positions, weightings[..., : reach + 1]]
     lines = torch.cat(turns, dim=-1).reshape(*weightings.shape[:-1], num_positions, num_rows + 1)
-    return (kernel.unsqueeze(-2) @ lines).squeeze(-2)[..., :num_rows]
+    return (kernel @ lines).squeeze(-2)[..., :num_rows]
 
 
 def sharpen(weightings: Tensor, sharpness: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def test_shift_is_the_circular_convolution_of_equation_8(batch, heads, rows, wid
     torch.manual_seed(3)
     weightings, kernel = random_weightings(batch, heads, rows), random_weightings(batch, heads, positions)
 
-    result = shift(weightings, kernel)
+    result = shift(weightings, kernel.unsqueeze(-2))
 
     reach = positions // 2
     for b in range(batch):
@@ -158,13 +158,13 @@ def test_a_closed_gate_leaves_attention_where_it_was():
     [([1, 0, 0], 2, 3), ([0, 0, 1], 2, 1), ([0, 1, 0], 2, 2), ([1, 0, 0], 7, 0), ([0, 0, 1], 0, 7)],
 )
 def test_a_shift_moves_attention_by_one_row_and_wraps_round(kernel, start, end):
-    moved = shift(one_hot([start], 8), torch.tensor([[kernel]]).float())
+    moved = shift(one_hot([start], 8), torch.tensor([[[kernel]]]).float())
 
     assert_close(moved, one_hot([end], 8))
 
 
 def test_a_kernel_as_wide_as_the_memory_reaches_every_row():
-    moved = shift(one_hot([0], 5), torch.tensor([[[1.0, 0.0, 0.0, 0.0, 0.0]]]))
+    moved = shift(one_hot([0], 5), torch.tensor([[[[1.0, 0.0, 0.0, 0.0, 0.0]]]]))
 
     assert_close(moved, one_hot([2], 5))
 

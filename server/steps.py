@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -45,22 +45,20 @@ _Answer = Callable[[Array, Mapping[int, ServingError], Mapping[str, Array]], Non
 """What to do with outputs [S, T, ...], errors by row, and the state [S, ...] each if it was asked for."""
 
 
-class _Kind(NamedTuple):
-    """In what calls must be alike that share a message."""
-
-    served: ServedModel
-    num_steps: int
-    wants_state: bool
-    is_due: bool
-    """The state after these steps is to be a snapshot, for which that of all in the message is read."""
-
-
 class _Begun(NamedTuple):
     """A call whose turn has come, and the steps of it that have to run."""
 
     call: Call
     inputs: Array
     known_outputs: Array
+    wants_state: bool
+    is_due: bool
+    """The state after these steps is to be a snapshot, for which that of all in its message is read."""
+
+    @property
+    def kind(self) -> tuple[ServedModel, int, bool, bool]:
+        """In what calls must be alike that share a message."""
+        return self.call.session.model, len(self.inputs), self.wants_state, self.is_due
 
 
 class Steps:
@@ -72,7 +70,7 @@ class Steps:
         self._journal = journal
         self._snapshot_every_steps = snapshot_every_steps
         self._is_durable = journal.store.keeps_steps
-        self._begun = defaultdict[_Kind, list[_Begun]](list)
+        self._begun: list[_Begun] = []
         """Calls whose turn came in this turn of the event loop."""
 
     def step(
@@ -204,47 +202,39 @@ class Steps:
 
     def _run(self, call: Call, inputs: Array, known_outputs: Array, wants_state: bool) -> None:
         """Run steps of the call, together with those of others whose turn comes in this turn of the event loop."""
-        session, num_steps = call.session, len(inputs)
-        num_steps_since = session.next_step + num_steps - session.about.snapshot_step
-        is_due = self._is_durable and num_steps_since >= self._snapshot_every_steps
+        session, is_due = call.session, False
+        if self._is_durable:
+            num_steps_since = session.next_step + len(inputs) - session.about.snapshot_step
+            is_due = num_steps_since >= self._snapshot_every_steps
         if not self._begun:
             session.model.loop.call_soon(self._run_begun)
-        kind = _Kind(session.model, num_steps, wants_state, is_due)
-        self._begun[kind].append(_Begun(call, inputs, known_outputs))
+        self._begun.append(_Begun(call, inputs, known_outputs, wants_state, is_due))
 
     def _run_begun(self) -> None:
-        all_begun, self._begun = self._begun, defaultdict(list)
+        begun, self._begun = self._begun, []
+        here = [one for one in begun if not one.call.future.cancelled()]
+        if len(here) < len(begun):
+            cancelled = [one for one in begun if one.call.future.cancelled()]
+            self._fail_begun(cancelled, asyncio.CancelledError())
         messages = defaultdict[ServedModel, list[Message]](list)
-        for kind, begun in all_begun.items():
-            here = [one for one in begun if not one.call.future.cancelled()]
-            if len(here) < len(begun):
-                cancelled = [one for one in begun if one.call.future.cancelled()]
-                self._fail_begun(cancelled, asyncio.CancelledError())
-            size = min(_MOST_CALLS, kind.served.runner.max_batch_size)
-            for start in range(0, len(here), size):
-                part = here[start : start + size]
-                try:
-                    messages[kind.served] += self._messages(kind, part)
-                except Exception as error:  # a bug must keep nobody waiting
-                    self._fail_begun(part, error)
+        for company in _companies(here):
+            try:
+                message = self._run_alone(*company) if len(company) == 1 else self._run_together(company)
+                messages[company[0].call.session.model].append(message)
+            except Exception as error:  # a bug must keep nobody waiting
+                self._fail_begun(company, error)
         for served, its_own in messages.items():
             served.submit_now(its_own)
 
     def _fail_begun(self, begun: Sequence[_Begun], error: BaseException) -> None:
-        for call, _, _ in begun:
-            self._lines.fail(call, error)
-            self._lines.serve(call.session)
+        for one in begun:
+            self._lines.fail(one.call, error)
+            self._lines.serve(one.call.session)
 
-    def _messages(self, kind: _Kind, begun: Sequence[_Begun]) -> list[Message]:
-        """What the engine is to run for some calls."""
-        if len(begun) < _FEWEST_CALLS:
-            return [self._run_alone(kind, *one) for one in begun]
-        return [self._run_together(kind, begun)]
-
-    def _run_together(self, kind: _Kind, begun: Sequence[_Begun]) -> Message:
+    def _run_together(self, begun: Sequence[_Begun]) -> Message:
         """A message for calls whose steps run together; their answers are the outputs known and the new ones."""
-        served = kind.served
-        calls, inputs, known_outputs = zip(*begun, strict=True)
+        served, wants_state = begun[0].call.session.model, begun[0].wants_state
+        calls, inputs, known_outputs, _, _ = zip(*begun, strict=True)
         sessions = [call.session for call in calls]
         company = CallsTogether(
             served=served,
@@ -271,14 +261,15 @@ class Steps:
                 results.append(StepResult(its_own, next_steps[row], its_state))
             self._lines.end_calls(company, results)
 
-        message = self._run_company(company, kind.wants_state, answer)
+        message = self._run_company(company, wants_state, answer)
         for call in calls:
             call.message, call.company = message, company
         return message
 
-    def _run_alone(self, kind: _Kind, call: Call, inputs: Array, known_outputs: Array) -> Message:
+    def _run_alone(self, begun: _Begun) -> Message:
         """As `_run_together`, for one, which takes less: where one number is asked for, numpy is slow."""
-        session, served = call.session, kind.served
+        call, inputs, known_outputs, wants_state, is_due = begun
+        session, served = call.session, call.session.model
         no_outputs = served.model.no_outputs
         outputs = np.empty((len(inputs), *no_outputs.shape[1:]), no_outputs.dtype)
         first_step, slot_before, slot = session.next_step, session.slot, served.slots.take()
@@ -290,7 +281,7 @@ class Steps:
                 served.slots.release(slot)
                 self._settle_failure(session, inputs, error, lambda: self._lines.fail(call, error))
             elif self._is_durable:
-                change = self._stepped(session, slot, inputs, outputs, state if kind.is_due else None)
+                change = self._stepped(session, slot, inputs, outputs, state if is_due else None)
                 self._lines.commit([change], partial(committed, state))
             else:
                 _take_on(session, slot, inputs, outputs)
@@ -303,7 +294,7 @@ class Steps:
             else:
                 joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
                 next_step = first_step + len(inputs)
-                self._lines.end(call, StepResult(joined, next_step, state if kind.wants_state else {}))
+                self._lines.end(call, StepResult(joined, next_step, state if wants_state else {}))
             self._lines.serve(session)
 
         call.message = Message(
@@ -314,7 +305,7 @@ class Steps:
             [slot_before],
             [slot],
             served.slots.shared(slot_before),
-            wants_state=kind.wants_state or kind.is_due,
+            wants_state=wants_state or is_due,
             on_ended=on_ended,
         )
         return call.message
@@ -480,6 +471,22 @@ class Steps:
         group.batch.settle_group(group, outputs, errors)
         # Only now, since whose turn it is next sees what has become of the session.
         self._lines.end_group(group)
+
+
+def _companies(begun: Sequence[_Begun]) -> Iterable[Sequence[_Begun]]:
+    """Which calls share a message."""
+    if len(begun) < _FEWEST_CALLS:
+        return [[one] for one in begun]
+    alike = defaultdict[tuple[ServedModel, int, bool, bool], list[_Begun]](list)
+    for one in begun:
+        alike[one.kind].append(one)
+    companies: list[Sequence[_Begun]] = []
+    for (served, *_), its_own in alike.items():
+        size = min(_MOST_CALLS, served.runner.max_batch_size)
+        for start in range(0, len(its_own), size):
+            part = its_own[start : start + size]
+            companies += [part] if len(part) >= _FEWEST_CALLS else [[one] for one in part]
+    return companies
 
 
 def _take_on(session: Session, slot: int, inputs: Array, outputs: Array) -> None:

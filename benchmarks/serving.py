@@ -6,9 +6,10 @@ another process. A case is named by what it does, such as "StreamSteps, 64 sessi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +27,8 @@ from tests.valkey import ValkeyServer
 
 MODEL = MODELS / "copy" / "1" / "model.onnx"
 NUM_SESSIONS = (1, 8, 64, 512)
+# A server process is up to 8 % faster or slower than the next, all its life: loads go to several in turn.
+_NUM_PROCESSES = 3
 MAX_BATCH_SIZE = 64
 
 # What Triton can do as well: one step a message.
@@ -43,7 +46,7 @@ Servers = Callable[[], AbstractContextManager[tuple[str, list[int]]]]
 
 def compare(num_rounds: int, duration_s: float) -> Figures:
     """Measure everything; raises TritonUnavailableError without Triton."""
-    with _cases(duration_s) as cases:
+    with _cases(duration_s, _NUM_PROCESSES) as cases:
         for num_sessions in NUM_SESSIONS:
             if num_sessions <= MAX_BATCH_SIZE:
                 cases.add_bare(num_sessions)
@@ -118,18 +121,20 @@ def name(shape: Shape, server: str = "", messages_per_s: float | None = None) ->
 
 
 @contextmanager
-def _cases(duration_s: float) -> Iterator[_Cases]:
+def _cases(duration_s: float, num_processes: int = 1) -> Iterator[_Cases]:
     with ExitStack() as stack:
-        yield _Cases(stack, duration_s)
+        yield _Cases(stack, duration_s, num_processes)
 
 
 class _Cases:
     """Cases by name, and the servers they need, each started when the first case needs it."""
 
-    def __init__(self, stack: ExitStack, duration_s: float) -> None:
+    def __init__(self, stack: ExitStack, duration_s: float, num_processes: int) -> None:
+        """Run so many processes of this server and of the empty service, which are held against each other."""
         self.by_name: dict[str, Case] = {}
         self._stack = stack
         self._duration_s = duration_s
+        self._num_processes = num_processes
         self._running: dict[str, tuple[str, list[int]]] = {}
 
     def add_bare(self, batch_size: int) -> None:
@@ -143,9 +148,8 @@ class _Cases:
             self.by_name[case] = partial(engine.measure, self._duration_s)
 
     def add_ours(self, shape: Shape, messages_per_s: float | None = None) -> None:
-        self._add_shape(
-            shape, "", partial(serving, MODELS, "--max-resident-sessions", "8192"), messages_per_s
-        )
+        start = partial(serving, MODELS, "--max-resident-sessions", "8192")
+        self._add_shape(shape, "", start, messages_per_s, self._num_processes)
 
     def add_store(self, store: str, shape: Shape) -> None:
         self._add_shape(shape, store, partial(_on_store, store))
@@ -154,7 +158,8 @@ class _Cases:
         self._add_shape(shape, "naive", naive.serving)
 
     def add_echo(self, flavour: str, shape: Shape) -> None:
-        self._add_shape(shape, f"echo with {flavour}", partial(echo.running, flavour))
+        start = partial(echo.running, flavour)
+        self._add_shape(shape, f"echo with {flavour}", start, num_processes=self._num_processes)
 
     def add_triton(
         self, kind: Kind, num_sequences: int, in_flight: int = 1, messages_per_s: float | None = None
@@ -166,16 +171,36 @@ class _Cases:
         self.by_name[name(shape, "Triton", messages_per_s)] = load.measure
 
     def _add_shape(
-        self, shape: Shape, server: str, start: Servers, messages_per_s: float | None = None
+        self,
+        shape: Shape,
+        server: str,
+        start: Servers,
+        messages_per_s: float | None = None,
+        num_processes: int = 1,
     ) -> None:
-        address, pids = self._server(server, start)
-        load = LoadCase.on_sessions(address, pids, shape, self._duration_s, messages_per_s)
-        self.by_name[name(shape, server, messages_per_s)] = load.measure
+        loads = []
+        for number in range(num_processes):
+            address, pids = self._server(f"{server} {number}", start)
+            load = LoadCase.on_sessions(address, pids, shape, self._duration_s, messages_per_s)
+            loads.append(load)
+        self.by_name[name(shape, server, messages_per_s)] = _in_turn(loads)
 
     def _server(self, server: str, start: Servers) -> tuple[str, list[int]]:
         if server not in self._running:
             self._running[server] = self._stack.enter_context(start())
         return self._running[server]
+
+
+def _in_turn(loads: Sequence[LoadCase]) -> Case:
+    """Loads of which each call measures one; the first runs all, so that none is cold when its turn comes."""
+
+    def turns() -> Iterator[Metrics]:
+        for load in loads[1:]:
+            load.measure()
+        for load in cycle(loads):
+            yield load.measure()
+
+    return partial(next, turns())
 
 
 class LoadCase:

@@ -190,9 +190,12 @@ class Lines:
         for call, result in zip(company.calls, results, strict=True):
             call.has_failed = isinstance(result, BaseException)
             _let_go(call)
-            call.settle(result)
-        # Only now, since whose turn it is next sees what has become of those before.
-        self._leave_together(company, company.calls)
+        try:
+            # Whose turn it is next sees what has become of those before, and runs while their answers are written.
+            self._leave_together(company, company.calls)
+        finally:
+            for call, result in zip(company.calls, results, strict=True):
+                call.settle(result)
 
     def lose(self, session: Session, loss: ServingError) -> None:
         """A session is here no more; what is in its line is told why, but what has begun in the engine ends there."""

@@ -82,6 +82,8 @@ class LoadReport:
     """Answered messages."""
     num_steps: int
     """Session-steps in them: S T each."""
+    num_steps_sent: int
+    """Those in the warm-up and those answered too late as well: what the server's processor time went for."""
     wall_s: float
     """Time in which they were answered."""
     p50_ms: float
@@ -382,6 +384,7 @@ class _Meter:
         return LoadReport(
             num_messages=self._num_messages,
             num_steps=self._num_steps,
+            num_steps_sent=sum(lane.num_sent * lane.call.num_steps for lane in generator.lanes),
             wall_s=wall_s,
             p50_ms=1e3 * _quantile(latencies_s, 0.5),
             p99_ms=1e3 * _quantile(latencies_s, 0.99),

@@ -261,7 +261,7 @@ class LoadCase:
             "messages_per_s": report.messages_per_s,
             "p50_ms": report.p50_ms,
             "p99_ms": report.p99_ms,
-            "cpu_us_per_step": (self._cpu_s() - start_cpu_s) / report.num_steps * 1e6,
+            "cpu_us_per_step": (self._cpu_s() - start_cpu_s) / report.num_steps_sent * 1e6,
             "generator_cpu_share": report.generator_cpu_share,
         }
 

@@ -79,6 +79,7 @@ def test_every_message_of_every_lane_is_counted_once_and_the_warm_up_is_not(
 
     assert report.num_messages == 5 * 20
     assert report.num_steps == 5 * 20 * 3
+    assert report.num_steps_sent == 5 * (20 + 4) * 3, "the server works for the warm-up as well"
     assert report.is_offered_load_kept
     assert [len(step_answer(kind, answer).outputs.raw) for answer in report.last_answers] == [3 * 8 * 4] * 5
 

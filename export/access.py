@@ -4,8 +4,8 @@ A step is exported from a cell whose heads and access are these. What differs:
 
 - the linear map of the heads gives its numbers in the order in which they are used, not head by head, and constants
   among them, by weights of zero: a softplus is then one LogSumExp of pairs;
-- the write goes over the memory fewer times than five: three, M - w (e M - a), where there is one write head, and one
-  more than two for each where there are several, since what a head keeps comes out of one matrix product, e w - 1;
+- the write goes over the memory fewer times: one head's three times in place of five, M - w (e M - a); where there are
+  several, what each keeps comes out of one matrix product, e w - 1;
 - attention of 0 has a logarithm of minus infinity, and stays 0: only a gradient needs a floor.
 
 `verification.py` holds what is exported to the cell as it was trained; `benchmarks/step_graph.py` measures it.
@@ -83,8 +83,8 @@ def write_by_one_head(memory: Tensor, weightings: Tensor, erase: Tensor, taken: 
         [B, M, N].
     """
     _, width, num_rows = memory.shape
-    # A number times this and plus that is a pass where it is a batch normalisation with a mean of 0 and a variance
-    # of 1, here 0 and an epsilon of 1, and two where it is not.
+    # e M - a is one pass as a batch normalisation, of mean 0 and variance 0 with an epsilon of 1, and would be two as
+    # a product and a sum.
     nothing = (0.0 * erase).detach()
     lost = F.batch_norm(memory.reshape(1, -1, num_rows), nothing, nothing, erase, taken, eps=1.0)
     return memory - weightings * lost.reshape(-1, width, num_rows)

@@ -76,14 +76,14 @@ class Call:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a load; the warm-up is not in it."""
+    """What became of a load; the warm-up is in `num_steps_sent` alone."""
 
     num_messages: int
     """Answered messages."""
     num_steps: int
     """Session-steps in them: S T each."""
     num_steps_sent: int
-    """Those in the warm-up and those answered too late as well: what the server's processor time went for."""
+    """Session-steps in all messages, of the warm-up and answered too late as well: what the server worked for."""
     wall_s: float
     """Time in which they were answered."""
     p50_ms: float

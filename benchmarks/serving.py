@@ -27,7 +27,7 @@ from tests.valkey import ValkeyServer
 
 MODEL = MODELS / "copy" / "1" / "model.onnx"
 NUM_SESSIONS = (1, 8, 64, 512)
-# A server process is up to 8 % faster or slower than the next, all its life: loads go to several in turn.
+# A server process is up to 8 % faster or slower than the next, all its life: in `compare` loads go to several in turn.
 _NUM_PROCESSES = 3
 MAX_BATCH_SIZE = 64
 

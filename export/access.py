@@ -3,7 +3,7 @@
 A step is exported from a cell whose heads and access are these. What differs:
 
 - the linear map of the heads gives its numbers in the order in which they are used, not head by head, and constants
-  among them, by weights of zero: a softplus is then one LogSumExp of pairs;
+  among them, by weights of zero: a softplus is then one LogSumExp of pairs. One write head's a it gives as -a;
 - the write goes over the memory fewer times: one head's three times in place of five, M - w (e M - a); where there are
   several, what each keeps comes out of one matrix product, e w - 1;
 - attention of 0 has a logarithm of minus infinity, and stays 0: only a gradient needs a floor.
@@ -49,7 +49,7 @@ def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes
         sizes: how many heads of what size.
     """
     num_heads, num_write, width = sizes.num_heads, sizes.num_write_heads, sizes.row_width
-    key, kernel, pairs, opened, add = torch.split(requested, _num_of_each(sizes), dim=-1)
+    key, kernel, pairs, opened, added = torch.split(requested, _num_of_each(sizes), dim=-1)
     positive = torch.logsumexp(pairs.reshape(-1, 2 * num_heads, 2), dim=-1, keepdim=True)
     strength, sharpness = torch.split(positive, num_heads, dim=1)
     gate, erase = torch.split(torch.sigmoid(opened), [num_heads, num_write * width], dim=-1)
@@ -60,10 +60,10 @@ def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes
     weightings = torch.softmax(sharpness * shifted.log(), dim=-1)  # eq. 9
     reading, writing = torch.split(weightings, [sizes.num_read_heads, num_write], dim=1)
     if num_write == 1:
-        written = write_by_one_head(memory, writing, erase.flatten(), add.flatten())
+        written = write_by_one_head(memory, writing, erase.flatten(), taken=added.flatten())
     else:
         written = write(
-            memory, writing, erase.reshape(-1, num_write, width), add.reshape(-1, width, num_write)
+            memory, writing, erase.reshape(-1, num_write, width), added.reshape(-1, width, num_write)
         )
     return Accessed(weightings, written, read(written, reading))
 
@@ -85,7 +85,7 @@ def write_by_one_head(memory: Tensor, weightings: Tensor, erase: Tensor, taken: 
     _, width, num_rows = memory.shape
     # e M - a is one pass as a batch normalisation, of mean 0 and variance 0 with an epsilon of 1, and would be two as
     # a product and a sum.
-    nothing = (0.0 * erase).detach()
+    nothing = (0.0 * erase).detach()  # a mean may not ask for a gradient
     lost = F.batch_norm(memory.reshape(1, -1, num_rows), nothing, nothing, erase, taken, eps=1.0)
     return memory - weightings * lost.reshape(-1, width, num_rows)
 
@@ -111,7 +111,7 @@ def write(memory: Tensor, weightings: Tensor, erase: Tensor, add: Tensor) -> Ten
 
 
 def _num_of_each(sizes: HeadSizes) -> list[int]:
-    """How many of the Q numbers are keys, kernels, pairs for a softplus each, for a sigmoid, and added."""
+    """How many of the Q numbers are keys, kernels, pairs for a softplus each, for a sigmoid, and a or -a."""
     num_heads, num_written = sizes.num_heads, sizes.num_write_heads * sizes.row_width
     return [
         num_heads * sizes.row_width,

@@ -182,7 +182,10 @@ class Lines:
         call.settle(error)
 
     def end_calls(self, company: CallsTogether, results: Sequence[object]) -> None:
-        """Answer calls that were served together, each with a result or an exception, as `end` and `fail` do one."""
+        """Answer calls that were served together, each with a result or an exception, as `end` and `fail` do one.
+
+        What stands behind them begins first: if it has to run, it goes to the engine before their answers are written.
+        """
         if not self._journal.holds_lease:
             results = [
                 result if isinstance(result, BaseException) else LeaseLapsedError() for result in results
@@ -191,7 +194,7 @@ class Lines:
             call.has_failed = isinstance(result, BaseException)
             _let_go(call)
         try:
-            # Whose turn it is next sees what has become of those before, and runs while their answers are written.
+            # Only now, since whose turn it is next sees what has become of those before.
             self._leave_together(company, company.calls)
         finally:
             for call, result in zip(company.calls, results, strict=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -45,6 +45,10 @@ _Answer = Callable[[Array, Mapping[int, ServingError], Mapping[str, Array]], Non
 """What to do with outputs [S, T, ...], errors by row, and the state [S, ...] each if it was asked for."""
 
 
+_Kind = tuple[ServedModel, int, bool, bool]
+"""A model, a number of steps, whether the state is wanted, and whether a snapshot is due."""
+
+
 class _Begun(NamedTuple):
     """A call whose turn has come, and the steps of it that have to run."""
 
@@ -56,7 +60,7 @@ class _Begun(NamedTuple):
     """The state after these steps is to be a snapshot, for which that of all in its message is read."""
 
     @property
-    def kind(self) -> tuple[ServedModel, int, bool, bool]:
+    def kind(self) -> _Kind:
         """In what calls must be alike that share a message."""
         return self.call.session.model, len(self.inputs), self.wants_state, self.is_due
 
@@ -211,18 +215,19 @@ class Steps:
         self._begun.append(_Begun(call, inputs, known_outputs, wants_state, is_due))
 
     def _run_begun(self) -> None:
+        """Send what has begun in the last turn of the event loop to the engine."""
         begun, self._begun = self._begun, []
         here = [one for one in begun if not one.call.future.cancelled()]
         if len(here) < len(begun):
             cancelled = [one for one in begun if one.call.future.cancelled()]
             self._fail_begun(cancelled, asyncio.CancelledError())
         messages = defaultdict[ServedModel, list[Message]](list)
-        for company in _companies(here):
+        for part in _by_message(here):
             try:
-                message = self._run_alone(*company) if len(company) == 1 else self._run_together(company)
-                messages[company[0].call.session.model].append(message)
+                message = self._run_alone(*part) if len(part) == 1 else self._run_together(part)
+                messages[part[0].call.session.model].append(message)
             except Exception as error:  # a bug must keep nobody waiting
-                self._fail_begun(company, error)
+                self._fail_begun(part, error)
         for served, its_own in messages.items():
             served.submit_now(its_own)
 
@@ -473,20 +478,20 @@ class Steps:
         self._lines.end_group(group)
 
 
-def _companies(begun: Sequence[_Begun]) -> Iterable[Sequence[_Begun]]:
-    """Which calls share a message."""
+def _by_message(begun: Sequence[_Begun]) -> list[Sequence[_Begun]]:
+    """Calls of each message: alike ones together, as many as may be and no fewer than pays, the rest each alone."""
     if len(begun) < _FEWEST_CALLS:
         return [[one] for one in begun]
-    alike = defaultdict[tuple[ServedModel, int, bool, bool], list[_Begun]](list)
+    alike = defaultdict[_Kind, list[_Begun]](list)
     for one in begun:
         alike[one.kind].append(one)
-    companies: list[Sequence[_Begun]] = []
+    parts: list[Sequence[_Begun]] = []
     for (served, *_), its_own in alike.items():
         size = min(_MOST_CALLS, served.runner.max_batch_size)
         for start in range(0, len(its_own), size):
             part = its_own[start : start + size]
-            companies += [part] if len(part) >= _FEWEST_CALLS else [[one] for one in part]
-    return companies
+            parts += [part] if len(part) >= _FEWEST_CALLS else [[one] for one in part]
+    return parts
 
 
 def _take_on(session: Session, slot: int, inputs: Array, outputs: Array) -> None:

@@ -310,3 +310,22 @@ async def test_calls_of_sessions_forked_from_one_another_step_together_and_apart
     assert run == [[*"sfgh"]]
     for row, result in enumerate(results, start=1):
         np.testing.assert_array_equal(result.outputs, accumulated(inputs[[0, row]])[1:])
+
+
+async def test_what_stands_behind_calls_of_one_message_goes_to_the_engine_before_they_are_answered(
+    roomy_caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = roomy_caller
+    manager = caller.server.sessions
+    for name in "abcd":
+        await caller.create("accumulator", name)
+    run = messages_of(caller, "accumulator", monkeypatch)
+    num_run_when_answered = []
+
+    first = [manager.step(manager.in_memory[name], random_inputs(1), None) for name in "abcd"]
+    behind = [manager.step(manager.in_memory[name], random_inputs(1), None) for name in "abcd"]
+    for call in first:
+        call.future.add_done_callback(lambda _: num_run_when_answered.append(len(run)))
+    await asyncio.gather(*[call.future for call in behind])
+
+    assert num_run_when_answered == [2] * 4

@@ -102,8 +102,8 @@ def shift(weightings: Tensor, kernel: Tensor) -> Tensor:
 
     Args:
         weightings: [B, H, N], each row summing to 1.
-        kernel: s [B, H, 1, S], S <= N, each row summing to 1; the first entry moves attention S // 2 rows
-            forward, the middle one means "stay".
+        kernel: s [B, H, 1, S], a row for a product, S <= N, each summing to 1; the first entry moves attention
+            S // 2 rows forward, the middle one means "stay".
 
     Returns:
         [B, H, N], each row summing to 1.

@@ -27,9 +27,9 @@ from tests.valkey import ValkeyServer
 
 MODEL = MODELS / "copy" / "1" / "model.onnx"
 NUM_SESSIONS = (1, 8, 64, 512)
+MAX_BATCH_SIZE = 64
 # A server process is up to 8 % faster or slower than the next, all its life: in `compare` loads go to several in turn.
 _NUM_PROCESSES = 3
-MAX_BATCH_SIZE = 64
 
 # What Triton can do as well: one step a message.
 STREAMS_OF_SINGLE_STEPS = Shape("StreamSteps", 32, 1, in_flight=4)

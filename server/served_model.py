@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from server.engine import BatchReport, Engine, Message
 from server.history import Histories
 from server.model_runner import ModelRunner
@@ -18,6 +20,8 @@ from server.records import fingerprint
 from server.room import Room
 from server.slots import SlotPool
 from server.spec import StepModel
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -108,4 +112,7 @@ class ServedModel:
             # It knows the message: without this the two would stay until the collector comes.
             on_ended, message.on_ended = message.on_ended, None
             assert on_ended is not None
-            on_ended(message)
+            try:
+                on_ended(message)
+            except Exception as error:  # a bug in one must not keep those behind it waiting
+                log.error("what a message gave was lost", model=self.model.label, exc_info=error)

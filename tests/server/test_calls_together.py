@@ -241,6 +241,35 @@ async def test_a_bug_as_calls_begin_keeps_none_of_them_waiting(
     np.testing.assert_array_equal(await caller.step(random_inputs(1), "a"), accumulated(random_inputs(1)))
 
 
+async def test_a_bug_as_one_message_ends_keeps_none_of_those_behind_it_waiting(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = caller.server.sessions
+    served = manager.model("accumulator", None)
+    for name in "abc":  # fewer than share a message
+        await caller.create("accumulator", name)
+    submitted = list[Message]()
+    monkeypatch.setattr(served, "submit_now", lambda messages: submitted.extend(messages))
+    calls = [manager.step(manager.in_memory[name], random_inputs(1), 0) for name in "abc"]
+    await asyncio.sleep(0)
+    monkeypatch.undo()
+
+    on_ended = submitted[0].on_ended
+
+    def with_a_bug(message: Message) -> None:
+        assert on_ended is not None
+        on_ended(message)
+        raise RuntimeError("a bug")
+
+    submitted[0].on_ended = with_a_bug
+    with caller.hold("accumulator"):  # so that they are one batch, and end together
+        served.submit_now(submitted)
+    answers = await asyncio.wait_for(asyncio.gather(*[call.future for call in calls]), 30)
+
+    for answer in answers:
+        np.testing.assert_array_equal(answer.outputs, accumulated(random_inputs(1)))
+
+
 async def test_of_calls_in_one_message_one_whose_session_is_lost_meanwhile_is_told_so_alone(
     roomy_caller: Caller,
 ) -> None:

@@ -76,14 +76,14 @@ class Call:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a load; the warm-up is in `num_steps_sent` alone."""
+    """What became of a load; what was not counted is in `num_steps_sent` alone."""
 
     num_messages: int
     """Answered messages."""
     num_steps: int
     """Session-steps in them: S T each."""
     num_steps_sent: int
-    """Session-steps in all messages, of the warm-up and answered too late as well: what the server worked for."""
+    """Session-steps in all messages, those answered too early or too late as well: what the server worked for."""
     wall_s: float
     """Time in which they were answered."""
     p50_ms: float
@@ -120,11 +120,11 @@ def closed_loop(
     *,
     in_flight: int = 1,
     num_messages: int | None = None,
-    duration_s: float = math.inf,
+    duration_s: float | None = None,
     warmup_messages: int = 0,
     num_connections: int = 1,
 ) -> LoadReport:
-    """Keep up to `in_flight` messages of each lane unanswered, for `num_messages` of each or `duration_s`.
+    """Keep up to `in_flight` messages of each lane unanswered, for `num_messages` of each or for `duration_s`.
 
     Args:
         address: HOST:PORT of the server.
@@ -133,23 +133,24 @@ def closed_loop(
         in_flight: messages of a lane that may wait for their answers. gRPC keeps the order of a stream's messages, but
             not that of calls.
         num_messages: messages of each lane, all of which are counted.
-        duration_s: time after which no more is sent; what is answered later is not counted.
-        warmup_messages: messages of each lane before those that are counted.
+        duration_s: time for which answers are counted, from when every lane has had one: opening many streams and
+            filling their lines takes long, and is not what they do then.
+        warmup_messages: messages of each lane before any are counted, all of which are answered first.
         num_connections: connections to the server.
 
     Raises:
         LoadError: a call failed, or the connection did.
     """
-    assert num_messages is not None or duration_s < math.inf
+    assert (num_messages is None) != (duration_s is None)
     with _connected(address, lanes, kind, num_connections) as generator:
         generator.warm_up(in_flight, warmup_messages)
-        meter = _Meter()
-        end_s = meter.start_s + duration_s
-        limit = math.inf if num_messages is None else num_messages
-        for answer in generator.saturate(in_flight, limit, end_s):
-            if answer.time_s <= end_s:
+        if duration_s is None:
+            meter = _Meter()
+            for answer in generator.saturate(in_flight, num_messages):
                 meter.add(answer)
-        return meter.report(generator, wall_s=min(meter.last_answer_s - meter.start_s, duration_s))
+        else:
+            meter = _counted(generator, in_flight, duration_s)
+        return meter.report(generator, wall_s=meter.last_answer_s - meter.start_s)
 
 
 def open_loop(
@@ -307,6 +308,7 @@ class _Generator:
         self.lanes: list[_Lane] = [
             make(call, connections[i % len(connections)]) for i, call in enumerate(lanes)
         ]
+        self._sends_no_more = False
 
     def turn(self, timeout_s: float | None = None) -> list[_Answer]:
         """Send what is ready in one piece, wait (None: for an answer that must come), and take in what came."""
@@ -324,21 +326,26 @@ class _Generator:
                     answers.append(_Answer(stream.owner, due_s, now_s))
         return answers
 
-    def saturate(self, in_flight: int, num_messages: float, end_s: float = math.inf) -> Iterator[_Answer]:
-        """Send so many messages on every lane, or until a time, with up to `in_flight` of them unanswered."""
-        now_s, num_unanswered = perf_counter(), 0
-        last = {lane: lane.num_sent + num_messages for lane in self.lanes}
+    def saturate(self, in_flight: int, num_messages: int | None = None) -> Iterator[_Answer]:
+        """Send so many messages on every lane, or until `send_no_more`, with up to `in_flight` of them unanswered."""
+        now_s, num_unanswered, self._sends_no_more = perf_counter(), 0, False
+        most = math.inf if num_messages is None else num_messages
+        last = {lane: lane.num_sent + most for lane in self.lanes}
         for lane in self.lanes:
-            for _ in range(int(min(in_flight, num_messages))):
+            for _ in range(int(min(in_flight, most))):
                 lane.send(now_s)
                 num_unanswered += 1
         while num_unanswered:
             for answer in self.turn():
                 yield answer
-                if answer.lane.num_sent < last[answer.lane] and answer.time_s < end_s:
+                if answer.lane.num_sent < last[answer.lane] and not self._sends_no_more:
                     answer.lane.send(answer.time_s)
                 else:
                     num_unanswered -= 1
+
+    def send_no_more(self) -> None:
+        """Only wait for what is unanswered from here on."""
+        self._sends_no_more = True
 
     def warm_up(self, in_flight: int, num_messages: int) -> None:
         for _ in self.saturate(in_flight, num_messages):
@@ -361,12 +368,28 @@ def _connected(address: str, lanes: Sequence[Call], kind: Kind, num_connections:
         generator.end()
 
 
-class _Meter:
-    """Counts from when it is made."""
+def _counted(generator: _Generator, in_flight: int, duration_s: float) -> _Meter:
+    """What is answered in so long a time, from when every lane has had an answer."""
+    unheard, meter = {*generator.lanes}, None
+    for answer in generator.saturate(in_flight):
+        if meter is None:
+            unheard.discard(answer.lane)
+            if not unheard:
+                meter = _Meter(answer.time_s)
+        elif answer.time_s > meter.start_s + duration_s:
+            generator.send_no_more()
+        elif answer.time_s > meter.start_s:
+            meter.add(answer)
+    assert meter is not None
+    return meter
 
-    def __init__(self) -> None:
+
+class _Meter:
+    """Counts from a time, or from when it is made."""
+
+    def __init__(self, start_s: float | None = None) -> None:
         self.latencies_s: list[float] = []
-        self.start_s = self.last_answer_s = perf_counter()
+        self.start_s = self.last_answer_s = perf_counter() if start_s is None else start_s
         self._cpu_start_s = process_time()
         self._num_messages = self._num_steps = 0
 

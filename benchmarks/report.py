@@ -55,7 +55,7 @@ RATIOS = (
     Ratio("engine, 64 sessions in one message, T=1", _BARE),
     Ratio(name(Shape("BatchStep", 64, 32)), _BARE, 0.8, 0.6),
     Ratio(name(BATCHES_OF_SINGLE_STEPS), _BARE, 0.45, 0.3),
-    Ratio(name(STREAMS_OF_CHUNKS), _BARE, 0.8, 0.45),
+    Ratio(name(STREAMS_OF_CHUNKS), _BARE, 0.8, 0.55),
     Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "echo with uvloop"), 0.75, 0.2),
     Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "Triton"), 0.8),
     Ratio(name(STREAMS_OF_CHUNKS), name(Shape("StreamSteps", 64, 1), "Triton"), 5.0),

@@ -254,6 +254,7 @@ class LoadCase:
                 messages_per_s=self._messages_per_s,
                 duration_s=self._duration_s,
                 poisson_seed=0,
+                warmup_messages=1,  # which opens the streams
             )
         self._on_report(report)
         return {

@@ -216,6 +216,34 @@ def test_a_stream_that_ends_early_ends_the_load_though_its_status_is_ok() -> Non
     server.stop(None).wait()
 
 
+def test_a_load_for_a_time_counts_from_when_every_lane_has_had_an_answer() -> None:
+    first_answers, num_early, num_answered = threading.Semaphore(0), 50, 0
+
+    def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        nonlocal num_answered
+        for number, request in enumerate(requests):
+            if number == 0 and request == b"late":
+                for _ in range(num_early):
+                    first_answers.acquire()
+            first_answers.release()
+            num_answered += 1
+            yield request
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    handler = grpc.stream_stream_rpc_method_handler(answer)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("s", {"m": handler})])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+
+    lanes = [Call("/s/m", name, is_numbered=False) for name in (b"early", b"late")]
+    report = closed_loop(address, lanes, "stream", duration_s=0.2)
+
+    server.stop(None).wait()
+    assert 0 < report.wall_s <= 0.2
+    assert 0 < report.num_messages < num_answered - num_early
+    assert report.num_steps_sent == num_answered
+
+
 @contextmanager
 def answering(frames: Sequence[Frame], then_closes: bool) -> Iterator[str]:
     """A server that answers whatever it is sent with these frames."""

@@ -19,7 +19,11 @@ from benchmarks.measuring import Metrics
 from ntm.tensor import Array
 from server.engine import Engine, Message
 from server.model_runner import NUM_RESERVED_SLOTS, ModelRunner
+from server.settings import ServerSettings
 from server.spec import load
+
+# As many as a server has by default: with few there is room for one table only, and batches that take turns are copied.
+_NUM_SLOTS = 2 * ServerSettings.model_fields["max_resident_sessions"].default
 
 
 class EngineAlone:
@@ -34,7 +38,7 @@ class EngineAlone:
             num_steps: T.
             together: the sessions share a message, as those of a BatchStep do; else each has its own.
         """
-        self._runner = ModelRunner(load(model, "copy", 1), CPU, 2 * num_sessions, num_sessions)
+        self._runner = ModelRunner(load(model, "copy", 1), CPU, _NUM_SLOTS, num_sessions)
         self._groups = (
             [range(num_sessions)] if together else [range(row, row + 1) for row in range(num_sessions)]
         )

@@ -308,7 +308,8 @@ class _Generator:
         self.lanes: list[_Lane] = [
             make(call, connections[i % len(connections)]) for i, call in enumerate(lanes)
         ]
-        self._sends_no_more = False
+        self.is_ending = False
+        """Nothing more is sent; what is unanswered is waited for."""
 
     def turn(self, timeout_s: float | None = None) -> list[_Answer]:
         """Send what is ready in one piece, wait (None: for an answer that must come), and take in what came."""
@@ -327,8 +328,8 @@ class _Generator:
         return answers
 
     def saturate(self, in_flight: int, num_messages: int | None = None) -> Iterator[_Answer]:
-        """Send so many messages on every lane, or until `send_no_more`, with up to `in_flight` of them unanswered."""
-        now_s, num_unanswered, self._sends_no_more = perf_counter(), 0, False
+        """Send so many messages on every lane, or until `is_ending`, with up to `in_flight` of them unanswered."""
+        now_s, num_unanswered = perf_counter(), 0
         most = math.inf if num_messages is None else num_messages
         last = {lane: lane.num_sent + most for lane in self.lanes}
         for lane in self.lanes:
@@ -338,14 +339,10 @@ class _Generator:
         while num_unanswered:
             for answer in self.turn():
                 yield answer
-                if answer.lane.num_sent < last[answer.lane] and not self._sends_no_more:
+                if answer.lane.num_sent < last[answer.lane] and not self.is_ending:
                     answer.lane.send(answer.time_s)
                 else:
                     num_unanswered -= 1
-
-    def send_no_more(self) -> None:
-        """Only wait for what is unanswered from here on."""
-        self._sends_no_more = True
 
     def warm_up(self, in_flight: int, num_messages: int) -> None:
         for _ in self.saturate(in_flight, num_messages):
@@ -377,7 +374,7 @@ def _counted(generator: _Generator, in_flight: int, duration_s: float) -> _Meter
             if not unheard:
                 meter = _Meter(answer.time_s)
         elif answer.time_s > meter.start_s + duration_s:
-            generator.send_no_more()
+            generator.is_ending = True
         elif answer.time_s > meter.start_s:
             meter.add(answer)
     assert meter is not None

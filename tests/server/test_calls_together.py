@@ -249,10 +249,10 @@ async def test_a_bug_as_one_message_ends_keeps_none_of_those_behind_it_waiting(
     for name in "abc":  # fewer than share a message
         await caller.create("accumulator", name)
     submitted = list[Message]()
-    monkeypatch.setattr(served, "submit_now", lambda messages: submitted.extend(messages))
-    calls = [manager.step(manager.in_memory[name], random_inputs(1), 0) for name in "abc"]
-    await asyncio.sleep(0)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(served, "submit_now", submitted.extend)
+        calls = [manager.step(manager.in_memory[name], random_inputs(1), 0) for name in "abc"]
+        await asyncio.sleep(0)
 
     on_ended = submitted[0].on_ended
 

@@ -35,12 +35,12 @@ def for_onnx_runtime(cell: Cell) -> Cell:
         return cell
     cell = copy.deepcopy(cell)
     _spread(cell.heads)
-    cell.access = access
+    cell.access = access_in_onnx_runtime
     return cell
 
 
-def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
-    """As `training.model.access.access`, but for what is requested.
+def access_in_onnx_runtime(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
+    """As `training.model.access.access_memory`, but for what is requested.
 
     Args:
         requested: [B, Q], from heads that are spread.

@@ -70,15 +70,17 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
             run.restore(checkpoints.load(run_dir / LAST))
             console.print(f"resuming after update {run.update}")
         if not is_first:
-            run.go_on(None, None, stop, Console(quiet=True))
+            run.update_until_over(None, None, stop, Console(quiet=True))
             return None
         try:
             write_settings(settings, run_dir / SETTINGS)
             with Records(run_dir, after_update=run.update) as records, _progress(console) as progress:
                 if not resume:
-                    run.keep(LAST, records)  # From here on there is a run to resume, whatever happens.
-                run.go_on(records, progress, stop, console)
-                run.keep(LAST, records)
+                    run.save_checkpoint(
+                        LAST, records
+                    )  # From here on there is a run to resume, whatever happens.
+                run.update_until_over(records, progress, stop, console)
+                run.save_checkpoint(LAST, records)
         except OSError as error:
             raise RunDirectoryError(
                 f"{run_dir} cannot be written to ({error}): the last good checkpoint is kept; make room and --resume"
@@ -113,7 +115,7 @@ class _Run:
             self._average = AveragedModel(self.cell, multi_avg_fn=_mean_with(decay)).to(fabric.device)
             self.averaged = cast("Cell", self._average.module)
         self.unrolled, self.optimizer = fabric.setup(unrolled, _optimizer(self.cell, settings.optimizer))
-        self.draws = torch.Generator().manual_seed(settings.seed + 1)
+        self.sequence_generator = torch.Generator().manual_seed(settings.seed + 1)
         self.update, self.metrics, self.best_score = 0, Scores(), math.inf
         self.solved: dict[str, float] = {}
         self._seconds_before, self._cpu_seconds_before = 0.0, 0.0
@@ -140,7 +142,7 @@ class _Run:
         checkpoints.load_weights(self.averaged, last.averaged)
         self.optimizer.load_state_dict(last.optimizer)
         torch.set_rng_state(last.random_state)
-        self.draws.set_state(last.sequences_state)
+        self.sequence_generator.set_state(last.sequences_state)
         if self._average is not None:
             self._average.n_averaged.fill_(
                 last.update % (self.settings.restart_every_updates or last.update + 1)
@@ -149,7 +151,7 @@ class _Run:
         self.metrics, self.best_score, self.solved = last.metrics, last.best_score, last.solved
         self._seconds_before, self._cpu_seconds_before = last.seconds, last.cpu_seconds
 
-    def keep(self, name: str, records: Records) -> None:
+    def save_checkpoint(self, name: str, records: Records) -> None:
         """Save a checkpoint, never without what was recorded up to it."""
         records.sync()
         checkpoints.save(
@@ -163,7 +165,7 @@ class _Run:
                 averaged=self.averaged.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 random_state=torch.get_rng_state(),
-                sequences_state=self.draws.get_state(),
+                sequences_state=self.sequence_generator.get_state(),
                 metrics=self.metrics,
                 best_score=self.best_score,
                 solved=self.solved,
@@ -171,7 +173,7 @@ class _Run:
             self.settings.run_dir / name,
         )
 
-    def go_on(
+    def update_until_over(
         self, records: Records | None, progress: Progress | None, stop: _Stop, console: Console
     ) -> None:
         """Update until the run is over or somebody asks it to stop; the first process alone has records."""
@@ -186,7 +188,7 @@ class _Run:
                 continue
             records.add(self.update, record)
             if self.update % settings.checkpoint_every_updates == 0:
-                self.keep(LAST, records)
+                self.save_checkpoint(LAST, records)
             rate = record["sequences"] / record["seconds"]
             shown = f"loss {record['loss']:.4f}  wrong bits {record['wrong_bits_in_training']:6.2f}  "
             progress.update(bar, completed=self.update, shown=f"{shown}{rate:4.0f} sequences/s")
@@ -194,9 +196,9 @@ class _Run:
     def _step(self) -> dict[str, float]:
         """One update; returns what is recorded of it."""
         settings, fabric = self.settings, self.fabric
-        size = settings.task.draw_size(self.draws)
+        size = settings.task.draw_size(self.sequence_generator)
         batch_size = settings.batch_size * fabric.world_size
-        sequences = self._own(settings.task.draw_for_training(batch_size, size, self.draws))
+        sequences = self._own(settings.task.draw_for_training(batch_size, size, self.sequence_generator))
         targets = sequences.targets
         answers = self.unrolled(sequences.inputs)[-len(targets) :]
         loss = F.binary_cross_entropy_with_logits(answers.float(), targets)
@@ -243,13 +245,13 @@ class _Run:
         # Not at an end that is not due: a run that is resumed to go further must not differ by it.
         is_due = self.update % settings.evaluation.every_updates == 0
         if is_due:
-            self._settle()
+            self._note_solved_and_lower_rate()
         # Of two that do equally well the later one is surer of itself.
         score = total(self.metrics, settings.task)
         if score <= self.best_score:
             self.best_score = score
             if records is not None:
-                self.keep(BEST, records)
+                self.save_checkpoint(BEST, records)
         restart = settings.restart_every_updates
         if restart is not None and self.update % restart == 0 and not self.is_over:
             self._restart()
@@ -265,7 +267,7 @@ class _Run:
         self.optimizer.state.clear()
         self._set_learning_rate(self.settings.optimizer.learning_rate)
 
-    def _settle(self) -> None:
+    def _note_solved_and_lower_rate(self) -> None:
         """Note when the task is first solved, and from where the schedule says on take smaller steps."""
         task, optimizer = self.settings.task, self.settings.optimizer
         if not self.solved and is_solved(self.metrics, task):

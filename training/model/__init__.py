@@ -4,7 +4,7 @@ In the order the data flows through one step: `controller.py` reads the input an
 its decision into requests, `addressing.py` turns requests into attention over the memory rows, `memory.py`
 writes and reads by that attention. `access.py` is the last three in one, and `kernel.py` the same compiled for
 training on a CPU. `cell.py` ties all into a step, `plain.py` is the controller alone, `state.py` is what passes
-from one step to the next, `unroll.py` runs many steps, `sequence.py` many steps as one operation.
+from one step to the next, `unroll.py` runs many steps, `fused_unroll.py` runs them as one operation.
 """
 
 from training.model.cell import NTMCell

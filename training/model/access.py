@@ -31,7 +31,7 @@ class Accessed(NamedTuple):
     """[B, R, M]."""
 
 
-def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
+def access_memory(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
     """All heads address the memory as it is, then the write heads write, then the read heads read.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from training.model.access import access
+from training.model.access import access_memory
 from training.model.controller import Controller, ControllerKind
 from training.model.heads import Heads, HeadSizes
 from training.model.state import NTMState
@@ -84,7 +84,7 @@ class NTMCell(nn.Module):
             controller_size, HeadSizes(num_read_heads, num_write_heads, row_width, shift_reach)
         )
         # Training on a CPU puts the compiled one in its place; see `kernel.py`.
-        self.access = access
+        self.access = access_memory
         self.output = nn.Linear(controller_size + read_size, output_size)
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.normal_(self.output.bias, std=0.01)

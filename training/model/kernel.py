@@ -36,12 +36,12 @@ _FAST = {"reassoc", "contract", "arcp", "nsz"}
 compiled = numba.njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy")
 
 
-def access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
-    """What `access.access` does, for float32 on a CPU, with a gradient."""
-    return Accessed(*_Access.apply(requested, memory, previous, sizes))  # type: ignore[no-untyped-call]
+def compiled_access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
+    """What `access.access_memory` does, for float32 on a CPU, with a gradient."""
+    return Accessed(*_CompiledAccess.apply(requested, memory, previous, sizes))  # type: ignore[no-untyped-call]
 
 
-class _Access(torch.autograd.Function):
+class _CompiledAccess(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes
@@ -51,7 +51,7 @@ class _Access(torch.autograd.Function):
         read_vectors = torch.empty(batch, sizes.num_read_heads, width)
         weightings, next_memory = torch.empty_like(previous), torch.empty_like(memory)
         kept = torch.empty(batch, 3, heads, rows)
-        access_forward(
+        access_memory_forward(
             requested.detach().numpy(),
             memory.detach().numpy(),
             previous.detach().numpy(),
@@ -69,12 +69,12 @@ class _Access(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, of_weightings: Tensor, of_next_memory: Tensor, of_read_vectors: Tensor
+        ctx: Any, grad_weightings: Tensor, grad_next_memory: Tensor, grad_read_vectors: Tensor
     ) -> tuple[Tensor | None, ...]:
         requested, memory, previous, weightings, next_memory, kept = ctx.saved_tensors
-        of_requested = torch.empty_like(requested)
-        of_memory, of_previous = torch.empty_like(memory), torch.empty_like(previous)
-        access_backward(
+        grad_requested = torch.empty_like(requested)
+        grad_memory, grad_previous = torch.empty_like(memory), torch.empty_like(previous)
+        access_memory_backward(
             requested.detach().numpy(),
             memory.detach().numpy(),
             previous.detach().numpy(),
@@ -83,18 +83,18 @@ class _Access(torch.autograd.Function):
             weightings.detach().numpy(),
             next_memory.detach().numpy(),
             kept.numpy(),
-            of_weightings.contiguous().numpy(),
-            of_next_memory.contiguous().numpy(),
-            of_read_vectors.contiguous().numpy(),
-            of_requested.numpy(),
-            of_memory.numpy(),
-            of_previous.numpy(),
+            grad_weightings.contiguous().numpy(),
+            grad_next_memory.contiguous().numpy(),
+            grad_read_vectors.contiguous().numpy(),
+            grad_requested.numpy(),
+            grad_memory.numpy(),
+            grad_previous.numpy(),
         )
-        return of_requested, of_memory, of_previous, None
+        return grad_requested, grad_memory, grad_previous, None
 
 
 @compiled
-def access_forward(  # type: ignore[no-untyped-def]
+def access_memory_forward(  # type: ignore[no-untyped-def]
     requested, memory, previous, num_reads, num_shifts, weightings, next_memory, read_vectors, kept
 ):
     """Fill what comes out; `kept` [B, 3, H, N] holds likeness, attention by content and shifted attention."""
@@ -161,7 +161,7 @@ def access_forward(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def access_backward(  # type: ignore[no-untyped-def]
+def access_memory_backward(  # type: ignore[no-untyped-def]
     requested,
     memory,
     previous,
@@ -170,148 +170,148 @@ def access_backward(  # type: ignore[no-untyped-def]
     weightings,
     next_memory,
     kept,
-    of_weightings,
-    of_next_memory,
-    of_read_vectors,
-    of_requested,
-    of_memory,
-    of_previous,
+    grad_weightings,
+    grad_next_memory,
+    grad_read_vectors,
+    grad_requested,
+    grad_memory,
+    grad_previous,
 ):
-    """Fill the gradients of what went in, from those of what came out. Each line undoes one of `access_forward`."""
+    """Fill the gradients of what went in, from those of what came out: `access_memory_forward` undone line by line."""
     num_batch, num_heads, num_rows = previous.shape
     width = memory.shape[1]
     num_writes = num_heads - num_reads
     reach = num_shifts // 2
     per_head = width + num_shifts + 3
-    of_attention = np.empty((num_heads, num_rows), np.float32)
-    of_next = np.empty(num_rows, np.float32)
+    grad_attention = np.empty((num_heads, num_rows), np.float32)
+    grad_next = np.empty(num_rows, np.float32)
     others = np.empty(num_rows, np.float32)
     gated = np.empty(num_rows, np.float32)
-    of_gated = np.empty(num_rows, np.float32)
-    of_shifted = np.empty(num_rows, np.float32)
-    of_likeness = np.empty(num_rows, np.float32)
-    of_inverse_norms = np.empty(num_rows, np.float32)
+    grad_gated = np.empty(num_rows, np.float32)
+    grad_shifted = np.empty(num_rows, np.float32)
+    grad_likeness = np.empty(num_rows, np.float32)
+    grad_inverse_norms = np.empty(num_rows, np.float32)
     inverse_norms = np.empty(num_rows, np.float32)
     logs = np.empty(num_rows, np.float32)
-    of_shifting = np.empty(num_shifts, np.float32)
-    of_key = np.empty(width, np.float32)
+    grad_shifting = np.empty(num_shifts, np.float32)
+    grad_key = np.empty(width, np.float32)
     for b in range(num_batch):
-        of_attention[:] = of_weightings[b]
+        grad_attention[:] = grad_weightings[b]
         writing = requested[b, num_heads * per_head :]
-        of_writing = of_requested[b, num_heads * per_head :]
+        grad_writing = grad_requested[b, num_heads * per_head :]
         inverse_norms[:] = _ZERO
         for m in range(width):
             # Reading.
             for n in range(num_rows):
-                of_next[n] = of_next_memory[b, m, n]
+                grad_next[n] = grad_next_memory[b, m, n]
                 inverse_norms[n] += memory[b, m, n] * memory[b, m, n]
             for r in range(num_reads):
-                of_read = of_read_vectors[b, r, m]
+                grad_read = grad_read_vectors[b, r, m]
                 for n in range(num_rows):
-                    of_next[n] += of_read * weightings[b, r, n]
-                    of_attention[r, n] += of_read * next_memory[b, m, n]
+                    grad_next[n] += grad_read * weightings[b, r, n]
+                    grad_attention[r, n] += grad_read * next_memory[b, m, n]
             # Writing: the product over the heads, and for each head's part the product over the others.
             for n in range(num_rows):
-                of_memory[b, m, n] = of_next[n]
+                grad_memory[b, m, n] = grad_next[n]
             for w in range(num_writes):
                 erase = _sigmoid(writing[m * num_writes + w])
                 add = writing[(width + m) * num_writes + w]
                 for n in range(num_rows):
-                    others[n] = of_next[n] * memory[b, m, n]
-                    of_memory[b, m, n] *= _ONE - erase * weightings[b, num_reads + w, n]
+                    others[n] = grad_next[n] * memory[b, m, n]
+                    grad_memory[b, m, n] *= _ONE - erase * weightings[b, num_reads + w, n]
                 for v in range(num_writes):
                     if v != w:
                         erased = _sigmoid(writing[m * num_writes + v])
                         for n in range(num_rows):
                             others[n] *= _ONE - erased * weightings[b, num_reads + v, n]
-                of_erase, of_add = _ZERO, _ZERO
+                grad_erase, grad_add = _ZERO, _ZERO
                 for n in range(num_rows):
-                    of_erase -= others[n] * weightings[b, num_reads + w, n]
-                    of_add += of_next[n] * weightings[b, num_reads + w, n]
+                    grad_erase -= others[n] * weightings[b, num_reads + w, n]
+                    grad_add += grad_next[n] * weightings[b, num_reads + w, n]
                 for n in range(num_rows):
-                    of_attention[num_reads + w, n] += add * of_next[n] - erase * others[n]
-                of_writing[m * num_writes + w] = of_erase * erase * (_ONE - erase)
-                of_writing[(width + m) * num_writes + w] = of_add
+                    grad_attention[num_reads + w, n] += add * grad_next[n] - erase * others[n]
+                grad_writing[m * num_writes + w] = grad_erase * erase * (_ONE - erase)
+                grad_writing[(width + m) * num_writes + w] = grad_add
 
         for n in range(num_rows):
             inverse_norms[n] = _ONE / math.sqrt(max(inverse_norms[n], _LEAST_SQUARED_NORM))
-        of_inverse_norms[:] = _ZERO
+        grad_inverse_norms[:] = _ZERO
         for h in range(num_heads):
             asked = requested[b, h * per_head : (h + 1) * per_head]
-            of_asked = of_requested[b, h * per_head : (h + 1) * per_head]
+            grad_asked = grad_requested[b, h * per_head : (h + 1) * per_head]
             shifting, strength, sharpness, gate = _activate(asked, width, num_shifts)
             likeness, content, shifted = kept[b, 0, h], kept[b, 1, h], kept[b, 2, h]
 
             # Sharpening.
             mean = _ZERO
             for n in range(num_rows):
-                mean += of_attention[h, n] * weightings[b, h, n]
+                mean += grad_attention[h, n] * weightings[b, h, n]
             _log(shifted, logs)
-            of_sharpness = _ZERO
+            grad_sharpness = _ZERO
             for n in range(num_rows):
-                of_sharpness += weightings[b, h, n] * (of_attention[h, n] - mean) * logs[n]
+                grad_sharpness += weightings[b, h, n] * (grad_attention[h, n] - mean) * logs[n]
             for n in range(num_rows):
-                of_power = weightings[b, h, n] * (of_attention[h, n] - mean)
+                grad_power = weightings[b, h, n] * (grad_attention[h, n] - mean)
                 is_kept = _ONE if shifted[n] > _LEAST_ATTENTION else _ZERO
-                of_shifted[n] = is_kept * sharpness * of_power / max(shifted[n], _LEAST_ATTENTION)
+                grad_shifted[n] = is_kept * sharpness * grad_power / max(shifted[n], _LEAST_ATTENTION)
 
             # Shifting.
             for n in range(num_rows):
                 gated[n] = previous[b, h, n] + gate * (content[n] - previous[b, h, n])
-            of_gated[:] = _ZERO
+            grad_gated[:] = _ZERO
             mean = _ZERO
             for i in range(num_shifts):
-                _add_rotated(of_shifted, i - reach, shifting[i], of_gated)
-                of_shifting[i] = _rotated_product(of_shifted, gated, reach - i)
-                mean += of_shifting[i] * shifting[i]
+                _add_rotated(grad_shifted, i - reach, shifting[i], grad_gated)
+                grad_shifting[i] = _rotated_product(grad_shifted, gated, reach - i)
+                mean += grad_shifting[i] * shifting[i]
             for i in range(num_shifts):
-                of_asked[width + i] = shifting[i] * (of_shifting[i] - mean)
+                grad_asked[width + i] = shifting[i] * (grad_shifting[i] - mean)
 
             # Interpolating.
-            of_gate, mean = _ZERO, _ZERO
+            grad_gate, mean = _ZERO, _ZERO
             for n in range(num_rows):
-                of_gate += of_gated[n] * (content[n] - previous[b, h, n])
-                mean += gate * of_gated[n] * content[n]
+                grad_gate += grad_gated[n] * (content[n] - previous[b, h, n])
+                mean += gate * grad_gated[n] * content[n]
             for n in range(num_rows):
-                of_previous[b, h, n] = (_ONE - gate) * of_gated[n]
+                grad_previous[b, h, n] = (_ONE - gate) * grad_gated[n]
 
             # Looking by content.
-            of_strength = _ZERO
+            grad_strength = _ZERO
             for n in range(num_rows):
-                of_strength += content[n] * (gate * of_gated[n] - mean) * likeness[n]
+                grad_strength += content[n] * (gate * grad_gated[n] - mean) * likeness[n]
             for n in range(num_rows):
-                of_score = content[n] * (gate * of_gated[n] - mean)
-                of_inverse_norms[n] += strength * of_score * likeness[n]  # Times the norm; see below.
-                of_likeness[n] = strength * of_score * inverse_norms[n]
+                grad_score = content[n] * (gate * grad_gated[n] - mean)
+                grad_inverse_norms[n] += strength * grad_score * likeness[n]  # Times the norm; see below.
+                grad_likeness[n] = strength * grad_score * inverse_norms[n]
             inverse_key = _inverse_length(asked[:width])
             along = _ZERO
             for m in range(width):
                 key = asked[m] * inverse_key
                 total = _ZERO
                 for n in range(num_rows):
-                    total += of_likeness[n] * memory[b, m, n]
+                    total += grad_likeness[n] * memory[b, m, n]
                 for n in range(num_rows):
-                    of_memory[b, m, n] += key * of_likeness[n]
-                of_key[m] = total
+                    grad_memory[b, m, n] += key * grad_likeness[n]
+                grad_key[m] = total
                 along += total * key
             if inverse_key == _ONE / _LEAST_NORM:
                 along = _ZERO
             for m in range(width):
-                of_asked[m] = (of_key[m] - along * asked[m] * inverse_key) * inverse_key
+                grad_asked[m] = (grad_key[m] - along * asked[m] * inverse_key) * inverse_key
 
             at = width + num_shifts
-            of_asked[at] = of_strength * _sigmoid(asked[at])
-            of_asked[at + 1] = of_sharpness * _sigmoid(asked[at + 1])
-            of_asked[at + 2] = of_gate * gate * (_ONE - gate)
+            grad_asked[at] = grad_strength * _sigmoid(asked[at])
+            grad_asked[at + 1] = grad_sharpness * _sigmoid(asked[at + 1])
+            grad_asked[at + 2] = grad_gate * gate * (_ONE - gate)
 
         # The norms: likeness is a product over the norm, so its share of their gradient is minus itself over it.
         floor = _ONE / math.sqrt(_LEAST_SQUARED_NORM)
         for n in range(num_rows):
             is_kept = _ONE if inverse_norms[n] < floor else _ZERO
-            of_inverse_norms[n] *= is_kept * inverse_norms[n] * inverse_norms[n]
+            grad_inverse_norms[n] *= is_kept * inverse_norms[n] * inverse_norms[n]
         for m in range(width):
             for n in range(num_rows):
-                of_memory[b, m, n] -= of_inverse_norms[n] * memory[b, m, n]
+                grad_memory[b, m, n] -= grad_inverse_norms[n] * memory[b, m, n]
 
 
 @compiled

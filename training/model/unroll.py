@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.model import kernel, sequence
+from training.model import fused_unroll, kernel
 from training.model.cell import NTMCell
 from training.model.plain import PlainCell
 
@@ -42,19 +42,19 @@ class Unrolled(nn.Module):
 
     Args:
         cell: the cell.
-        is_compiled: use `kernel.py` and `sequence.py`, which are for float32 on a CPU. The cell's own step then uses
-            the kernel as well.
+        is_compiled: use `kernel.py` and `fused_unroll.py`, which are for float32 on a CPU. The cell then steps by
+            the kernel, too.
     """
 
     def __init__(self, cell: Cell, *, is_compiled: bool) -> None:
         super().__init__()
         self.cell = cell
         if is_compiled and isinstance(cell, NTMCell):
-            cell.access = kernel.access
-        self._is_one_operation = is_compiled and sequence.fits(cell)
+            cell.access = kernel.compiled_access
+        self._is_fused = is_compiled and fused_unroll.can_fuse(cell)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """All outputs, from the initial state on."""
-        if self._is_one_operation:
-            return sequence.unrolled_outputs(self.cell, inputs)
+        if self._is_fused:
+            return fused_unroll.unroll_fused(self.cell, inputs)
         return unroll(self.cell, inputs)[0]

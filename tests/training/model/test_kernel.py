@@ -38,8 +38,10 @@ def values_and_gradients(access_memory, sizes: HeadSizes, num_rows: int, dtype: 
 @pytest.mark.parametrize(("sizes", "num_rows"), SIZES)
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_values_and_gradients_are_those_of_the_torch_operations_in_double_precision(sizes, num_rows, scale):
-    outputs, gradients = values_and_gradients(kernel.access, sizes, num_rows, torch.float32, scale)
-    expected, expected_gradients = values_and_gradients(access.access, sizes, num_rows, torch.float64, scale)
+    outputs, gradients = values_and_gradients(kernel.compiled_access, sizes, num_rows, torch.float32, scale)
+    expected, expected_gradients = values_and_gradients(
+        access.access_memory, sizes, num_rows, torch.float64, scale
+    )
 
     for ours, theirs in zip(outputs, expected, strict=True):
         assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
@@ -54,7 +56,7 @@ def test_a_whole_sequence_gives_the_same_loss_and_the_same_gradients():
     inputs = torch.randn(12, 4, 9)
 
     gradients = []
-    for cell.access in (access.access, kernel.access):
+    for cell.access in (access.access_memory, kernel.compiled_access):
         cell.zero_grad()
         outputs, _ = unroll(cell, inputs)
         outputs.square().mean().backward()
@@ -69,7 +71,9 @@ def test_a_number_that_is_not_finite_is_passed_on_and_not_hidden():
     requested = torch.zeros(1, sizes.num_requested)
     requested[0, 0] = float("nan")
 
-    weightings, _, _ = kernel.access(requested, torch.ones(1, 4, 8), torch.full((1, 2, 8), 1 / 8), sizes)
+    weightings, _, _ = kernel.compiled_access(
+        requested, torch.ones(1, 4, 8), torch.full((1, 2, 8), 1 / 8), sizes
+    )
 
     assert weightings[0, 0].isnan().all()
     assert weightings[0, 1].isfinite().all()

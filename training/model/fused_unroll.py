@@ -1,4 +1,4 @@
-"""The sequence: a whole unrolling of a cell with an LSTM controller as one operation, for training on a CPU.
+"""The fused unroll: all steps of a cell with an LSTM controller as one operation, for training on a CPU.
 
 For layers without a memory it is torch's own. For the machine, `kernel.py` compiles what a step does to the memory,
 and here the rest of the step joins it: the gradient is worked out by hand, so that torch keeps no books on every step,
@@ -27,19 +27,19 @@ from training.model.plain import PlainCell
 from training.model.state import LSTMState
 
 
-def fits(cell: NTMCell | PlainCell) -> bool:
+def can_fuse(cell: NTMCell | PlainCell) -> bool:
     """Whether there is an operation for this cell: a machine with one LSTM layer, or any number of them alone."""
     layers = cell.controller.layers
     are_lstm = all(isinstance(layer, LSTMLayer) for layer in layers)
     return are_lstm and (isinstance(cell, PlainCell) or len(layers) == 1)
 
 
-def unrolled_outputs(cell: NTMCell | PlainCell, inputs: Tensor) -> Tensor:
+def unroll_fused(cell: NTMCell | PlainCell, inputs: Tensor) -> Tensor:
     """What `unroll(cell, inputs)` gives, [T, B, I] to logits [T, B, O], for float32 on a CPU."""
-    return _of_plain(cell, inputs) if isinstance(cell, PlainCell) else _of_machine(cell, inputs)
+    return _unroll_plain(cell, inputs) if isinstance(cell, PlainCell) else _unroll_machine(cell, inputs)
 
 
-def _of_plain(cell: PlainCell, inputs: Tensor) -> Tensor:
+def _unroll_plain(cell: PlainCell, inputs: Tensor) -> Tensor:
     weights: list[Tensor] = []
     for layer in cell.controller.layers:
         # torch has the gates in another order, and a second bias.
@@ -47,8 +47,8 @@ def _of_plain(cell: PlainCell, inputs: Tensor) -> Tensor:
             torch.cat([enter, keep, candidate, leave])
             for enter, keep, leave, candidate in (layer.gates.weight.chunk(4), layer.gates.bias.chunk(4))
         )
-        of_inputs, of_hidden = weight.tensor_split([weight.shape[1] - layer.size], dim=1)
-        weights += [of_inputs.contiguous(), of_hidden.contiguous(), bias, torch.zeros_like(bias)]
+        input_weight, hidden_weight = weight.tensor_split([weight.shape[1] - layer.size], dim=1)
+        weights += [input_weight.contiguous(), hidden_weight.contiguous(), bias, torch.zeros_like(bias)]
     before: tuple[LSTMState, ...] = cell.initial_state(inputs.shape[1]).controller  # type: ignore[assignment]
     stacked = [torch.stack(parts) for parts in zip(*before, strict=True)]
     hidden, _, _ = torch.lstm(inputs, stacked, weights, True, len(before), 0.0, True, False, False)
@@ -56,12 +56,12 @@ def _of_plain(cell: PlainCell, inputs: Tensor) -> Tensor:
     return outputs
 
 
-def _of_machine(cell: NTMCell, inputs: Tensor) -> Tensor:
+def _unroll_machine(cell: NTMCell, inputs: Tensor) -> Tensor:
     state = cell.initial_state(inputs.shape[1])
     [layer], [before] = cell.controller.layers, state.controller
     assert isinstance(layer, LSTMLayer)
     assert isinstance(before, LSTMState)
-    hidden, read = _Sequence.apply(  # type: ignore[no-untyped-call]
+    hidden, read = _FusedUnroll.apply(  # type: ignore[no-untyped-call]
         inputs,
         layer.gates.weight,
         layer.gates.bias,
@@ -78,7 +78,7 @@ def _of_machine(cell: NTMCell, inputs: Tensor) -> Tensor:
     return outputs
 
 
-class _Sequence(torch.autograd.Function):
+class _FusedUnroll(torch.autograd.Function):
     """To the hidden state [T, B, C] and what was read [T, B, R M]. What each step finds is kept for the way back."""
 
     @staticmethod
@@ -113,8 +113,8 @@ class _Sequence(torch.autograd.Function):
         gates = torch.addmm(bias, inputs.reshape(-1, input_size), weight[:, :input_size].T)
         gates = gates.view(num_steps, batch, 4 * size)
         back_weight, head_weight_turned = weight[:, input_size:].T.contiguous(), head_weight.T.contiguous()
-        n_memory, n_weightings, n_fed_back = _arrays(memory, weightings, fed_back)
-        n_read, n_requested, n_kept = _arrays(read, requested, kept)
+        np_memory, np_weightings, np_fed_back = _arrays(memory, weightings, fed_back)
+        np_read, np_requested, np_kept = _arrays(read, requested, kept)
         for t in range(num_steps):
             gates[t].addmm_(fed_back[t], back_weight)
             # The gates are left as they open and the candidate as it is, for the way back.
@@ -125,18 +125,18 @@ class _Sequence(torch.autograd.Function):
             torch.tanh(cell[t + 1], out=shown[t])
             torch.mul(leave, shown[t], out=fed_back[t + 1, :, num_read:])
             torch.addmm(head_bias, fed_back[t + 1, :, num_read:], head_weight_turned, out=requested[t])
-            kernel.access_forward(
-                n_requested[t],
-                n_memory[t],
-                n_weightings[t],
+            kernel.access_memory_forward(
+                np_requested[t],
+                np_memory[t],
+                np_weightings[t],
                 sizes.num_read_heads,
                 sizes.num_shifts,
-                n_weightings[t + 1],
-                n_memory[t + 1],
-                n_read[t],
-                n_kept[t],
+                np_weightings[t + 1],
+                np_memory[t + 1],
+                np_read[t],
+                np_kept[t],
             )
-            n_fed_back[t + 1, :, :num_read] = n_read[t].reshape(batch, num_read)
+            np_fed_back[t + 1, :, :num_read] = np_read[t].reshape(batch, num_read)
         ctx.save_for_backward(
             inputs, weight, head_weight, memory, weightings, fed_back, cell, shown, gates, requested, kept
         )
@@ -145,7 +145,7 @@ class _Sequence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_hidden: Tensor, of_read: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_hidden: Tensor, grad_read: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, head_weight, memory, weightings, fed_back, cell, shown, gates, requested, kept = (
             ctx.saved_tensors
         )
@@ -154,60 +154,64 @@ class _Sequence(torch.autograd.Function):
         size = cell.shape[2]
         num_read = fed_back.shape[2] - size
         back_weight = weight[:, input_size:].contiguous()
-        of_gates, of_requested = torch.empty_like(gates), torch.empty_like(requested)
+        grad_gates, grad_requested = torch.empty_like(gates), torch.empty_like(requested)
         # What one step hands to the one before it; memory and weightings in turn in one of two places.
-        of_memory = torch.zeros(2, *memory.shape[1:])
-        of_weightings = torch.zeros(2, *weightings.shape[1:])
-        of_cell = torch.zeros(batch, size)
-        of_fed_back = torch.zeros(batch, num_read + size)
-        of_both = torch.cat([of_read, of_hidden], dim=-1)
-        of_now = torch.empty(batch, num_read + size)
-        n_memory, n_weightings, n_cell, n_shown, n_gates = _arrays(memory, weightings, cell, shown, gates)
-        n_requested, n_kept, n_of_now, n_of_cell = _arrays(requested, kept, of_now, of_cell)
-        n_of_gates, n_of_requested, n_of_memory, n_of_weightings = _arrays(
-            of_gates, of_requested, of_memory, of_weightings
+        grad_memory = torch.zeros(2, *memory.shape[1:])
+        grad_weightings = torch.zeros(2, *weightings.shape[1:])
+        grad_cell = torch.zeros(batch, size)
+        grad_fed_back = torch.zeros(batch, num_read + size)
+        grad_both = torch.cat([grad_read, grad_hidden], dim=-1)
+        grad_now = torch.empty(batch, num_read + size)
+        np_memory, np_weightings, np_cell, np_shown, np_gates = _arrays(
+            memory, weightings, cell, shown, gates
+        )
+        np_requested, np_kept, np_grad_now, np_grad_cell = _arrays(requested, kept, grad_now, grad_cell)
+        np_grad_gates, np_grad_requested, np_grad_memory, np_grad_weightings = _arrays(
+            grad_gates, grad_requested, grad_memory, grad_weightings
         )
         for t in reversed(range(num_steps)):
             now, before = t % 2, (t + 1) % 2
-            torch.add(of_both[t], of_fed_back, out=of_now)
-            of_read_now = np.ascontiguousarray(n_of_now[:, :num_read])
-            kernel.access_backward(
-                n_requested[t],
-                n_memory[t],
-                n_weightings[t],
+            torch.add(grad_both[t], grad_fed_back, out=grad_now)
+            grad_read_now = np.ascontiguousarray(np_grad_now[:, :num_read])
+            kernel.access_memory_backward(
+                np_requested[t],
+                np_memory[t],
+                np_weightings[t],
                 sizes.num_read_heads,
                 sizes.num_shifts,
-                n_weightings[t + 1],
-                n_memory[t + 1],
-                n_kept[t],
-                n_of_weightings[now],
-                n_of_memory[now],
-                of_read_now.reshape(batch, sizes.num_read_heads, sizes.row_width),
-                n_of_requested[t],
-                n_of_memory[before],
-                n_of_weightings[before],
+                np_weightings[t + 1],
+                np_memory[t + 1],
+                np_kept[t],
+                np_grad_weightings[now],
+                np_grad_memory[now],
+                grad_read_now.reshape(batch, sizes.num_read_heads, sizes.row_width),
+                np_grad_requested[t],
+                np_grad_memory[before],
+                np_grad_weightings[before],
             )
-            of_now[:, num_read:].addmm_(of_requested[t], head_weight)
-            _lstm_backward(n_gates[t], n_cell[t], n_shown[t], n_of_now, num_read, n_of_cell, n_of_gates[t])
-            torch.mm(of_gates[t], back_weight, out=of_fed_back)
+            grad_now[:, num_read:].addmm_(grad_requested[t], head_weight)
+            _lstm_backward(
+                np_gates[t], np_cell[t], np_shown[t], np_grad_now, num_read, np_grad_cell, np_grad_gates[t]
+            )
+            torch.mm(grad_gates[t], back_weight, out=grad_fed_back)
 
-        flat_gates, flat_requested = of_gates.flatten(0, 1), of_requested.flatten(0, 1)
-        of_weight = torch.empty_like(weight)
-        torch.mm(flat_gates.T, inputs.reshape(-1, input_size), out=of_weight[:, :input_size])
-        torch.mm(flat_gates.T, fed_back[:-1].flatten(0, 1), out=of_weight[:, input_size:])
-        of_head_weight = flat_requested.T @ fed_back[1:, :, num_read:].reshape(-1, size)
+        flat_gates, flat_requested = grad_gates.flatten(0, 1), grad_requested.flatten(0, 1)
+        grad_weight = torch.empty_like(weight)
+        torch.mm(flat_gates.T, inputs.reshape(-1, input_size), out=grad_weight[:, :input_size])
+        torch.mm(flat_gates.T, fed_back[:-1].flatten(0, 1), out=grad_weight[:, input_size:])
+        grad_head_weight = flat_requested.T @ fed_back[1:, :, num_read:].reshape(-1, size)
         first = 1  # Where step 0 left them.
         return (
             None,
-            of_weight,
+            grad_weight,
             flat_gates.sum(dim=0),
-            of_head_weight,
+            grad_head_weight,
             flat_requested.sum(dim=0),
-            of_memory[first],
-            of_weightings[first],
-            of_fed_back[:, :num_read].reshape(batch, sizes.num_read_heads, sizes.row_width),
-            of_fed_back[:, num_read:],
-            of_cell,
+            grad_memory[first],
+            grad_weightings[first],
+            grad_fed_back[:, :num_read].reshape(batch, sizes.num_read_heads, sizes.row_width),
+            grad_fed_back[:, num_read:],
+            grad_cell,
             None,
         )
 
@@ -217,9 +221,9 @@ def _arrays(*tensors: Tensor) -> list[Any]:
 
 
 @compiled
-def _lstm_backward(gates, cell, shown, of_now, num_read, of_cell, of_gates):  # type: ignore[no-untyped-def]
-    """From the gradient of the hidden state, in the columns of `of_now` from `num_read` on, and of the next cell state,
-    in `of_cell`, to those of the gates' sums and, in its place, of the cell state."""
+def _lstm_backward(gates, cell, shown, grad_now, num_read, grad_cell, grad_gates):  # type: ignore[no-untyped-def]
+    """From the gradient of the hidden state, in columns `num_read` and on of `grad_now`, and that of the next cell,
+    in `grad_cell`, to those of the gates' sums and, in its place, of the cell state."""
     num_batch, size = cell.shape
     one = np.float32(1)
     for b in range(num_batch):
@@ -230,10 +234,10 @@ def _lstm_backward(gates, cell, shown, of_now, num_read, of_cell, of_gates):  # 
                 gates[b, 2 * size + i],
                 gates[b, 3 * size + i],
             )
-            of_hidden = of_now[b, num_read + i]
-            total = of_cell[b, i] + of_hidden * leave * (one - shown[b, i] * shown[b, i])
-            of_gates[b, i] = total * candidate * enter * (one - enter)
-            of_gates[b, size + i] = total * cell[b, i] * keep * (one - keep)
-            of_gates[b, 2 * size + i] = of_hidden * shown[b, i] * leave * (one - leave)
-            of_gates[b, 3 * size + i] = total * enter * (one - candidate * candidate)
-            of_cell[b, i] = total * keep
+            grad_hidden = grad_now[b, num_read + i]
+            total = grad_cell[b, i] + grad_hidden * leave * (one - shown[b, i] * shown[b, i])
+            grad_gates[b, i] = total * candidate * enter * (one - enter)
+            grad_gates[b, size + i] = total * cell[b, i] * keep * (one - keep)
+            grad_gates[b, 2 * size + i] = grad_hidden * shown[b, i] * leave * (one - leave)
+            grad_gates[b, 3 * size + i] = total * enter * (one - candidate * candidate)
+            grad_cell[b, i] = total * keep

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from training.model import NTMCell, PlainCell, Unrolled, sequence, unroll
+from training.model import NTMCell, PlainCell, Unrolled, fused_unroll, unroll
 
 KINDS = [
     {},
@@ -31,12 +31,12 @@ def make_cell(architecture="ntm", **kind) -> NTMCell | PlainCell:
 def test_outputs_and_all_gradients_are_those_of_the_steps_in_double_precision(kind, num_steps):
     cell, exact = make_cell(**kind), make_cell(**kind).double()
     inputs = torch.randn(num_steps, 4, 3)
-    of_outputs = torch.randn(num_steps, 4, 2)
+    grad_outputs = torch.randn(num_steps, 4, 2)
 
-    outputs = sequence.unrolled_outputs(cell, inputs)
+    outputs = fused_unroll.unroll_fused(cell, inputs)
     expected, _ = unroll(exact, inputs.double())
-    outputs.backward(of_outputs)
-    expected.backward(of_outputs.double())
+    outputs.backward(grad_outputs)
+    expected.backward(grad_outputs.double())
 
     assert_close(outputs.double(), expected, atol=1e-5, rtol=1e-5)
     for (name, weight), reference in zip(cell.named_parameters(), exact.parameters(), strict=True):
@@ -48,13 +48,13 @@ def test_without_a_gradient_it_gives_the_same():
     cell, inputs = make_cell(), torch.randn(6, 2, 3)
 
     with torch.no_grad():
-        outputs = sequence.unrolled_outputs(cell, inputs)
+        outputs = fused_unroll.unroll_fused(cell, inputs)
 
     assert_close(outputs, unroll(cell, inputs)[0].detach(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("kind", "fits"),
+    ("kind", "can_fuse"),
     [
         ({}, True),
         ({"controller_layers": 2}, False),
@@ -65,11 +65,11 @@ def test_without_a_gradient_it_gives_the_same():
         ({"architecture": "plain", "controller": "gru", "controller_layers": 1}, False),
     ],
 )
-def test_it_is_for_lstm_controllers_and_other_cells_are_unrolled_step_by_step(kind, fits):
+def test_it_is_for_lstm_controllers_and_other_cells_are_unrolled_step_by_step(kind, can_fuse):
     cell, inputs = make_cell(**kind), torch.randn(6, 2, 3)
     expected, _ = unroll(cell, inputs)
 
     outputs = Unrolled(cell, is_compiled=True)(inputs)
 
-    assert sequence.fits(cell) == fits
+    assert fused_unroll.can_fuse(cell) == can_fuse
     assert_close(outputs, expected, atol=1e-5, rtol=1e-5)

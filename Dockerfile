@@ -29,9 +29,10 @@ ARG PIP_INDEX_URL
 WORKDIR /src
 RUN python -m venv --without-pip /opt/venv
 COPY pyproject.toml constraints.txt constraints-gpu.txt ./
-# Stand-ins for what pyproject.toml names.
-RUN touch README.md \
-    && mkdir -p client export protos/ntm/v1 server/store training/model training/tasks
+COPY clients/python/pyproject.toml clients/python/
+# Stand-ins for what the pyproject.tomls name.
+RUN touch README.md clients/python/README.md \
+    && mkdir -p clients/python/ntm/v1 export server/store training/model training/tasks
 
 
 FROM build AS build-server
@@ -42,7 +43,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
         gpu) set -- --constraint constraints-gpu.txt '.[gpu]' ;; \
         *) echo "VARIANT is cpu or gpu, not $VARIANT" >&2; exit 1 ;; \
     esac \
-    && pip --python /opt/venv/bin/python install --constraint constraints.txt "$@"
+    && pip --python /opt/venv/bin/python install --constraint constraints.txt ./clients/python "$@"
 # What is imported neither by the server nor by what it imports: test suites, what compilers and type checkers read,
 # tools for making other models, and ONNX Runtime's library for C programs, which its Python module holds a copy of.
 RUN packages=/opt/venv/lib/python3.11/site-packages \
@@ -51,29 +52,28 @@ RUN packages=/opt/venv/lib/python3.11/site-packages \
         $packages/numpy/distutils \
     && find $packages -type d \( -name tests -o -name test \) -prune -exec rm -rf {} + \
     && find $packages -type f \( -name '*.pyi' -o -name '*.h' -o -name '*.hpp' -o -name '*.a' \) -delete
-COPY protos protos
+COPY clients clients
 COPY server server
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
+    pip --python /opt/venv/bin/python install --no-deps --force-reinstall ./clients/python .
 
 
 FROM build AS build-client
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --constraint constraints.txt '.[client]' rich
-COPY protos protos
-COPY client client
+    pip --python /opt/venv/bin/python install --constraint constraints.txt ./clients/python rich
+COPY clients clients
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
+    pip --python /opt/venv/bin/python install --no-deps --force-reinstall ./clients/python
 
 
 FROM build AS build-train
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --constraint constraints.txt '.[export]'
-COPY protos protos
+    pip --python /opt/venv/bin/python install --constraint constraints.txt ./clients/python '.[export]'
+COPY clients clients
 COPY export export
 COPY training training
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --no-deps --force-reinstall .
+    pip --python /opt/venv/bin/python install --no-deps --force-reinstall ./clients/python .
 
 
 FROM base AS train

@@ -8,10 +8,11 @@ BUF_VERSION := 1.75.0
 HADOLINT_VERSION := 2.15.1
 KUBERNETES_VALIDATE_VERSION := 1.37.0
 BUF := $(VENV)/buf/node_modules/.bin/buf
+INSTALLED_FROM := pyproject.toml clients/python/pyproject.toml constraints.txt
 PROTOS := $(wildcard protos/ntm/v1/*.proto)
 PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
 generate_into = --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
-CODE := benchmarks client export server training protos/ntm demo.py tests
+CODE := benchmarks clients/python export server training demo.py tests
 
 .DEFAULT_GOAL := help
 
@@ -59,11 +60,11 @@ bench-quick: $(VENV)/.dev ## Hold the main ratios to their floors, in under a mi
 check: $(VENV)/.dev $(BUF) check-deploy ## Check format, lint, types, protos, the Dockerfile and the Kubernetes example.
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@$(BIN)/ruff check --quiet $(CODE)
-	@$(BIN)/mypy benchmarks client export server training protos/ntm demo.py
+	@$(BIN)/mypy benchmarks clients/python/ntm export server training demo.py
 	@$(BUF) lint
-	@rm -rf $(VENV)/generated && cp -r protos $(VENV)/generated
+	@rm -rf $(VENV)/generated && mkdir -p $(VENV)/generated
 	@$(PROTOC) $(call generate_into,$(VENV)/generated) $(PROTOS)
-	@diff -rq -x __pycache__ protos $(VENV)/generated || { echo "generated code differs: run make proto"; exit 1; }
+	@diff -rq -x __pycache__ -x __init__.py clients/python/ntm/v1 $(VENV)/generated/ntm/v1 || { echo "generated code differs: run make proto"; exit 1; }
 
 .PHONY: check-deploy
 check-deploy: $(VENV)/deploy/.tools
@@ -77,7 +78,7 @@ fix: $(VENV)/.dev ## Format, and mend what the linter can mend.
 
 .PHONY: proto
 proto: $(VENV)/.dev ## Generate the code from the protos.
-	@$(PROTOC) $(call generate_into,protos) $(PROTOS)
+	@$(PROTOC) $(call generate_into,clients/python) $(PROTOS)
 
 .PHONY: train
 train: $(VENV)/.train ## Train a machine to copy, in runs/copy.
@@ -94,23 +95,23 @@ serve: $(VENV)/.demo ## Serve the models in models/ on 127.0.0.1:50051.
 
 .PHONY: lock
 lock: ## Choose the newest versions that pyproject.toml allows, and pin them in constraints.txt.
-	@$(PYTHON) -m venv --clear $(VENV)/lock && $(VENV)/lock/bin/pip install --quiet '.[dev]'
-	@$(VENV)/lock/bin/pip freeze | sed -e '/^ntm @/d' -e 's/+cpu$$//' > constraints.txt
+	@$(PYTHON) -m venv --clear $(VENV)/lock && $(VENV)/lock/bin/pip install --quiet ./clients/python '.[dev]'
+	@$(VENV)/lock/bin/pip freeze | sed -e '/^ntm\(-client\)\? @/d' -e 's/+cpu$$//' > constraints.txt
 
 # A stamp for each set of extras. The larger sets hold the smaller ones.
-$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.demo: $(INSTALLED_FROM) | $(VENV)/bin/python
 	@echo "Installing the server, the client and the demo into $(VENV)"
-	@$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	@$(PIP) install --constraint constraints.txt --editable clients/python --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.train: $(INSTALLED_FROM) | $(VENV)/bin/python
 	@echo "Installing training and export into $(VENV)"
-	@$(PIP) install --constraint constraints.txt --editable '.[export]'
+	@$(PIP) install --constraint constraints.txt --editable clients/python --editable '.[export]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.dev: $(INSTALLED_FROM) | $(VENV)/bin/python
 	@echo "Installing everything into $(VENV)"
-	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install --constraint constraints.txt --editable clients/python --editable '.[dev]'
 	@touch $@ $(VENV)/.demo $(VENV)/.train
 
 $(VENV)/bin/python:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from client import Client, Trace
+from ntm import Client, Trace
 
 MODEL = "copy"
 NUM_BITS = 8

@@ -21,7 +21,7 @@ from benchmarks.growth import create_and_step
 from benchmarks.measuring import Figure, Figures, Metrics, side_by_side
 from benchmarks.peers.naive import INPUT_SIZE
 from benchmarks.server_process import MODELS, serving
-from client import Client
+from ntm import Client
 from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import session_service_pb2_grpc

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from client import Client
 from export.__main__ import main as export
+from ntm import Client
 from tests import step_models
 from tests.conftest import ServerProcess
 from tests.export.conftest import write_run

@@ -17,7 +17,7 @@ from hyperframe.frame import Frame, GoAwayFrame, RstStreamFrame, SettingsFrame
 
 from benchmarks import calls, echo, http2
 from benchmarks.load import Call, Kind, LoadError, closed_loop, in_own_process, open_loop
-from client import Client
+from ntm import Client
 from ntm.tensor import to_array
 from ntm.v1 import session_service_pb2 as pb
 from tests import step_models

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from client import AsyncClient, Client
+from ntm import AsyncClient, Client
 from tests import step_models
 from tests.conftest import ROOT, ServerProcess
 from tests.valkey import free_port

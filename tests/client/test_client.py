@@ -13,8 +13,8 @@ import grpc
 import numpy as np
 import pytest
 
-import client
-from client import AsyncClient, Client
+import ntm
+from ntm import AsyncClient, Client
 from ntm.v1 import (
     model_service_pb2_grpc,
     session_service_pb2_grpc,
@@ -101,7 +101,7 @@ def test_many_sessions_in_one_message(address: str) -> None:
 
     np.testing.assert_array_equal(result.outputs[0], accumulated(inputs[0]))
     np.testing.assert_array_equal(result.outputs[2], accumulated(inputs[2]))
-    assert isinstance(result.errors[1], client.NotFoundError)
+    assert isinstance(result.errors[1], ntm.NotFoundError)
     assert [session.next_step for session in sessions] == [4, 0, 4]
 
 
@@ -133,17 +133,17 @@ def test_arrays_that_do_not_fit_are_refused_before_they_are_sent(
 
 def test_errors_have_types_reasons_and_the_servers_words(address: str) -> None:
     with Client(address) as c:
-        with pytest.raises(client.NotFoundError, match=r"accumulator/1.*MODEL_NOT_FOUND"):
+        with pytest.raises(ntm.NotFoundError, match=r"accumulator/1.*MODEL_NOT_FOUND"):
             c.session("nothing")
-        with pytest.raises(client.NotFoundError) as gone:
+        with pytest.raises(ntm.NotFoundError) as gone:
             c.attach("nobody")
         with c.session("accumulator", session_id="taken") as session:
-            with pytest.raises(client.AlreadyExistsError):
+            with pytest.raises(ntm.AlreadyExistsError):
                 c.session("accumulator", session_id="taken")
-            with pytest.raises(client.InvalidInputError) as invalid:
+            with pytest.raises(ntm.InvalidInputError) as invalid:
                 session.run(np.full((1, 3), np.nan))
             session.next_step = 4
-            with pytest.raises(client.StepOrderError) as order:
+            with pytest.raises(ntm.StepOrderError) as order:
                 session.run(np.zeros((1, 3)))
 
     assert (gone.value.reason, gone.value.code) == ("SESSION_NOT_FOUND", grpc.StatusCode.NOT_FOUND)
@@ -152,7 +152,7 @@ def test_errors_have_types_reasons_and_the_servers_words(address: str) -> None:
 
 
 def test_a_server_that_cannot_be_reached_is_an_error_after_the_time_for_retries() -> None:
-    with Client("127.0.0.1:9", retry_for_s=0.2) as c, pytest.raises(client.UnavailableError):
+    with Client("127.0.0.1:9", retry_for_s=0.2) as c, pytest.raises(ntm.UnavailableError):
         c.models()
 
 
@@ -236,7 +236,7 @@ def test_a_run_that_failed_in_the_middle_can_be_made_again_as_it_was(address: st
         session._stub = session_service_pb2_grpc.SessionServiceStub(
             grpc.intercept_channel(c._channel, TimesOutOnce())
         )
-        with pytest.raises(client.DeadlineError):
+        with pytest.raises(ntm.DeadlineError):
             session.run(inputs)
         assert session.next_step == 0
         outputs = session.run(inputs)
@@ -263,7 +263,7 @@ async def test_the_asyncio_client_also_can_repeat_a_run_and_retries_what_was_una
             return answer
 
         session._stub.Step = losing
-        with pytest.raises(client.DeadlineError):
+        with pytest.raises(ntm.DeadlineError):
             await session.run(inputs)
         outputs = await session.run(inputs)
 
@@ -313,7 +313,7 @@ async def test_the_asyncio_client_does_the_same(address: str) -> None:
             batch = await c.batch_step([session], inputs[None, 1:3])
             again = await c.attach(session.session_id)
             listed = [s.session_id async for s in c.sessions("accumulator")]
-        with pytest.raises(client.NotFoundError):
+        with pytest.raises(ntm.NotFoundError):
             await c.attach(session.session_id)
         assert len(await c.models()) == 3
 

@@ -11,9 +11,9 @@ import grpc
 import numpy as np
 import pytest
 
-import client
-from client import AsyncClient, Client
-from client.errors import from_status
+import ntm
+from ntm import AsyncClient, Client
+from ntm._errors import from_status
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_pb2
 from ntm.v1 import session_service_pb2 as pb
@@ -67,7 +67,7 @@ def answer_with(
 def test_an_error_with_the_servers_own_reason_is_not_repeated(router: Router, code: grpc.StatusCode) -> None:
     with Client(router.address) as c, c.session("accumulator") as session:
         answer_with(router, "Step", code, "STEP_FAILED")
-        with pytest.raises(client.InternalError, match="STEP_FAILED"):
+        with pytest.raises(ntm.InternalError, match="STEP_FAILED"):
             session.step(np.zeros(3))
         assert router.count("Step") == 1
 
@@ -94,7 +94,7 @@ def test_a_call_cut_by_its_own_client_is_not_repeated(router: Router) -> None:
         call = pool.submit(c.attach, "somebody")
         arrived.wait()
         c.close()
-        with pytest.raises(client.UnavailableError, match="CANCELLED"):
+        with pytest.raises(ntm.UnavailableError, match="CANCELLED"):
             call.result(timeout=10)
     go_on.set()
 
@@ -117,20 +117,20 @@ async def test_a_task_that_is_cancelled_is_not_held_up_by_retries(router: Router
     ("code", "reason", "expected"),
     [
         *(
-            (grpc.StatusCode.FAILED_PRECONDITION, reason, client.StepOrderError)
+            (grpc.StatusCode.FAILED_PRECONDITION, reason, ntm.StepOrderError)
             for reason in ("STEP_GAP", "STEP_TOO_OLD", "INPUT_MISMATCH", "STATE_NOT_KEPT")
         ),
         *(
-            (grpc.StatusCode.FAILED_PRECONDITION, reason, client.PreconditionError)
+            (grpc.StatusCode.FAILED_PRECONDITION, reason, ntm.PreconditionError)
             for reason in ("MODEL_MISMATCH", "MODEL_NOT_LOADED", "RECOVERY_NOT_EXACT", "")
         ),
-        (grpc.StatusCode.DATA_LOSS, "SESSION_CORRUPT", client.DataLossError),
-        (grpc.StatusCode.UNAVAILABLE, "WRONG_REPLICA", client.UnavailableError),
-        (grpc.StatusCode.ABORTED, "", client.InternalError),
+        (grpc.StatusCode.DATA_LOSS, "SESSION_CORRUPT", ntm.DataLossError),
+        (grpc.StatusCode.UNAVAILABLE, "WRONG_REPLICA", ntm.UnavailableError),
+        (grpc.StatusCode.ABORTED, "", ntm.InternalError),
     ],
 )
 def test_the_reason_and_the_code_choose_the_type(
-    code: grpc.StatusCode, reason: str, expected: type[client.ClientError]
+    code: grpc.StatusCode, reason: str, expected: type[ntm.ClientError]
 ) -> None:
     assert type(from_status(code.value[0], reason, "", {})) is expected
 
@@ -193,7 +193,7 @@ OWNERS = {"r0": "red", "b0": "blue", "r1": "red", "b1": "blue", "g0": "green"}
 BATCH = np.stack([random_inputs(4, seed) for seed in range(5)])
 
 
-def assert_all_ran(sessions: Any, result: client.BatchResult) -> None:
+def assert_all_ran(sessions: Any, result: ntm.BatchResult) -> None:
     assert result.errors == {}
     assert [session.next_step for session in sessions] == [4] * 5
     assert [session.approximate for session in sessions] == [True] * 5
@@ -270,7 +270,7 @@ def test_items_that_stay_unavailable_have_their_errors_and_the_others_their_resu
 
     assert [session.next_step for session in sessions] == [4, 0, 4]
     assert list(result.errors) == [1]
-    assert isinstance(result.errors[1], client.UnavailableError)
+    assert isinstance(result.errors[1], ntm.UnavailableError)
     np.testing.assert_array_equal(result.outputs[1], np.zeros((4, 3)))
     np.testing.assert_array_equal(result.outputs[2], accumulated(BATCH[2]))
 
@@ -278,7 +278,7 @@ def test_items_that_stay_unavailable_have_their_errors_and_the_others_their_resu
 def test_a_batch_that_reaches_nobody_is_an_error_as_a_whole(router: Router) -> None:
     with Client(router.address, retry_for_s=0.2) as c, c.session("accumulator") as session:
         router.faults["BatchStep"].extend([grpc.StatusCode.INTERNAL] * 1000)
-        with pytest.raises(client.UnavailableError):
+        with pytest.raises(ntm.UnavailableError):
             c.batch_step([session], BATCH[:1])
         router.faults.clear()
 

@@ -12,10 +12,10 @@ import grpc
 import numpy as np
 import pytest
 
-import client
-from client import AsyncClient, Client
-from client.calls import Flow
-from client.errors import from_status
+import ntm
+from ntm import AsyncClient, Client
+from ntm._calls import Flow
+from ntm._errors import from_status
 from ntm.v1 import session_service_pb2_grpc
 from tests.client.helpers import BreakingLine, Router
 from tests.server.helpers import accumulated, random_inputs
@@ -220,7 +220,7 @@ def test_an_error_of_the_chunks_is_not_one_of_the_stream(address: str) -> None:
 
     with Client(address) as c, c.session("accumulator") as first, c.session("accumulator") as second:
         stream = second.stream(first.stream([inputs[:1], inputs[1:2], np.full((1, 3), np.nan)]))
-        with pytest.raises(client.InvalidInputError):
+        with pytest.raises(ntm.InvalidInputError):
             list(stream)
 
         assert (first.num_steps_ahead, second.num_steps_ahead) == (0, 2)
@@ -247,7 +247,7 @@ def test_a_stream_that_cannot_go_on_fails_and_can_be_taken_up_again(router: Rout
         router.answers_before_fault = 0
         router.faults["StreamSteps"].extend([grpc.StatusCode.INTERNAL] * 1000)
         session.open_stream._hang_up()  # type: ignore[union-attr]
-        with pytest.raises(client.UnavailableError) as caught:
+        with pytest.raises(ntm.UnavailableError) as caught:
             next(stream)
         assert (session.next_step, caught.value.code) == (2, grpc.StatusCode.INTERNAL)
         router.faults.clear()
@@ -262,7 +262,7 @@ def test_a_message_that_the_server_refuses_ends_the_stream_after_the_answers_bef
 
     with Client(address) as c, c.session("accumulator") as session:
         outputs = []
-        with pytest.raises(client.InvalidInputError):
+        with pytest.raises(ntm.InvalidInputError):
             outputs += session.stream(chunks)  # what came before the error is kept
 
         assert (session.next_step, session.num_steps_ahead) == (4, 0)
@@ -447,7 +447,7 @@ def test_an_answer_that_does_not_come_in_time_is_an_error(address: str, silent_a
         grpc.insecure_channel(silent_address) as channel,
     ):
         session._stub = session_service_pb2_grpc.SessionServiceStub(channel)
-        with pytest.raises(client.DeadlineError):
+        with pytest.raises(ntm.DeadlineError):
             next(session.stream([random_inputs(2)]))
         session._stub = c._sessions
 

@@ -14,7 +14,7 @@ from time import monotonic
 
 import numpy as np
 
-from client import AsyncClient, AsyncSession, ClientError
+from ntm import AsyncClient, AsyncSession, ClientError
 from ntm.tensor import Array
 
 MODEL = "copy"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from client import Client, ResourceExhaustedError
+from ntm import Client, ResourceExhaustedError
 from tests.compose.compose import Compose, docker, health, wait_until
 from tests.conftest import ROOT
 from tests.valkey import free_port

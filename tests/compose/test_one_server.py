@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from client import Client
+from ntm import Client
 from tests.compose.compose import Compose, crash_server, docker, health, inspect, wait_until
 from tests.compose.load import MODEL, Account, load
 from tests.conftest import ROOT

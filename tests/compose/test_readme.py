@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from client import Client
+from ntm import Client
 from tests.compose.compose import Compose, docker, wait_until
 from tests.conftest import ROOT
 

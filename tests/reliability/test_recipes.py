@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client import Client
+from ntm import Client
 from tests import step_models
 from tests.conftest import ROOT, ServerProcess
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from client import AsyncClient
+from ntm import AsyncClient
 from ntm.v1 import session_service_pb2 as pb
 from tests.conftest import ROOT
 from tests.reliability.helpers import Restart, Restarted, refusal_of, tried

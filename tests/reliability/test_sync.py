@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client import Client
+from ntm import Client
 from tests import step_models
 from tests.conftest import ServerProcess
 

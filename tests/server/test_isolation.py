@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from client import AsyncClient, Client
+from ntm import AsyncClient, Client
 from tests.conftest import ROOT, ServerProcess
 
 NUM_SESSIONS = 64

@@ -20,7 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from client import Client
+from ntm import Client
 from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import session_service_pb2_grpc

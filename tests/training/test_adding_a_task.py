@@ -31,7 +31,7 @@ def test_a_task_that_is_added_as_the_page_says_trains_evaluates_plots_and_export
     task, listing = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     [toml] = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     [commands] = re.findall(r"## 4\. Use it\n\n```\n(.*?)```", page, re.DOTALL)
-    for package in ("training", "export", "protos"):
+    for package in ("training", "export"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "training" / "tasks" / "reverse.py").write_text(task)
     with (tmp_path / "training" / "tasks" / "__init__.py").open("a") as file:

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import tenacity
 
-from client import calls
-from client.calls import Ahead, Batch, BatchResult, Connection, Flow, Model, SessionState, Trace
-from client.errors import ClientError, DeadlineError, UnavailableError, translated
+from ntm import _calls as calls
+from ntm._calls import Ahead, Batch, BatchResult, Connection, Flow, Model, SessionState, Trace
+from ntm._errors import ClientError, DeadlineError, UnavailableError, translated
 from ntm.tensor import Array, to_array
 from ntm.v1 import (
     model_service_pb2,

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import tenacity
 
-from client.errors import ClientError, InternalError, InvalidInputError, UnavailableError, from_status
+from ntm._errors import ClientError, InternalError, InvalidInputError, UnavailableError, from_status
 from ntm.tensor import Array, numpy_dtype, to_array, to_message
 from ntm.v1 import model_pb2, model_service_pb2, session_pb2, session_service_pb2
 

@@ -1,1 +1,0 @@
-"""The contracts between the parts: protobuf messages and gRPC services, and the tensors they carry."""

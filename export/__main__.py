@@ -26,12 +26,18 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="run directory of a training, such as runs/copy")
     parser.add_argument("target", type=Path, help="new version directory, such as models/copy/1")
+    parser.add_argument(
+        "--memory-rows",
+        type=_positive,
+        help="rows of the memory, a multiple of 4, where nothing in the model is learned for each row; default: as in "
+        "training",
+    )
     options = parser.parse_args(arguments)
     # A second thread brings nothing to tensors so small, and waits for its core when another process has it:
     # measured on two cores with one taken, 46 s for an export instead of 15.
     torch.set_num_threads(1)
     try:
-        checkpoint, report = publish(options.run, options.target)
+        checkpoint, report = publish(options.run, options.target, options.memory_rows)
     except (ExportError, TrainingError) as error:
         console = Console(stderr=True, highlight=False)
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
@@ -42,6 +48,13 @@ def main(arguments: Sequence[str]) -> int:
     )
     _show(report, options.target / MODEL_FILE)
     return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _show(report: Report, path: Path) -> None:

@@ -23,21 +23,23 @@ from training.checkpoint import BEST, Checkpoint, load, restore_cell
 MODEL_FILE = "model.onnx"
 
 
-def publish(run_dir: Path, target: Path) -> tuple[Checkpoint, Report]:
+def publish(run_dir: Path, target: Path, memory_rows: int | None = None) -> tuple[Checkpoint, Report]:
     """Export a run's best checkpoint as a model version; returns both with what was verified.
 
     Args:
         run_dir: a training run.
         target: `<models>/<name>/<version>`, which must not exist.
+        memory_rows: of the exported memory; as many as in training if not given.
 
     Raises:
         TargetError: the target is not a version directory, or exists.
         training.errors.CheckpointError: the run has no whole checkpoint.
+        training.errors.SettingsError: the model cannot work with so many rows.
         VerificationError: the file does not do what the cell does.
     """
     name = _check_target(target)
     checkpoint = load(run_dir / BEST)
-    cell, settings = restore_cell(checkpoint)
+    cell, settings = restore_cell(checkpoint, memory_rows)
     step = Step(cell.eval())
     spec = model_spec(name, step, checkpoint, settings)
     missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]

@@ -21,11 +21,12 @@ from training.checkpoint import BEST, LAST
 from training.config import CONFIGS, Settings, parse_sizes, read_settings, resolve
 from training.errors import SettingsError, TrainingError
 from training.loop import train
+from training.tasks import PATTERNS, Pattern
 
 _USAGE = """\
 usage: python -m training EXPERIMENT [--resume] [--SETTING VALUE ...]
-       python -m training evaluate RUN [--sizes SIZE,SIZE,...] [--num-sequences N]
-       python -m training plot RUN [RUN ...] [--size SIZE] [--to FOLDER]
+       python -m training evaluate RUN [--sizes SIZE,SIZE,...] [--num-sequences N] [--memory-rows N]
+       python -m training plot RUN [RUN ...] [--size SIZE] [--memory-rows N] [--to FOLDER]
        python -m training sweep EXPERIMENT --seeds 0-9 --to FOLDER [--vary SETTING=VALUE,VALUE ...] [--jobs N]
 
 Train a Neural Turing Machine. The experiments are: {experiments}.
@@ -121,12 +122,22 @@ def _evaluate(arguments: Sequence[str], _console: Console) -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--sizes", default="", help="such as 10,20 or 20x10; default: of training and beyond")
     parser.add_argument("--num-sequences", type=_positive, default=200, help="of each size (default: 200)")
+    parser.add_argument(
+        "--patterns",
+        default=",".join(PATTERNS),
+        help="what to try beside random sequences, such as zeros,periodic, or none (default: all)",
+    )
+    _add_memory_rows(parser)
     options = parser.parse_args(arguments[1:])
+    patterns = _patterns(options.patterns)
     torch.set_num_threads(1)
     settings = checkpoint.restore_settings(checkpoint.load(options.run / BEST))
     sizes = parse_sizes(options.sizes.split(",") if options.sizes else [], settings.task, "--sizes")
-    result = report.report(options.run, sizes, options.num_sequences)
-    Console(highlight=False).print(report.table(result, settings.task.size_names))
+    result = report.report(options.run, sizes, options.num_sequences, options.memory_rows, patterns)
+    out, size_names = Console(highlight=False), settings.task.size_names
+    out.print(report.table(result, size_names))
+    if (of_patterns := report.table_of_patterns(result, size_names)) is not None:
+        out.print(of_patterns)
     picture = options.run / "evaluation.png"
     plots.plot_evaluation({options.run.name: result}, settings.task.size_names, picture)
     print(f"written: {options.run / report.EVALUATION}, {picture}")
@@ -146,9 +157,13 @@ def _plot(arguments: Sequence[str], _console: Console) -> int:
     )
     parser.add_argument("--size", default="", help="of the sequence; default: the largest of training")
     parser.add_argument("--to", type=Path, help="folder for the pictures; default: the first of the runs")
+    _add_memory_rows(parser)
     options = parser.parse_args(arguments[1:])
     torch.set_num_threads(1)
     groups = {path.name: _runs_in(path) for path in options.runs}
+    is_one_run = len(options.runs) == 1 and groups[options.runs[0].name] == options.runs
+    if options.memory_rows is not None and not is_one_run:
+        raise SettingsError("--memory-rows is for the pictures of one run: give one, or leave it out")
     folder = options.to or options.runs[0]
     folder.mkdir(parents=True, exist_ok=True)
     curves = {name: [plots.read_curve(run) for run in runs] for name, runs in groups.items()}
@@ -156,8 +171,8 @@ def _plot(arguments: Sequence[str], _console: Console) -> int:
     task = checkpoint.restore_settings(first).task
     written = [folder / "learning.png"]
     plots.plot_learning(curves, task.name, written[0])
-    if len(options.runs) == 1 and groups[options.runs[0].name] == options.runs:
-        cell, _ = checkpoint.restore_cell(checkpoint.load(options.runs[0] / BEST))
+    if is_one_run:
+        cell, _ = checkpoint.restore_cell(checkpoint.load(options.runs[0] / BEST), options.memory_rows)
         [size] = parse_sizes([options.size], task, "--size") if options.size else [max(task.sizes())]
         traced, title = plots.trace(cell, task, size), plots.heading(task, size)
         written.append(folder / "machine.png")
@@ -207,6 +222,22 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message}; see {self.prog} --help")
+
+
+def _add_memory_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory-rows",
+        type=_positive,
+        help="rows of the memory, where nothing in the model is learned for each row; default: as in training",
+    )
+
+
+def _patterns(text: str) -> list[Pattern]:
+    named = [] if text == "none" else text.split(",")
+    for name in named:
+        if name not in PATTERNS:
+            raise SettingsError(f"--patterns: {name!r} is none of {', '.join(PATTERNS)}")
+    return [pattern for pattern in PATTERNS if pattern in named]
 
 
 def _positive(text: str) -> int:

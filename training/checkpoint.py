@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from training.config import Settings, make_cell, settings_class
 from training.errors import CheckpointError, SettingsError
-from training.model import Cell
+from training.model import Cell, NTMCell, with_memory_rows
 
 LAST = "last.pt"
 BEST = "best.pt"
@@ -110,16 +110,28 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(**content)
 
 
-def restore_cell(checkpoint: Checkpoint) -> tuple[Cell, Settings]:
+def restore_cell(checkpoint: Checkpoint, memory_rows: int | None = None) -> tuple[Cell, Settings]:
     """The trained cell, averaged where the run keeps an average, and the settings it was trained with.
+
+    Args:
+        checkpoint: of the run.
+        memory_rows: of the cell's memory; as many as it was trained with if not given.
 
     Raises:
         CheckpointError: the weights do not fit the settings.
+        SettingsError: the cell cannot work with so many rows.
     """
     settings = restore_settings(checkpoint)
     cell = make_cell(settings)
     load_weights(cell, checkpoint.averaged)
-    return cell, settings
+    if memory_rows is None:
+        return cell, settings
+    if not isinstance(cell, NTMCell):
+        raise SettingsError("--memory-rows: this model is a plain network, without a memory: leave it out")
+    try:
+        return with_memory_rows(cell, memory_rows), settings
+    except ValueError as error:
+        raise SettingsError(f"--memory-rows {memory_rows}: {error}") from None
 
 
 def restore_settings(checkpoint: Checkpoint) -> Settings:

@@ -8,19 +8,32 @@ a finished run on others.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from training.config import Settings, size_text
-from training.model import Cell, unroll
-from training.tasks import Size, Task
+from training.model import Cell, named_tensors
+from training.tasks import Sequences, Size, Task
 
 _SEED = 2_000_000
 # Repeat copy has 100 sizes of training; these many of them, always the same, stand for all.
 _MOST_SIZES = 20
+# Numbers in the state of as many sequences as run side by side: 16 MiB, and as much again for the next state.
+_MOST_STATE = 2**22
 
 Scores = dict[str, float]
+
+
+class Judged(NamedTuple):
+    """How a model did in each sequence of a batch."""
+
+    wrong_bits: Tensor
+    """[B], output bits, read at 0.5, that differ from the target."""
+    cost_bits: Tensor
+    """[B], the cross-entropy in bits."""
 
 
 @torch.no_grad()
@@ -31,18 +44,53 @@ def measure(cell: Cell, task: Task, size: Size, num_sequences: int, seed: int = 
         `wrong_bits`, the output bits, read at 0.5, that differ from the target; `cost_bits`, the cross-entropy in
         bits; and `optimal_bits`, the least possible cost. Each of a whole sequence.
     """
-    generator = torch.Generator().manual_seed(seed + sum(size))
-    sequences = task.draw(num_sequences, size, generator)
-    device = cell.output.weight.device
-    outputs, _ = unroll(cell, sequences.inputs.to(device))
-    answers = outputs[-len(sequences.targets) :].cpu()
-    cost = F.binary_cross_entropy_with_logits(answers, sequences.targets, reduction="sum")
+    sequences = task.draw(num_sequences, size, generator_for(size, seed))
+    return means(judge(cell, sequences), task, sequences)
+
+
+def generator_for(size: Size, seed: int) -> torch.Generator:
+    """What draws the sequences of a size."""
+    return torch.Generator().manual_seed(seed + sum(size))
+
+
+def means(judged: Judged, task: Task, sequences: Sequences) -> Scores:
+    """The scores of `measure`, of sequences that were judged."""
     optimal = task.optimal_cost(sequences)
     return {
-        "wrong_bits": float(((answers > 0) != sequences.targets.bool()).sum() / num_sequences),
-        "cost_bits": float(cost / num_sequences / math.log(2)),
+        "wrong_bits": float(judged.wrong_bits.mean()),
+        "cost_bits": float(judged.cost_bits.mean()),
         "optimal_bits": 0.0 if optimal is None else float(optimal.mean()),
     }
+
+
+@torch.no_grad()
+def judge(cell: Cell, sequences: Sequences) -> Judged:
+    """Run a cell over sequences, as many side by side as its state has room for, and keep its answers alone."""
+    targets = sequences.targets
+    num_rows = max(1, _MOST_STATE // _state_numbers(cell))
+    parts = torch.split(sequences.inputs, num_rows, dim=1)
+    answers = torch.cat([_answers(cell, part, len(targets)) for part in parts], dim=1)
+    cost = F.binary_cross_entropy_with_logits(answers, targets, reduction="none")
+    wrong = (answers > 0) != targets.bool()
+    return Judged(wrong.sum(dim=(0, 2)).float(), cost.double().sum(dim=(0, 2)) / math.log(2))
+
+
+def _answers(cell: Cell, inputs: Tensor, num_answers: int) -> Tensor:
+    """[T, B, I] to the logits [A, B, O] of the last A steps."""
+    weight = cell.output.weight
+    num_steps, batch_size, _ = inputs.shape
+    answers = torch.empty(num_answers, batch_size, len(weight))
+    state: Any = cell.initial_state(batch_size)
+    for step, step_inputs in enumerate(inputs.to(weight.device)):
+        logits, state = cell.step(step_inputs, state)
+        if step >= num_steps - num_answers:
+            answers[step - num_steps + num_answers] = logits
+    return answers
+
+
+def _state_numbers(cell: Cell) -> int:
+    """Numbers in the state of one sequence."""
+    return sum(tensor.numel() for tensor in named_tensors(cell.initial_state(1)).values())
 
 
 def evaluate(cell: Cell, settings: Settings) -> Scores:

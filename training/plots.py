@@ -32,6 +32,8 @@ Array = NDArray[np.float32]
 # Costs below it are drawn at it: a solved task costs 0.0001 bits one time and 0.00001 the next, which tells nobody
 # anything.
 _LEAST_COST = 0.01
+# Of an animation; of a longer sequence not every step is shown. A picture takes a tenth of a second to draw.
+_MOST_FRAMES = 300
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -243,7 +245,10 @@ def animate_memory(traced: Trace, title: str, path: Path) -> None:
             heading.set_text(f"{title}: step {step + 1} of {len(memory)}")
             return [picture, writes, reads, heading]
 
-        FuncAnimation(figure, show, frames=len(memory)).save(path, writer=PillowWriter(fps=5), dpi=80)
+        every = -(-len(memory) // _MOST_FRAMES)
+        FuncAnimation(figure, show, frames=range(0, len(memory), every)).save(
+            path, writer=PillowWriter(fps=5), dpi=80
+        )
         plt.close(figure)
 
 

@@ -1,11 +1,14 @@
 """Reports: how well a finished run does at each size, on sequences that it has never been judged by.
 
+Beside random ones it tries those of `tasks/patterns.py`: all zeros, all alike, a single bit, periodic.
 `evaluate.py` measures. The result is a table for people, `evaluation.json` for programs and, by `plots.py`, a picture.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +17,56 @@ from rich.table import Table
 from training import checkpoint
 from training.checkpoint import BEST
 from training.config import Settings, size_text
-from training.evaluate import measure
-from training.tasks import Size
+from training.evaluate import generator_for, judge, means
+from training.model import Cell, NTMCell, kernel
+from training.tasks import PATTERNS, Pattern, Sequences, Size, Task
 
 EVALUATION = "evaluation.json"
 # Not the seed by which the run chose its best checkpoint.
 _SEED = 3_000_000
 _MOST_SIZES = 10
+# Sequences of a pattern hardly differ.
+_MOST_PATTERNED = 32
+_NORMAL_95 = 1.96  # Of a normal distribution 95 % lie within so many deviations.
 
 
-def report(run_dir: Path, sizes: list[Size], num_sequences: int) -> dict[str, Any]:
+def report(
+    run_dir: Path,
+    sizes: list[Size],
+    num_sequences: int,
+    memory_rows: int | None = None,
+    patterns: Sequence[Pattern] = PATTERNS,
+) -> dict[str, Any]:
     """Measure a run's best checkpoint, and write `evaluation.json` into the run.
 
     Args:
         run_dir: a training run.
         sizes: at which to measure; if empty, those of training (ten of them if there are more) and the settings'
             `evaluation.long_sizes`.
-        num_sequences: of each size.
+        num_sequences: of each size; of a pattern no more than 32.
+        memory_rows: of the memory; as many as in training if not given.
+        patterns: what is tried beside random sequences.
 
     Returns:
-        what is in the file: the task, the checkpoint's update and, for each size, the means that `measure` gives.
+        what is in the file: the task, the checkpoint's update, the number of memory rows (none for a plain network)
+        and, for each size, the means that `measure` gives, how many sequences have a wrong bit and, under
+        `patterns`, the same for each pattern that the task has.
 
     Raises:
         CheckpointError: the run has no whole checkpoint.
+        SettingsError: the model cannot work with so many rows.
     """
     best = checkpoint.load(run_dir / BEST)
-    cell, settings = checkpoint.restore_cell(best)
+    cell, settings = checkpoint.restore_cell(best, memory_rows)
+    if isinstance(cell, NTMCell):
+        cell.access = kernel.access
+    task = settings.task
     rows = [
-        {"size": size_text(size), **measure(cell, settings.task, size, num_sequences, _SEED)}
+        {
+            "size": size_text(size),
+            **_of_random(cell, task, size, num_sequences),
+            "patterns": _of_patterns(cell, task, size, min(num_sequences, _MOST_PATTERNED), patterns),
+        }
         for size in sizes or _default_sizes(settings)
     ]
     result = {
@@ -49,6 +74,7 @@ def report(run_dir: Path, sizes: list[Size], num_sequences: int) -> dict[str, An
         "task": settings.task.name,
         "update": best.update,
         "num_sequences": num_sequences,
+        "memory_rows": len(cell.initial_memory) if isinstance(cell, NTMCell) else None,
         "sizes": rows,
     }
     (run_dir / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
@@ -57,19 +83,86 @@ def report(run_dir: Path, sizes: list[Size], num_sequences: int) -> dict[str, An
 
 def table(result: dict[str, Any], size_names: tuple[str, ...]) -> Table:
     """The report for the terminal."""
+    num_sequences = result["num_sequences"]
+    with_rows = f", {result['memory_rows']} memory rows" if result["memory_rows"] else ""
     shown = Table(
-        title=f"{result['run']}, after update {result['update']}: means over {result['num_sequences']} sequences "
+        title=f"{result['run']}, after update {result['update']}{with_rows}: means over {num_sequences} sequences "
         "of each size",
         title_justify="left",
     )
     with_optimum = any(row["optimal_bits"] for row in result["sizes"])
     columns = [" x ".join(size_names), "wrong bits", "cost in bits"] + ["least possible"] * with_optimum
-    for column in columns:
+    for column in [*columns, "with a mistake, 95 %"]:
         shown.add_column(column, justify="right")
     for row in result["sizes"]:
+        least, most = interval(row["wrong_sequences"], row["num_sequences"])
         cells = [row["size"], f"{row['wrong_bits']:.2f}", f"{row['cost_bits']:.2f}"]
-        shown.add_row(*cells, *[f"{row['optimal_bits']:.2f}"] * with_optimum)
+        cells += [f"{row['optimal_bits']:.2f}"] * with_optimum
+        shown.add_row(*cells, f"{least:.1%} to {most:.1%}")
     return shown
+
+
+def table_of_patterns(result: dict[str, Any], size_names: tuple[str, ...]) -> Table | None:
+    """Wrong bits where the sequences are not random; where the best possible predictor pays something, cost over its.
+
+    None if none was measured.
+    """
+    patterns = [name for name in PATTERNS if any(name in row["patterns"] for row in result["sizes"])]
+    if not patterns:
+        return None
+    with_optimum = any(row["optimal_bits"] for row in result["sizes"])
+    what = "cost in bits above the least possible" if with_optimum else "wrong bits"
+    shown = Table(title=f"The same where sequences are not random: {what}", title_justify="left")
+    for column in [" x ".join(size_names), *patterns]:
+        shown.add_column(column, justify="right")
+    for row in result["sizes"]:
+        of_patterns = [row["patterns"].get(name) for name in patterns]
+        values = [
+            None
+            if each is None
+            else each["cost_bits"] - each["optimal_bits"]
+            if with_optimum
+            else each["wrong_bits"]
+            for each in of_patterns
+        ]
+        shown.add_row(row["size"], *["-" if value is None else f"{value:.2f}" for value in values])
+    return shown
+
+
+def interval(num_wrong: int, num_sequences: int) -> tuple[float, float]:
+    """Between which shares of all sequences the wrong ones are, by Wilson's interval of 95 %."""
+    z = _NORMAL_95**2 / num_sequences
+    share = num_wrong / num_sequences
+    middle = share + z / 2
+    reach = math.sqrt(z * (share * (1 - share) + z / 4))
+    return max(0.0, (middle - reach) / (1 + z)), min(1.0, (middle + reach) / (1 + z))
+
+
+def _of_random(cell: Cell, task: Task, size: Size, num_sequences: int) -> dict[str, Any]:
+    return _measured(cell, task, task.draw(num_sequences, size, generator_for(size, _SEED)))
+
+
+def _of_patterns(
+    cell: Cell, task: Task, size: Size, num_sequences: int, patterns: Sequence[Pattern]
+) -> dict[str, Any]:
+    drawn = {
+        pattern: task.draw_patterned(pattern, num_sequences, size, generator_for(size, _SEED))
+        for pattern in patterns
+    }
+    return {
+        pattern: _measured(cell, task, sequences)
+        for pattern, sequences in drawn.items()
+        if sequences is not None
+    }
+
+
+def _measured(cell: Cell, task: Task, sequences: Sequences) -> dict[str, Any]:
+    judged = judge(cell, sequences)
+    return {
+        **means(judged, task, sequences),
+        "wrong_sequences": int((judged.wrong_bits > 0).sum()),
+        "num_sequences": len(judged.wrong_bits),
+    }
 
 
 def _default_sizes(settings: Settings) -> list[Size]:

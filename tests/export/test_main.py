@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 
 from export import publish
 from export.__main__ import main
 from export.errors import VerificationError
+from export.onnx_file import read_spec
 from export.verification import Report
+from tests.export.conftest import write_run
 from training import checkpoint
 from training.checkpoint import BEST, LAST
 
@@ -50,6 +53,29 @@ def test_the_best_checkpoint_is_exported_and_named_in_the_report(capsys, run_dir
 
     assert exported[0].provenance.metrics["training_updates"] == 10
     assert "after update 10: wrong bits 2.5" in capsys.readouterr().out
+
+
+def test_as_many_rows_as_are_asked_for_are_exported_and_verified(run_dir, tmp_path):
+    target = tmp_path / "models" / "large" / "1"
+
+    assert main([str(run_dir), str(target), "--memory-rows", "64"]) == 0
+
+    spec = read_spec(onnx.load(target / "model.onnx"))
+    assert {state.input_name: list(state.shape) for state in spec.states if 64 in state.shape} == {
+        "memory": [5, 64],
+        "read_weightings": [1, 64],
+        "write_weightings": [1, 64],
+    }
+    assert spec.provenance.training_config["model"]["memory_rows"] == 12
+
+
+def test_other_rows_than_those_it_was_trained_with_are_refused_where_each_has_its_own_start(capsys, tmp_path):
+    run = write_run(tmp_path / "run", "--model.initial-memory=learned")
+
+    assert main([str(run), str(tmp_path / "models" / "m" / "1"), "--memory-rows=64"]) == 1
+
+    assert "--memory-rows 64: the memory at the start is learned for each row" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_file_where_the_models_folder_should_be_is_refused(capsys, run_dir, tmp_path):

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from training import evaluate as evaluation
 from training.config import CONFIGS, make_cell, read_settings
-from training.evaluate import evaluate, is_solved, measure, total
+from training.evaluate import evaluate, is_solved, judge, measure, total
+from training.model import unroll
 from training.tasks.copy import CopyTask
 from training.tasks.dynamic_ngrams import DynamicNGramsTask
 
@@ -73,3 +75,22 @@ def test_checkpoints_are_chosen_by_the_goals_measure_at_all_sizes():
 
     assert total(scores, CopyTask()) == math.inf
     assert total(scores | {"wrong_bits_at_80": 3.0}, CopyTask()) == 6
+
+
+@pytest.mark.parametrize("most_state", [1, 150, 10**9])
+def test_sequences_are_judged_one_by_one_however_many_run_side_by_side(
+    tiny_settings, monkeypatch, most_state
+):
+    settings = tiny_settings()
+    torch.manual_seed(0)
+    cell = make_cell(settings)
+    sequences = settings.task.draw(5, (4,), torch.Generator().manual_seed(0))
+    monkeypatch.setattr(evaluation, "_MOST_STATE", most_state)
+
+    judged = judge(cell, sequences)
+
+    with torch.no_grad():
+        answers = torch.sigmoid(unroll(cell, sequences.inputs)[0][-4:])
+    said_right = torch.where(sequences.targets == 1, answers, 1 - answers)
+    assert judged.wrong_bits.tolist() == (said_right < 0.5).sum(dim=(0, 2)).tolist()
+    torch.testing.assert_close(judged.cost_bits.float(), -said_right.log2().sum(dim=(0, 2)))

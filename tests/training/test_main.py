@@ -76,3 +76,10 @@ def test_a_run_cannot_be_resumed_to_go_less_far_than_it_has_come(capsys, tiny_ar
     assert main(["copy", *where, *tiny_arguments, "--num-updates=5"]) == 0
 
     assert "less than the 5 updates" in refusal(capsys, ["copy", *where, "--num-updates=3", "--resume"])
+
+
+def test_rows_are_refused_for_a_network_without_a_memory(capsys, tiny_arguments, tmp_path):
+    run = tmp_path / "run"
+    assert main(["copy", *tiny_arguments, "--model.architecture=plain", f"--run-dir={run}"]) == 0
+
+    assert "a plain network, without a memory" in refusal(capsys, ["evaluate", str(run), "--memory-rows=16"])

@@ -53,6 +53,31 @@ def test_plot_makes_the_learning_curve_the_machine_and_the_animation_of_a_run(ca
     assert "memory.gif" in capsys.readouterr().out
 
 
+def test_the_machine_is_drawn_with_as_many_rows_as_are_asked_for(run_dir, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "plot_machine", lambda traced, *_: drawn.append(traced))
+    monkeypatch.setattr(plots, "animate_memory", lambda *_: None)
+
+    assert main(["plot", str(run_dir), "--memory-rows=20", "--size=9"]) == 0
+
+    assert drawn[0].memory.shape == (19, 20, 4)
+
+
+def test_rows_are_not_chosen_for_pictures_of_several_runs(capsys, run_dir):
+    assert main(["plot", str(run_dir), str(run_dir), "--memory-rows=20"]) == 1
+
+    assert "--memory-rows is for the pictures of one run" in capsys.readouterr().err
+
+
+def test_an_animation_of_a_long_sequence_leaves_steps_out(run_dir, monkeypatch):
+    monkeypatch.setattr(plots, "_MOST_FRAMES", 5)
+
+    assert main(["plot", str(run_dir), "--size=6"]) == 0
+
+    with Image.open(run_dir / "memory.gif") as animation:
+        assert animation.n_frames == 5  # Every third of 13 steps.
+
+
 def test_a_plain_network_is_plotted_without_a_memory(tiny_arguments, tmp_path):
     run = tmp_path / "run"
     arguments = [*tiny_arguments, "--model.architecture=plain", f"--run-dir={run}"]

@@ -7,7 +7,7 @@ training on a CPU. `cell.py` ties all into a step, `plain.py` is the controller 
 from one step to the next, `unroll.py` runs many steps, `fused_unroll.py` runs them as one operation.
 """
 
-from training.model.cell import NTMCell
+from training.model.cell import NTMCell, with_memory_rows
 from training.model.plain import PlainCell
 from training.model.state import (
     HiddenState,
@@ -30,5 +30,6 @@ __all__ = [
     "Unrolled",
     "named_tensors",
     "unroll",
+    "with_memory_rows",
     "with_tensors",
 ]

@@ -11,6 +11,7 @@ Shapes: B batch, I input size, O output size, N memory rows, M row width, R read
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Literal
 
@@ -143,6 +144,33 @@ class NTMCell(nn.Module):
         return outputs, NTMState(
             accessed.memory, read_weightings, write_weightings, accessed.read_vectors, controller_state
         )
+
+
+def with_memory_rows(cell: NTMCell, memory_rows: int) -> NTMCell:
+    """The same machine over a memory of another size; a copy.
+
+    Nothing that it has learned says how many rows there are: keys, shifts and gates come from the controller. Only
+    the start is given row by row, and can be given for any number of rows if all are alike.
+
+    Raises:
+        ValueError: the start has values for each row, or the memory is too small for the heads' shifts.
+    """
+    least = cell.heads.sizes.num_shifts
+    if memory_rows < least:
+        raise ValueError(f"heads that reach so far need at least {least} rows")
+    memory, logits = cell.initial_memory, cell.initial_attention_logits
+    if isinstance(memory, nn.Parameter):
+        raise ValueError(
+            "the memory at the start is learned for each row; train with initial_memory constant"
+        )
+    if not (memory == memory[:1]).all():
+        raise ValueError("the memory at the start is drawn for each row; train with initial_memory constant")
+    if isinstance(logits, nn.Parameter):
+        raise ValueError("the first attention is learned for each row; train with initial_attention constant")
+    resized = copy.deepcopy(cell)
+    resized.initial_memory = nn.Buffer(memory[:1].repeat(memory_rows, 1))
+    resized.initial_attention_logits = nn.Buffer(_on_row_0(len(logits), memory_rows).to(logits))
+    return resized
 
 
 def _start(value: Tensor, is_learned: bool) -> nn.Parameter | nn.Buffer:

@@ -5,7 +5,7 @@ from training.tasks.copy import CopyTask
 from training.tasks.dynamic_ngrams import DynamicNGramsTask
 from training.tasks.priority_sort import PrioritySortTask
 from training.tasks.repeat_copy import RepeatCopyTask
-from training.tasks.task import Goal, Sequences, Size, Task
+from training.tasks.task import PATTERNS, Goal, Pattern, Sequences, Size, Task
 
 TASKS: dict[str, type[Task]] = {
     task.model_fields["name"].default: task
@@ -13,4 +13,4 @@ TASKS: dict[str, type[Task]] = {
 }
 """Every task by its name in a TOML."""
 
-__all__ = ["TASKS", "Goal", "Sequences", "Size", "Task"]
+__all__ = ["PATTERNS", "TASKS", "Goal", "Pattern", "Sequences", "Size", "Task"]

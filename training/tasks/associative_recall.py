@@ -14,8 +14,10 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from training.tasks.task import Sequences, Size, Task, in_order, random_bits
+from training.tasks.patterns import patterned_bits
+from training.tasks.task import Pattern, Sequences, Size, Task, in_order, random_bits
 
 
 class AssociativeRecallTask(Task):
@@ -69,8 +71,30 @@ class AssociativeRecallTask(Task):
     def draw(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
         """Random sequences: inputs [J (V + 1) + 2 V + 2, B, K + 2], targets [V, B, K]."""
         (num_items,) = size
+        items = random_bits(num_items, self.vectors_per_item, batch_size, self.num_bits, generator=generator)
+        return self._laid_out(items, generator)
+
+    def draw_patterned(
+        self, pattern: Pattern, batch_size: int, size: Size, generator: torch.Generator
+    ) -> Sequences | None:
+        """As `draw`, the items of a pattern, so that one alone can follow what is asked for. With "one-bit" each vector
+        of an item has one bit set and no two items are the same; None if there are not as many."""
+        (num_items,) = size
         length, bits = self.vectors_per_item, self.num_bits
-        items = random_bits(num_items, length, batch_size, bits, generator=generator)
+        if pattern == "one-bit":
+            if num_items > bits**length:
+                return None
+            codes = torch.stack(
+                [torch.randperm(bits**length, generator=generator)[:num_items] for _ in range(batch_size)], 1
+            )
+            digits = torch.stack([codes // bits**place % bits for place in range(length)], dim=1)
+            return self._laid_out(torch.nn.functional.one_hot(digits, bits).float(), generator)
+        vectors = patterned_bits(pattern, num_items, batch_size, length * bits, generator=generator)
+        items = vectors.view(num_items, batch_size, length, bits).transpose(1, 2)
+        return self._laid_out(items, generator)
+
+    def _laid_out(self, items: Tensor, generator: torch.Generator) -> Sequences:
+        num_items, length, batch_size, bits = items.shape
         queried = torch.randint(0, num_items - 1, (batch_size,), generator=generator)
         rows = torch.arange(batch_size)
 

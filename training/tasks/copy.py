@@ -12,8 +12,10 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from training.tasks.task import Sequences, Size, Task, in_order, random_bits
+from training.tasks.patterns import patterned_bits
+from training.tasks.task import Pattern, Sequences, Size, Task, in_order, random_bits
 
 
 class CopyTask(Task):
@@ -62,7 +64,17 @@ class CopyTask(Task):
     def draw(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
         """Random sequences of T vectors: inputs [2T + 1, B, K + 1], targets [T, B, K]."""
         (length,) = size
-        vectors = random_bits(length, batch_size, self.num_bits, generator=generator)
+        return self._laid_out(random_bits(length, batch_size, self.num_bits, generator=generator))
+
+    def draw_patterned(
+        self, pattern: Pattern, batch_size: int, size: Size, generator: torch.Generator
+    ) -> Sequences:
+        """As `draw`, the vectors of a pattern."""
+        (length,) = size
+        return self._laid_out(patterned_bits(pattern, length, batch_size, self.num_bits, generator=generator))
+
+    def _laid_out(self, vectors: Tensor) -> Sequences:
+        length, batch_size, _ = vectors.shape
         inputs = torch.zeros(2 * length + 1, batch_size, self.input_size)
         inputs[:length, :, : self.num_bits] = vectors
         inputs[length, :, self.num_bits] = 1

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from training.tasks.task import Goal, Sequences, Size, Task, random_bits
+from training.tasks.patterns import patterned_bits
+from training.tasks.task import Goal, Pattern, Sequences, Size, Task, random_bits
 
 
 class DynamicNGramsTask(Task):
@@ -76,6 +77,14 @@ class DynamicNGramsTask(Task):
             bits[step] = (even[step] < chance).float()
             context = self._append(context, bits[step])
         return Sequences(bits[:-1].unsqueeze(-1), bits[1:].unsqueeze(-1))
+
+    def draw_patterned(
+        self, pattern: Pattern, batch_size: int, size: Size, generator: torch.Generator
+    ) -> Sequences:
+        """Sequences whose bits are of a pattern, which the law of none but a very sure table would give."""
+        (num_bits,) = size
+        bits = patterned_bits(pattern, num_bits, batch_size, 1, generator=generator)
+        return Sequences(bits[:-1], bits[1:])
 
     def optimal_cost(self, sequences: Sequences) -> Tensor:
         """[B], bits paid by (N1 + 1/2) / (N0 + N1 + 1), the counts being those of the context so far (eq. 10)."""

@@ -12,8 +12,10 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from training.tasks.task import Goal, Sequences, Size, Task, in_order, random_bits
+from training.tasks.patterns import patterned_bits
+from training.tasks.task import Goal, Pattern, Sequences, Size, Task, in_order, random_bits
 
 
 class PrioritySortTask(Task):
@@ -64,6 +66,18 @@ class PrioritySortTask(Task):
         """Random sequences: inputs [V + S, B, K + 1], targets [S, B, K]."""
         num_vectors, num_sorted = size
         vectors = random_bits(num_vectors, batch_size, self.num_bits, generator=generator)
+        return self._laid_out(vectors, num_sorted, generator)
+
+    def draw_patterned(
+        self, pattern: Pattern, batch_size: int, size: Size, generator: torch.Generator
+    ) -> Sequences:
+        """As `draw`, the vectors of a pattern."""
+        num_vectors, num_sorted = size
+        vectors = patterned_bits(pattern, num_vectors, batch_size, self.num_bits, generator=generator)
+        return self._laid_out(vectors, num_sorted, generator)
+
+    def _laid_out(self, vectors: Tensor, num_sorted: int, generator: torch.Generator) -> Sequences:
+        num_vectors, batch_size, _ = vectors.shape
         priorities = torch.rand(num_vectors, batch_size, generator=generator) * 2 - 1
         inputs = torch.zeros(num_vectors + num_sorted, batch_size, self.input_size)
         inputs[:num_vectors, :, : self.num_bits] = vectors

@@ -15,8 +15,10 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from training.tasks.task import Sequences, Size, Task, in_order, random_bits
+from training.tasks.patterns import patterned_bits
+from training.tasks.task import Pattern, Sequences, Size, Task, in_order, random_bits
 
 
 class RepeatCopyTask(Task):
@@ -83,8 +85,20 @@ class RepeatCopyTask(Task):
     def draw(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
         """Random sequences: inputs [T + 1 + R T + 1, B, K + 1], targets [R T + 1, B, K + 1]."""
         length, repeats = size
-        mean, deviation = self._repeats_in_training()
         vectors = random_bits(length, batch_size, self.num_bits, generator=generator)
+        return self._laid_out(vectors, repeats)
+
+    def draw_patterned(
+        self, pattern: Pattern, batch_size: int, size: Size, generator: torch.Generator
+    ) -> Sequences:
+        """As `draw`, the vectors of a pattern."""
+        length, repeats = size
+        vectors = patterned_bits(pattern, length, batch_size, self.num_bits, generator=generator)
+        return self._laid_out(vectors, repeats)
+
+    def _laid_out(self, vectors: Tensor, repeats: int) -> Sequences:
+        length, batch_size, _ = vectors.shape
+        mean, deviation = self._repeats_in_training()
         targets = torch.zeros(repeats * length + 1, batch_size, self.output_size)
         targets[:-1, :, : self.num_bits] = vectors.repeat(repeats, 1, 1)
         targets[-1, :, self.num_bits] = 1

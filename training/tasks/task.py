@@ -6,7 +6,7 @@ Shapes: T steps, B batch, I input size, O output size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +14,12 @@ from torch import Tensor
 
 Size = tuple[int, ...]
 """How large a sequence is, in the numbers that `Task.size_names` names, such as (20,) or (10, 3)."""
+
+Pattern = Literal["zeros", "equal", "one-bit", "periodic"]
+"""What vectors may be in place of random: all bits 0, all vectors of a sequence the same, a single bit of the sequence
+1, vectors that recur after two to five. `patterns.py` draws them."""
+
+PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 
 
 class Sequences(NamedTuple):
@@ -81,6 +87,12 @@ class Task(BaseModel, ABC):
     def draw_for_training(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
         """As `draw`, unless a task has settings that show a model more often what is rare."""
         return self.draw(batch_size, size, generator)
+
+    def draw_patterned(
+        self, pattern: Pattern, batch_size: int, size: Size, generator: torch.Generator
+    ) -> Sequences | None:
+        """Sequences of a size whose vectors are not random but of a pattern; None where the task has no such."""
+        return None
 
     def draw_size(self, generator: torch.Generator) -> Size:
         """One of the sizes of training."""

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from torch.testing import assert_close
 
-from training.model import NTMCell, named_tensors, unroll, with_tensors
+from training.model import NTMCell, named_tensors, unroll, with_memory_rows, with_tensors
 from training.model.addressing import address
 from training.model.heads import split
 
@@ -176,3 +176,32 @@ def test_a_step_is_addressing_then_writing_then_reading_head_by_head():
     assert_close(after.read_vectors[0], torch.stack(read))
     assert_close(tuple(after.controller[0]), tuple(controller[0]))
     assert_close(outputs, cell.output(torch.cat([hidden[0], *read]))[None])
+
+
+def test_with_other_rows_it_is_the_cell_made_with_so_many_and_the_same_weights():
+    cell = make_cell(initial_memory="constant", initial_attention="constant")
+    expected = make_cell(memory_rows=24, initial_memory="constant", initial_attention="constant")
+    weights = {name: value for name, value in cell.state_dict().items() if not name.startswith("initial_")}
+    expected.load_state_dict(weights, strict=False)
+    inputs = torch.randn(30, 2, 3)
+
+    resized = with_memory_rows(cell, 24)
+
+    assert torch.equal(unroll(resized, inputs)[0], unroll(expected, inputs)[0])
+    assert cell.initial_memory.shape == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        ({"initial_memory": "learned"}, 24, "the memory at the start is learned for each row"),
+        ({"initial_memory": "random"}, 24, "the memory at the start is drawn for each row"),
+        ({"initial_attention": "learned"}, 24, "the first attention is learned for each row"),
+        ({"shift_reach": 2}, 4, "need at least 5 rows"),
+    ],
+)
+def test_a_start_that_is_given_row_by_row_has_no_other_rows(kind, rows, message):
+    cell = make_cell(**({"initial_memory": "constant", "initial_attention": "constant"} | kind))
+
+    with pytest.raises(ValueError, match=message):
+        with_memory_rows(cell, rows)

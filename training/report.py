@@ -59,7 +59,7 @@ def report(
     best = checkpoint.load(run_dir / BEST)
     cell, settings = checkpoint.restore_cell(best, memory_rows)
     if isinstance(cell, NTMCell):
-        cell.access = kernel.access
+        cell.access = kernel.compiled_access
     task = settings.task
     rows = [
         {

@@ -6,7 +6,8 @@ ServingError
 │   ├── ModelFileError                one file: corrupt, without a spec, or its spec and graph disagree
 │   ├── DeviceError                   the device asked for cannot be had
 │   ├── ListenError                   the address cannot be listened on
-│   └── StoreSettingsError            the store cannot be used as asked
+│   ├── StoreSettingsError            the store cannot be used as asked
+│   └── SecurityFileError             a certificate, a key or a file of tokens cannot be used
 ├── InvalidInputError                 a field of a request is wrong
 ├── ModelNotFoundError
 ├── ModelLeavingError                 this version takes no new sessions
@@ -38,6 +39,9 @@ ServingError
 │   ├── StoreFullError
 │   └── StoreCorruptError
 ├── LeaseLapsedError                  this replica's lease has run out
+├── UnauthenticatedError              the caller is nobody who is known here
+├── PermissionDeniedError             the caller may not do this
+├── QuotaExceededError                the caller has taken what one principal may
 └── ServerStoppingError
 """
 
@@ -388,3 +392,29 @@ class EngineFailedError(ServingError):
         super().__init__(
             f"a batch of model {model!r} failed; its sessions are as they were, and the server's log has the cause"
         )
+
+
+class SecurityFileError(StartupError):
+    """A certificate, a key or a file of tokens cannot be used."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path} cannot be used: {problem}")
+
+
+class UnauthenticatedError(ServingError):
+    """The caller does not show who it is, or it is nobody who is known here."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"it is not known who calls: {problem}")
+
+
+class PermissionDeniedError(ServingError):
+    """The caller is known, and may not do this."""
+
+
+class QuotaExceededError(ServingError):
+    """The caller has taken what one principal may, of sessions, of room or of steps."""
+
+    def __init__(self, principal: str, problem: str, retry_after_s: float) -> None:
+        super().__init__(f"the quota of principal {principal!r} is used up: {problem}")
+        self.retry_after_s = retry_after_s

@@ -47,6 +47,9 @@ _TABLE: dict[type[errors.ServingError], tuple[grpc.StatusCode, str]] = {
     errors.StoreFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
     errors.StoreCorruptError: (grpc.StatusCode.DATA_LOSS, "STORE_CORRUPT"),
     errors.LeaseLapsedError: (grpc.StatusCode.UNAVAILABLE, "LEASE_LAPSED"),
+    errors.UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.PermissionDeniedError: (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    errors.QuotaExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
     errors.ServerStoppingError: (grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING"),
 }
 

@@ -1,0 +1,160 @@
+"""Credentials: the certificate that the server shows, and the authorities whose clients it lets in.
+
+The files are looked at when a client connects, and read again when they have changed, so that a certificate is
+replaced without a restart. New files that do not fit together are reported once, and those before stay in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from server.errors import SecurityFileError
+from server.security.watched_files import WatchedFiles
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """Where the server's certificates lie, as PEM."""
+
+    certificate: Path
+    """The server's certificate, and those between it and its authority after it."""
+    key: Path
+    """Its private key, without a password."""
+    client_authorities: Path | None = None
+    """Authorities of clients' certificates: with them every client must show one."""
+
+    def read(self) -> _Pair:
+        """The files, checked.
+
+        Raises:
+            SecurityFileError: one cannot be read, or they do not fit together.
+        """
+        return _check(self, self.watch().read())
+
+    def watch(self) -> WatchedFiles:
+        """The files, to be read again when they change."""
+        paths = [self.certificate, self.key]
+        return WatchedFiles(paths if self.client_authorities is None else [*paths, self.client_authorities])
+
+
+@dataclass(frozen=True)
+class _Pair:
+    certificate: bytes
+    key: bytes
+    client_authorities: bytes | None
+    not_after: datetime
+
+
+class TlsIdentity:
+    """The server's certificate, as it is now."""
+
+    def __init__(self, files: TlsFiles, watched: WatchedFiles | None = None) -> None:
+        """Read the files.
+
+        Args:
+            files: where they lie.
+            watched: the same files, with another pause between two looks.
+
+        Raises:
+            SecurityFileError: they cannot be used.
+        """
+        self._files = files
+        self._watched = watched or files.watch()
+        self._pair = _check(files, self._watched.read())
+        _warn_of_end(files, self._pair)
+
+    @property
+    def not_after_s(self) -> float:
+        """When the certificate ends, in seconds since the epoch."""
+        return self._pair.not_after.timestamp()
+
+    def renewed(self) -> bool:
+        """Read the files again if they have changed; says whether others are in use now."""
+        if not self._watched.have_changed():
+            return False
+        try:
+            self._pair = _check(self._files, self._watched.read())
+        except SecurityFileError as error:
+            log.error("the certificate before stays in use", problem=str(error))
+            return False
+        log.info("certificate replaced", not_after=self._pair.not_after.isoformat())
+        _warn_of_end(self._files, self._pair)
+        return True
+
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """Credentials of a gRPC port that shows the certificate as it is when a client connects."""
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            # gRPC calls this in a thread of its own before each handshake; None says that nothing is new.
+            return self._configuration() if self.renewed() else None
+
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(),
+            _never_raising(fetch),  # type: ignore[arg-type]  # the stubs leave None out
+            require_client_authentication=self._files.client_authorities is not None,
+        )
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        pair = self._pair
+        return grpc.ssl_server_certificate_configuration(
+            [(pair.key, pair.certificate)], root_certificates=pair.client_authorities
+        )
+
+
+def _never_raising(
+    fetch: Callable[[], grpc.ServerCertificateConfiguration | None],
+) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
+    def fetch_or_none() -> grpc.ServerCertificateConfiguration | None:
+        try:
+            return fetch()
+        except Exception as error:  # gRPC would refuse the client for it
+            log.error("the certificate could not be looked at", problem=repr(error))
+            return None
+
+    return fetch_or_none
+
+
+def _check(files: TlsFiles, contents: list[bytes]) -> _Pair:
+    certificate, key, *authorities = contents
+    try:
+        first = x509.load_pem_x509_certificates(certificate)[0]
+    except ValueError as error:
+        raise SecurityFileError(str(files.certificate), "it holds no certificate as PEM") from error
+    try:
+        private_key = serialization.load_pem_private_key(key, password=None)
+    except (ValueError, TypeError) as error:  # TypeError: it has a password
+        raise SecurityFileError(
+            str(files.key), "it holds no private key as PEM without a password"
+        ) from error
+    public = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    if private_key.public_key().public_bytes(*public) != first.public_key().public_bytes(*public):
+        raise SecurityFileError(
+            str(files.key), f"it is not the key of the certificate in {files.certificate}"
+        )
+    if authorities:
+        try:
+            x509.load_pem_x509_certificates(authorities[0])
+        except ValueError as error:
+            raise SecurityFileError(
+                str(files.client_authorities), "it holds no certificates as PEM"
+            ) from error
+    return _Pair(certificate, key, authorities[0] if authorities else None, first.not_valid_after_utc)
+
+
+def _warn_of_end(files: TlsFiles, pair: _Pair) -> None:
+    if pair.not_after <= datetime.now(UTC):
+        log.error(
+            "the certificate has ended, and clients will refuse it: replace it",
+            file=str(files.certificate),
+            not_after=pair.not_after.isoformat(),
+        )

@@ -32,7 +32,7 @@ COPY pyproject.toml constraints.txt constraints-gpu.txt ./
 COPY clients/python/pyproject.toml clients/python/
 # Stand-ins for what the pyproject.tomls name.
 RUN touch README.md clients/python/README.md \
-    && mkdir -p clients/python/ntm/v1 export server/store training/model training/tasks
+    && mkdir -p clients/python/ntm/v1 export server/security server/store training/model training/tasks
 
 
 FROM build AS build-server

@@ -47,7 +47,7 @@ def update(is_compiled: bool, batch_size: int, length: int) -> Callable[[], None
     task, generator = CopyTask(), torch.Generator().manual_seed(0)
 
     def one() -> None:
-        inputs, targets = task.draw(batch_size, (length,), generator)
+        inputs, targets, _ = task.draw(batch_size, (length,), generator)
         outputs = unrolled(inputs)
         loss = F.binary_cross_entropy_with_logits(outputs[-length:], targets)
         optimizer.zero_grad()

@@ -57,7 +57,9 @@ _NORMALISE = pattern.RewriteRule(_divided_by_norm, _lp_normalization)
 
 def graph(step: Step) -> onnx.ModelProto:
     """The step as ONNX Runtime runs it best: by `access.py`, and one node where the exporter makes several."""
-    model: onnx.ModelProto = rewriter.rewrite(trace(Step(for_onnx_runtime(step.cell))), [_NORMALISE])
+    model: onnx.ModelProto = rewriter.rewrite(
+        trace(Step(for_onnx_runtime(step.cell), step.loss)), [_NORMALISE]
+    )
     return model
 
 

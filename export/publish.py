@@ -40,7 +40,7 @@ def publish(run_dir: Path, target: Path, memory_rows: int | None = None) -> tupl
     name = _check_target(target)
     checkpoint = load(run_dir / BEST)
     cell, settings = restore_cell(checkpoint, memory_rows)
-    step = Step(cell.eval())
+    step = Step(cell.eval(), settings.task.loss)
     spec = model_spec(name, step, checkpoint, settings)
     missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:

@@ -1,7 +1,7 @@
 """The step as a function of named tensors, which is what a graph is.
 
 `training.model` has the cell; here its state is spread into tensors with the names that the graph's inputs and
-outputs bear, and the logits become probabilities.
+outputs bear, and the outputs become what the task's loss says that they stand for, such as probabilities.
 
 Shapes: B batch, I input size, O output size.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from training.losses import LOSSES, Loss
 from training.model import Cell, named_tensors, with_tensors
 
 INPUT = "input"
@@ -18,11 +19,17 @@ OUTPUT = "output"
 
 
 class Step(nn.Module):
-    """(input, *state) -> (output, *next state)."""
+    """(input, *state) -> (output, *next state).
 
-    def __init__(self, cell: Cell) -> None:
+    Args:
+        cell: the cell.
+        loss: which it was trained by.
+    """
+
+    def __init__(self, cell: Cell, loss: Loss = LOSSES["binary-cross-entropy"]) -> None:
         super().__init__()
         self.cell = cell
+        self.loss = loss
         with torch.no_grad():
             self._like = cell.initial_state(1)
 
@@ -55,8 +62,8 @@ class Step(nn.Module):
             states: each state tensor, in the order of `state_names`.
 
         Returns:
-            [B, O] the output, in (0, 1), and each next state tensor in the same order.
+            [B, O] the output, as callers receive it, and each next state tensor in the same order.
         """
         state = with_tensors(self._like, dict(zip(self.state_names, states, strict=True)))
         logits, next_state = self.cell.step(inputs, state)
-        return torch.sigmoid(logits), *named_tensors(next_state).values()
+        return self.loss.activate(logits), *named_tensors(next_state).values()

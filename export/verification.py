@@ -78,7 +78,7 @@ def verify(path: Path, step: Step, task: Task, long_sizes: list[Size]) -> Report
         if not np.array_equal(initial[name], tensor[0].numpy()):
             raise VerificationError(f"the initial value of {name} in the metadata is not the cell's")
     session = _session(path)
-    exact = Step(copy.deepcopy(step.cell).double())
+    exact = Step(copy.deepcopy(step.cell).double(), step.loss)
     inputs = _inputs(task, long_sizes)
     differences = {}
     for size in BATCH_SIZES:

@@ -2,6 +2,7 @@
 
     TrainingError
     ├── SettingsError          a setting is unknown, malformed or cannot work
+    ├── TaskError              a task's sequences are not what it says, or its data cannot be read
     ├── RunDirectoryError      the run directory is in use, or is not a run
     ├── CheckpointError        a checkpoint is missing, truncated or of another model
     ├── NonFiniteError         the loss or a gradient is no longer a number
@@ -19,6 +20,10 @@ class TrainingError(Exception):
 
 class SettingsError(TrainingError):
     """A setting is unknown, malformed or cannot work."""
+
+
+class TaskError(TrainingError):
+    """A task's sequences are not what it says, or its data cannot be read."""
 
 
 class RunDirectoryError(TrainingError):

@@ -7,14 +7,13 @@ a finished run on others.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from training.config import Settings, size_text
+from training.losses import Scores
 from training.model import Cell, named_tensors
 from training.tasks import Sequences, Size, Task
 
@@ -24,16 +23,8 @@ _MOST_SIZES = 20
 # Numbers in the state of as many sequences as run side by side: 16 MiB, and as much again for the next state.
 _MOST_STATE = 2**22
 
-Scores = dict[str, float]
-
-
-class Judged(NamedTuple):
-    """How a model did in each sequence of a batch."""
-
-    wrong_bits: Tensor
-    """[B], output bits, read at 0.5, that differ from the target."""
-    cost_bits: Tensor
-    """[B], the cross-entropy in bits."""
+Judged = dict[str, Tensor]
+"""How a model did in each sequence of a batch: [B] under the name of each score of the task's loss."""
 
 
 @torch.no_grad()
@@ -41,11 +32,11 @@ def measure(cell: Cell, task: Task, size: Size, num_sequences: int, seed: int = 
     """Means over random sequences of one size.
 
     Returns:
-        `wrong_bits`, the output bits, read at 0.5, that differ from the target; `cost_bits`, the cross-entropy in
-        bits; and `optimal_bits`, the least possible cost. Each of a whole sequence.
+        What the task's loss scores: of bits `wrong_bits`, those that differ from the target when read at 0.5, and
+        `cost_bits`, the cross-entropy in bits. And `optimal_bits`, the least possible cost. Each of a whole sequence.
     """
     sequences = task.draw(num_sequences, size, generator_for(size, seed))
-    return means(judge(cell, sequences), task, sequences)
+    return means(judge(cell, task, sequences), task, sequences)
 
 
 def generator_for(size: Size, seed: int) -> torch.Generator:
@@ -57,22 +48,19 @@ def means(judged: Judged, task: Task, sequences: Sequences) -> Scores:
     """The scores of `measure`, of sequences that were judged."""
     optimal = task.optimal_cost(sequences)
     return {
-        "wrong_bits": float(judged.wrong_bits.mean()),
-        "cost_bits": float(judged.cost_bits.mean()),
+        **{name: float(values.mean()) for name, values in judged.items()},
         "optimal_bits": 0.0 if optimal is None else float(optimal.mean()),
     }
 
 
 @torch.no_grad()
-def judge(cell: Cell, sequences: Sequences) -> Judged:
+def judge(cell: Cell, task: Task, sequences: Sequences) -> Judged:
     """Run a cell over sequences, as many side by side as its state has room for, and keep its answers alone."""
-    targets = sequences.targets
+    inputs, targets, mask = task.check(sequences, sequences.inputs.shape[1])
     num_rows = max(1, _MOST_STATE // _state_numbers(cell))
-    parts = torch.split(sequences.inputs, num_rows, dim=1)
+    parts = torch.split(inputs, num_rows, dim=1)
     answers = torch.cat([_answers(cell, part, len(targets)) for part in parts], dim=1)
-    cost = F.binary_cross_entropy_with_logits(answers, targets, reduction="none")
-    wrong = (answers > 0) != targets.bool()
-    return Judged(wrong.sum(dim=(0, 2)).float(), cost.double().sum(dim=(0, 2)) / math.log(2))
+    return task.loss.scores(answers, targets, mask)
 
 
 def _answers(cell: Cell, inputs: Tensor, num_answers: int) -> Tensor:
@@ -94,7 +82,7 @@ def _state_numbers(cell: Cell) -> int:
 
 
 def evaluate(cell: Cell, settings: Settings) -> Scores:
-    """Scores by name: over the sizes of training `wrong_bits`, `cost_bits` and, where the best possible predictor pays
+    """Scores by name: over the sizes of training what `measure` gives and, where the best possible predictor pays
     something, `cost_over_optimal`; at each greater size what the task's goal is about, as `wrong_bits_at_120`.
     """
     task, evaluation = settings.task, settings.evaluation

@@ -22,7 +22,6 @@ from types import FrameType
 from typing import IO, Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,7 +31,8 @@ from training import checkpoint as checkpoints
 from training.checkpoint import BEST, LAST, Checkpoint
 from training.config import OptimizerSettings, Settings, make_cell, write_settings
 from training.errors import NonFiniteError, RunDirectoryError, SettingsError
-from training.evaluate import Scores, evaluate, is_solved, total
+from training.evaluate import evaluate, is_solved, total
+from training.losses import Scores, mean
 from training.model import Cell, Unrolled
 from training.records import Records
 from training.tasks import Sequences
@@ -190,7 +190,8 @@ class _Run:
             if self.update % settings.checkpoint_every_updates == 0:
                 self.save_checkpoint(LAST, records)
             rate = record["sequences"] / record["seconds"]
-            shown = f"loss {record['loss']:.4f}  wrong bits {record['wrong_bits_in_training']:6.2f}  "
+            error = settings.task.loss.error_name
+            shown = f"loss {record['loss']:.4f}  {error.replace('_', ' ')} {record[f'{error}_in_training']:6.2f}  "
             progress.update(bar, completed=self.update, shown=f"{shown}{rate:4.0f} sequences/s")
 
     def _step(self) -> dict[str, float]:
@@ -198,10 +199,13 @@ class _Run:
         settings, fabric = self.settings, self.fabric
         size = settings.task.draw_size(self.sequence_generator)
         batch_size = settings.batch_size * fabric.world_size
-        sequences = self._own(settings.task.draw_for_training(batch_size, size, self.sequence_generator))
-        targets = sequences.targets
-        answers = self.unrolled(sequences.inputs)[-len(targets) :]
-        loss = F.binary_cross_entropy_with_logits(answers.float(), targets)
+        task = settings.task
+        drawn = task.check(task.draw_for_training(batch_size, size, self.sequence_generator), batch_size)
+        sequences, targets, mask = self._own(drawn), drawn.targets, drawn.mask
+        answers = self.unrolled(sequences.inputs)[-len(targets) :].float()
+        # An answer weighs as much in whichever process it is: their means are averaged.
+        num_counted = None if mask is None else float(mask.sum()) / fabric.world_size
+        loss = mean(task.loss.costs(answers, sequences.targets), sequences.mask, num_counted)
 
         self.optimizer.zero_grad()
         fabric.backward(loss)
@@ -219,15 +223,19 @@ class _Run:
             self._average.update_parameters(self.cell)
         self.update += 1
 
-        wrong = ((answers > 0) != targets.bool()).sum() / settings.batch_size
-        loss, wrong = self._mean(torch.stack([loss.detach(), wrong.detach()])).tolist()
+        errors = mean(
+            task.loss.errors(answers.detach(), sequences.targets),
+            sequences.mask,
+            settings.batch_size if task.loss.is_error_counted else num_counted,
+        )
+        loss, error = self._mean(torch.stack([loss.detach(), errors])).tolist()
         return {
             "sequences": self.update * settings.batch_size * fabric.world_size,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "steps": len(sequences.inputs),
             "loss": loss,
-            "wrong_bits_in_training": wrong,
+            f"{task.loss.error_name}_in_training": error,
             "gradient_norm": float(norm),
         }
 
@@ -280,7 +288,7 @@ class _Run:
         """This process's part of a batch, on its device."""
         first = self.fabric.global_rank * self.settings.batch_size
         rows = slice(first, first + self.settings.batch_size)
-        return Sequences(*(part[:, rows].to(self.fabric.device) for part in sequences))
+        return sequences.part(rows, self.fabric.device)
 
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
         """Over the processes."""

@@ -53,7 +53,9 @@ class Curve(NamedTuple):
 
     sequences: list[float]
     costs: list[float]
-    """Of a sequence, in bits above the least possible."""
+    """Of a sequence, in bits above the least possible; of numbers, the mean squared error."""
+    unit: str = "cost of a sequence above the least (bits)"
+    """Of the costs, for the axis."""
 
 
 class Trace(NamedTuple):
@@ -64,7 +66,7 @@ class Trace(NamedTuple):
     targets: Array
     """[O, T], with NaN where no answer is due."""
     outputs: Array
-    """[O, T], in (0, 1)."""
+    """[O, T], as the served model answers: of bits and classes their probability."""
     added: Array
     """[M, T], what the write heads added together; empty for a plain network, as are all that follow."""
     read: Array
@@ -82,7 +84,11 @@ def read_curve(run_dir: Path) -> Curve:
     curve = Curve([], [])
     for line in (run_dir / METRICS).read_text().splitlines():
         record = json.loads(line)
-        if "cost_bits" in record:
+        if "squared_error" in record:
+            curve = curve._replace(unit="mean squared error")
+            curve.sequences.append(record["sequences"])
+            curve.costs.append(record["squared_error"])
+        elif "cost_bits" in record:
             curve.sequences.append(record["sequences"])
             least = (
                 record["cost_bits"] / record["cost_over_optimal"] if "cost_over_optimal" in record else 0.0
@@ -114,7 +120,7 @@ def plot_learning(groups: dict[str, list[Curve]], title: str, path: Path) -> Non
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("sequences (thousands)")
-        axes.set_ylabel("cost of a sequence above the least (bits)")
+        axes.set_ylabel(next(iter(groups.values()))[0].unit)
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -123,12 +129,13 @@ def plot_learning(groups: dict[str, list[Curve]], title: str, path: Path) -> Non
 
 
 def plot_evaluation(results: dict[str, dict[str, Any]], size_names: tuple[str, ...], path: Path) -> None:
-    """Wrong bits by size, for one or several runs."""
+    """What is wrong in a sequence by size, for one or several runs."""
+    score = next(name for name in next(iter(results.values()))["sizes"][0] if name != "size")
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
         for name, result in results.items():
             labels = [row["size"] for row in result["sizes"]]
-            wrong = [row["wrong_bits"] for row in result["sizes"]]
+            wrong = [row[score] for row in result["sizes"]]
             axes.plot(range(len(labels)), wrong, marker="o", markersize=4, label=name)
         axes.set_xticks(range(len(labels)), labels, rotation=45 if len(labels) > 8 else 0)
         # Even where all is right; and errors of 0.01 and of 500 bits in one picture.
@@ -136,7 +143,7 @@ def plot_evaluation(results: dict[str, dict[str, Any]], size_names: tuple[str, .
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0, top=max(1.0, 2 * max(wrong)))
         axes.set_xlabel(" x ".join(size_names))
-        axes.set_ylabel("wrong bits in a sequence")
+        axes.set_ylabel(f"{score.replace('_', ' ')} in a sequence")
         axes.grid(alpha=0.3)
         if len(results) > 1:
             axes.legend()
@@ -147,7 +154,10 @@ def plot_evaluation(results: dict[str, dict[str, Any]], size_names: tuple[str, .
 @torch.no_grad()
 def trace(cell: Cell, task: Task, size: Size, seed: int = 0) -> Trace:
     """Run one random sequence of a size through a cell, and keep everything."""
-    inputs, targets = task.draw(1, size, torch.Generator().manual_seed(seed))
+    inputs, targets, mask = task.check(task.draw(1, size, torch.Generator().manual_seed(seed)), 1)
+    targets = task.loss.picture(targets, task.output_size)
+    if mask is not None:
+        targets = targets.masked_fill(~mask.unsqueeze(-1), math.nan)
     state: Any = cell.initial_state(1)
     outputs, added, read, writing, reading, memory = [], [], [], [], [], []
     for step_inputs in inputs:
@@ -155,7 +165,7 @@ def trace(cell: Cell, task: Task, size: Size, seed: int = 0) -> Trace:
         if isinstance(cell, NTMCell):
             hook = cell.heads.register_forward_hook(lambda _module, _inputs, output: requested.append(output))  # noqa: B023
         logits, state = cell.step(step_inputs, state)
-        outputs.append(torch.sigmoid(logits[0]))
+        outputs.append(task.loss.activate(logits[0]))
         if isinstance(cell, NTMCell):
             hook.remove()
             added.append(split(requested[0], cell.heads.sizes)[1].add[0].sum(dim=-1))

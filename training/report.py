@@ -27,6 +27,8 @@ _SEED = 3_000_000
 _MOST_SIZES = 10
 # Sequences of a pattern hardly differ.
 _MOST_PATTERNED = 32
+_NOT_SCORES = {"size", "patterns", "wrong_sequences", "num_sequences"}
+_COLUMNS = {"cost_bits": "cost in bits", "optimal_bits": "least possible"}
 _NORMAL_95 = 1.96  # Of a normal distribution 95 % lie within so many deviations.
 
 
@@ -90,15 +92,20 @@ def table(result: dict[str, Any], size_names: tuple[str, ...]) -> Table:
         "of each size",
         title_justify="left",
     )
-    with_optimum = any(row["optimal_bits"] for row in result["sizes"])
-    columns = [" x ".join(size_names), "wrong bits", "cost in bits"] + ["least possible"] * with_optimum
-    for column in [*columns, "with a mistake, 95 %"]:
+    rows = result["sizes"]
+    scores = [name for name in rows[0] if name not in _NOT_SCORES]
+    if not any(row["optimal_bits"] for row in rows):
+        scores.remove("optimal_bits")
+    can_be_wrong = "wrong_sequences" in rows[0]
+    columns = [_COLUMNS.get(name, name.replace("_", " ")) for name in scores]
+    for column in [" x ".join(size_names), *columns, *["with a mistake, 95 %"] * can_be_wrong]:
         shown.add_column(column, justify="right")
-    for row in result["sizes"]:
-        least, most = interval(row["wrong_sequences"], row["num_sequences"])
-        cells = [row["size"], f"{row['wrong_bits']:.2f}", f"{row['cost_bits']:.2f}"]
-        cells += [f"{row['optimal_bits']:.2f}"] * with_optimum
-        shown.add_row(*cells, f"{least:.1%} to {most:.1%}")
+    for row in rows:
+        cells = [row["size"], *(_short(row[name]) for name in scores)]
+        if can_be_wrong:
+            least, most = interval(row["wrong_sequences"], row["num_sequences"])
+            cells.append(f"{least:.1%} to {most:.1%}")
+        shown.add_row(*cells)
     return shown
 
 
@@ -111,7 +118,8 @@ def table_of_patterns(result: dict[str, Any], size_names: tuple[str, ...]) -> Ta
     if not patterns:
         return None
     with_optimum = any(row["optimal_bits"] for row in result["sizes"])
-    what = "cost in bits above the least possible" if with_optimum else "wrong bits"
+    error = next(iter(result["sizes"][0]["patterns"][patterns[0]]))
+    what = "cost in bits above the least possible" if with_optimum else error.replace("_", " ")
     shown = Table(title=f"The same where sequences are not random: {what}", title_justify="left")
     for column in [" x ".join(size_names), *patterns]:
         shown.add_column(column, justify="right")
@@ -122,7 +130,7 @@ def table_of_patterns(result: dict[str, Any], size_names: tuple[str, ...]) -> Ta
             if each is None
             else each["cost_bits"] - each["optimal_bits"]
             if with_optimum
-            else each["wrong_bits"]
+            else each[error]
             for each in of_patterns
         ]
         shown.add_row(row["size"], *["-" if value is None else f"{value:.2f}" for value in values])
@@ -157,12 +165,17 @@ def _of_patterns(
 
 
 def _measured(cell: Cell, task: Task, sequences: Sequences) -> dict[str, Any]:
-    judged = judge(cell, sequences)
-    return {
-        **means(judged, task, sequences),
-        "wrong_sequences": int((judged.wrong_bits > 0).sum()),
-        "num_sequences": len(judged.wrong_bits),
-    }
+    judged = judge(cell, task, sequences)
+    errors = judged[task.loss.error_name]
+    measured: dict[str, Any] = dict(means(judged, task, sequences))
+    if task.loss.is_error_counted:
+        measured["wrong_sequences"] = int((errors > 0).sum())
+    return measured | {"num_sequences": len(errors)}
+
+
+def _short(score: float) -> str:
+    """Two decimals, as befits bits, and more digits of what is smaller."""
+    return f"{score:.2f}" if score == 0 or abs(score) >= 0.01 else f"{score:.2g}"
 
 
 def _default_sizes(settings: Settings) -> list[Size]:

@@ -87,10 +87,10 @@ def test_sequences_are_judged_one_by_one_however_many_run_side_by_side(
     sequences = settings.task.draw(5, (4,), torch.Generator().manual_seed(0))
     monkeypatch.setattr(evaluation, "_MOST_STATE", most_state)
 
-    judged = judge(cell, sequences)
+    judged = judge(cell, settings.task, sequences)
 
     with torch.no_grad():
         answers = torch.sigmoid(unroll(cell, sequences.inputs)[0][-4:])
     said_right = torch.where(sequences.targets == 1, answers, 1 - answers)
-    assert judged.wrong_bits.tolist() == (said_right < 0.5).sum(dim=(0, 2)).tolist()
-    torch.testing.assert_close(judged.cost_bits.float(), -said_right.log2().sum(dim=(0, 2)))
+    assert judged["wrong_bits"].tolist() == (said_right < 0.5).sum(dim=(0, 2)).tolist()
+    torch.testing.assert_close(judged["cost_bits"].float(), -said_right.log2().sum(dim=(0, 2)))

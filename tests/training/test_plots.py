@@ -29,7 +29,7 @@ def test_a_trace_is_what_the_cell_does_step_by_step(tiny_settings):
 
     traced = plots.trace(cell, settings.task, (4,), seed=5)
 
-    inputs, targets = settings.task.draw(1, (4,), torch.Generator().manual_seed(5))
+    inputs, targets, _ = settings.task.draw(1, (4,), torch.Generator().manual_seed(5))
     with torch.no_grad():
         outputs, final = unroll(cell, inputs)
     np.testing.assert_array_equal(traced.inputs, inputs[:, 0].T)

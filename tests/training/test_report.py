@@ -59,7 +59,7 @@ def test_patterns_that_random_sequences_hide_are_measured_as_well(capsys, run_di
     [row] = json.loads((run_dir / EVALUATION).read_text())["sizes"]
     assert list(row["patterns"]) == ["zeros", "equal", "one-bit", "periodic"]
     cell, settings = restore_cell(load(run_dir / BEST))
-    inputs, _ = settings.task.draw_patterned("zeros", 1, (4,), torch.Generator())
+    inputs, _, _ = settings.task.draw_patterned("zeros", 1, (4,), torch.Generator())
     with torch.no_grad():
         answers = unroll(cell, inputs)[0][-4:]
     assert row["patterns"]["zeros"]["wrong_bits"] == float((answers > 0).sum())

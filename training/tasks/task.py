@@ -1,6 +1,6 @@
 """What a task is to training, evaluation and export; each of the other files here is one.
 
-Shapes: T steps, B batch, I input size, O output size.
+Shapes: T steps, A answers, B batch, I input size, O output size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+from training.errors import TaskError
+from training.losses import LOSSES, Loss
 
 Size = tuple[int, ...]
 """How large a sequence is, in the numbers that `Task.size_names` names, such as (20,) or (10, 3)."""
@@ -23,12 +26,22 @@ PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 
 
 class Sequences(NamedTuple):
-    """A batch of sequences of one size, with what the model should answer at the end of each."""
+    """A batch of sequences, with what the model should answer at the end of each."""
 
     inputs: Tensor
     """[T, B, I]."""
     targets: Tensor
-    """[A, B, O], 0 or 1: the answers of the last A <= T steps; before those the output does not count."""
+    """What the task's loss compares with the outputs of the last A <= T steps; before those the output does not count.
+    [A, B, O] in [0, 1] for bits, [A, B] integers for classes, [A, B, O] for numbers."""
+    mask: Tensor | None = None
+    """[A, B], True where an answer counts; None where all do."""
+
+    def part(self, rows: slice, device: torch.device) -> Sequences:
+        """Some sequences of the batch, on a device."""
+        inputs, targets, mask = (None if tensor is None else tensor[:, rows].to(device) for tensor in self)
+        assert inputs is not None
+        assert targets is not None
+        return Sequences(inputs, targets, mask)
 
 
 class Goal(NamedTuple):
@@ -50,8 +63,6 @@ class Task(BaseModel, ABC):
 
     size_names: ClassVar[tuple[str, ...]]
     """What the numbers of a size count, such as ("length",)."""
-    goal: ClassVar[Goal] = Goal("wrong_bits", 0.1)
-    """When the task is solved."""
 
     name: str
     """The task."""
@@ -65,6 +76,16 @@ class Task(BaseModel, ABC):
     @abstractmethod
     def output_size(self) -> int:
         """O."""
+
+    @property
+    def loss(self) -> Loss:
+        """What the outputs stand for, and what it costs to be wrong; bits unless a task says otherwise."""
+        return LOSSES["binary-cross-entropy"]
+
+    @property
+    def goal(self) -> Goal:
+        """When the task is solved; an error of less than 0.1 unless a task says otherwise."""
+        return Goal(self.loss.error_name, 0.1)
 
     @property
     @abstractmethod
@@ -102,6 +123,35 @@ class Task(BaseModel, ABC):
     def optimal_cost(self, sequences: Sequences) -> Tensor | None:
         """[B], the bits that the best possible predictor pays for each sequence; None where that is 0."""
         return None
+
+    def check(self, sequences: Sequences, batch_size: int) -> Sequences:
+        """The same sequences, if they are what the task says.
+
+        Raises:
+            TaskError: they are of another shape or range. A task of one's own is told what is wrong with it.
+        """
+        inputs, targets, mask = sequences
+        expected = f"[steps, {batch_size}, {self.input_size}]"
+        problem = ""
+        if inputs.dim() != 3 or inputs.shape[1:] != (batch_size, self.input_size):
+            problem = f"inputs must be {expected}, not {list(inputs.shape)}"
+        elif not 1 <= len(targets) <= len(inputs) or targets.shape[1] != batch_size:
+            problem = (
+                f"targets must be [answers, {batch_size}, ...] with 1 to {len(inputs)} answers, "
+                f"not {list(targets.shape)}"
+            )
+        elif mask is not None and (mask.dtype != torch.bool or mask.shape != targets.shape[:2]):
+            problem = f"the mask must be bool {list(targets.shape[:2])}, not {mask.dtype} {list(mask.shape)}"
+        elif mask is not None and not bool(mask.any()):
+            problem = "the mask leaves out every answer"
+        try:
+            if not problem:
+                self.loss.check(targets, self.output_size)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise TaskError(f"the task {self.name} draws sequences that it cannot: {problem}")
+        return sequences
 
 
 def in_order(shortest: str, least: int, longest: str, most: int) -> None:

@@ -61,7 +61,7 @@ def test_every_task_is_heard_with_every_pattern_in_its_own_layout(name, pattern)
 
 
 def test_a_copy_of_a_pattern_is_the_pattern():
-    inputs, targets = CopyTask().draw_patterned("periodic", 4, (9,), torch.Generator().manual_seed(3))
+    inputs, targets, _ = CopyTask().draw_patterned("periodic", 4, (9,), torch.Generator().manual_seed(3))
 
     assert torch.equal(targets, inputs[:9, :, :8])
     assert (inputs[9, :, 8] == 1).all()
@@ -69,7 +69,7 @@ def test_a_copy_of_a_pattern_is_the_pattern():
 
 
 def test_bits_of_a_pattern_are_predicted_one_by_one():
-    inputs, targets = DynamicNGramsTask().draw_patterned(
+    inputs, targets, _ = DynamicNGramsTask().draw_patterned(
         "one-bit", 4, (50,), torch.Generator().manual_seed(3)
     )
 
@@ -80,7 +80,7 @@ def test_bits_of_a_pattern_are_predicted_one_by_one():
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("num_items", [2, 6, 30])
 def test_what_is_recalled_from_a_pattern_follows_every_item_like_the_query(pattern, num_items):
-    inputs, targets = AssociativeRecallTask().draw_patterned(
+    inputs, targets, _ = AssociativeRecallTask().draw_patterned(
         pattern, 10, (num_items,), torch.Generator().manual_seed(0)
     )
 
@@ -99,7 +99,7 @@ def test_what_is_recalled_from_a_pattern_follows_every_item_like_the_query(patte
 def test_items_of_one_bit_each_differ_and_there_are_only_so_many():
     task = AssociativeRecallTask()
 
-    inputs, _ = task.draw_patterned("one-bit", 2, (216,), torch.Generator().manual_seed(0))
+    inputs, _, _ = task.draw_patterned("one-bit", 2, (216,), torch.Generator().manual_seed(0))
 
     items = inputs[: 4 * 216].view(216, 4, 2, 8)[:, 1:, :, :6]
     assert (items.sum(dim=-1) == 1).all()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.tasks import TASKS
+from training.errors import TaskError
+from training.tasks import TASKS, Sequences
+from training.tasks.copy import CopyTask
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -13,7 +15,7 @@ def test_sequences_have_the_sizes_that_the_task_says(name):
     task = TASKS[name]()
     size = task.draw_size(torch.Generator().manual_seed(0))
 
-    inputs, targets = task.draw(3, size, torch.Generator().manual_seed(0))
+    inputs, targets, _ = task.draw(3, size, torch.Generator().manual_seed(0))
 
     assert len(size) == len(task.size_names)
     assert size in task.sizes()
@@ -36,3 +38,29 @@ def test_the_same_seed_draws_the_same_sequences_and_another_seed_others(name):
     assert torch.equal(first.inputs, second.inputs)
     assert torch.equal(first.targets, second.targets)
     assert not torch.equal(first.inputs, other.inputs)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        (
+            Sequences(torch.zeros(3, 5, 9), torch.zeros(2, 3, 8)),
+            r"inputs must be \[steps, 3, 9\], not \[3, 5, 9\]",
+        ),
+        (Sequences(torch.zeros(5, 3, 8), torch.zeros(2, 3, 8)), r"inputs must be \[steps, 3, 9\]"),
+        (Sequences(torch.zeros(5, 3, 9), torch.zeros(6, 3, 8)), "with 1 to 5 answers"),
+        (Sequences(torch.zeros(5, 3, 9), torch.zeros(3, 2, 8)), r"targets must be \[answers, 3, ...\]"),
+        (Sequences(torch.zeros(5, 3, 9), torch.full((2, 3, 8), 2.0)), "from 0 to 1, not 2 to 2"),
+        (
+            Sequences(torch.zeros(5, 3, 9), torch.zeros(2, 3, 8), torch.ones(2, 3)),
+            r"the mask must be bool \[2, 3\], not torch.float32",
+        ),
+        (
+            Sequences(torch.zeros(5, 3, 9), torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool)),
+            "leaves out every answer",
+        ),
+    ],
+)
+def test_sequences_that_are_not_what_the_task_says_are_refused_with_what_is_wrong_about_them(drawn, said):
+    with pytest.raises(TaskError, match=said):
+        CopyTask().check(drawn, 3)

@@ -6,7 +6,7 @@ replaced without a restart. New files that do not fit together are reported once
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,14 +32,6 @@ class TlsFiles:
     """Its private key, without a password."""
     client_authorities: Path | None = None
     """Authorities of clients' certificates: with them every client must show one."""
-
-    def read(self) -> _Pair:
-        """The files, checked.
-
-        Raises:
-            SecurityFileError: one cannot be read, or they do not fit together.
-        """
-        return _check(self, self.watch().read())
 
     def watch(self) -> WatchedFiles:
         """The files, to be read again when they change."""
@@ -71,6 +63,7 @@ class TlsIdentity:
         self._files = files
         self._watched = watched or files.watch()
         self._pair = _check(files, self._watched.read())
+        self._context: tuple[_Pair, ssl.SSLContext] | None = None
         _warn_of_end(files, self._pair)
 
     @property
@@ -78,50 +71,64 @@ class TlsIdentity:
         """When the certificate ends, in seconds since the epoch."""
         return self._pair.not_after.timestamp()
 
-    def renewed(self) -> bool:
-        """Read the files again if they have changed; says whether others are in use now."""
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """Credentials of a gRPC port that shows the certificate as it is when a client connects."""
+        shown = self._pair
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            # gRPC calls this in a thread of its own before each handshake; None says that nothing is new.
+            nonlocal shown
+            try:
+                self._renew()
+            except Exception as error:  # gRPC would refuse the client for it
+                log.error("the certificate could not be looked at", problem=repr(error))
+            if self._pair is shown:
+                return None
+            shown = self._pair
+            return self._configuration()
+
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(),
+            fetch,  # type: ignore[arg-type]  # the stubs leave None out
+            require_client_authentication=self._files.client_authorities is not None,
+        )
+
+    def ssl_context(self) -> ssl.SSLContext:
+        """For a connection of another protocol: the certificate as it is now."""
+        self._renew()
+        if self._context is None or self._context[0] is not self._pair:
+            self._context = self._pair, self._new_context()
+        return self._context[1]
+
+    def _new_context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self._files.certificate, self._files.key)
+        except (OSError, ssl.SSLError) as error:  # replaced since they were read
+            raise SecurityFileError(str(self._files.certificate), str(error)) from error
+        if self._pair.client_authorities is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(cadata=self._pair.client_authorities.decode())
+        return context
+
+    def _renew(self) -> None:
+        """Read the files again if they have changed."""
         if not self._watched.have_changed():
-            return False
+            return
         try:
             self._pair = _check(self._files, self._watched.read())
         except SecurityFileError as error:
             log.error("the certificate before stays in use", problem=str(error))
-            return False
+            return
         log.info("certificate replaced", not_after=self._pair.not_after.isoformat())
         _warn_of_end(self._files, self._pair)
-        return True
-
-    def grpc_credentials(self) -> grpc.ServerCredentials:
-        """Credentials of a gRPC port that shows the certificate as it is when a client connects."""
-
-        def fetch() -> grpc.ServerCertificateConfiguration | None:
-            # gRPC calls this in a thread of its own before each handshake; None says that nothing is new.
-            return self._configuration() if self.renewed() else None
-
-        return grpc.dynamic_ssl_server_credentials(
-            self._configuration(),
-            _never_raising(fetch),  # type: ignore[arg-type]  # the stubs leave None out
-            require_client_authentication=self._files.client_authorities is not None,
-        )
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         pair = self._pair
         return grpc.ssl_server_certificate_configuration(
             [(pair.key, pair.certificate)], root_certificates=pair.client_authorities
         )
-
-
-def _never_raising(
-    fetch: Callable[[], grpc.ServerCertificateConfiguration | None],
-) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
-    def fetch_or_none() -> grpc.ServerCertificateConfiguration | None:
-        try:
-            return fetch()
-        except Exception as error:  # gRPC would refuse the client for it
-            log.error("the certificate could not be looked at", problem=repr(error))
-            return None
-
-    return fetch_or_none
 
 
 def _check(files: TlsFiles, contents: list[bytes]) -> _Pair:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.config import Settings, size_text
 from training.losses import Scores
-from training.model import Cell, named_tensors
+from training.model import Cell, named_tensors, unroll
 from training.tasks import Sequences, Size, Task
 
 _SEED = 2_000_000
@@ -22,6 +22,8 @@ _SEED = 2_000_000
 _MOST_SIZES = 20
 # Numbers in the state of as many sequences as run side by side: 16 MiB, and as much again for the next state.
 _MOST_STATE = 2**22
+# Steps of which everything is held at once.
+_MOST_STEPS = 256
 
 Judged = dict[str, Tensor]
 """How a model did in each sequence of a batch: [B] under the name of each score of the task's loss."""
@@ -68,11 +70,14 @@ def _answers(cell: Cell, inputs: Tensor, num_answers: int) -> Tensor:
     weight = cell.output.weight
     num_steps, batch_size, _ = inputs.shape
     answers = torch.empty(num_answers, batch_size, len(weight))
+    first = num_steps - num_answers
     state: Any = cell.initial_state(batch_size)
-    for step, step_inputs in enumerate(inputs.to(weight.device)):
-        logits, state = cell.step(step_inputs, state)
-        if step >= num_steps - num_answers:
-            answers[step - num_steps + num_answers] = logits
+    for start in range(0, num_steps, _MOST_STEPS):
+        steps = inputs[start : start + _MOST_STEPS].to(weight.device)
+        logits, state = unroll(cell, steps, state, is_compiled=weight.device.type == "cpu")
+        due = logits[max(0, first - start) :]
+        where = max(0, start - first)
+        answers[where : where + len(due)] = due
     return answers
 
 

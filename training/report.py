@@ -18,7 +18,7 @@ from training import checkpoint
 from training.checkpoint import BEST
 from training.config import Settings, size_text
 from training.evaluate import generator_for, judge, means
-from training.model import Cell, NTMCell, kernel
+from training.model import Cell, NTMCell
 from training.tasks import PATTERNS, Pattern, Sequences, Size, Task
 
 EVALUATION = "evaluation.json"
@@ -60,8 +60,6 @@ def report(
     """
     best = checkpoint.load(run_dir / BEST)
     cell, settings = checkpoint.restore_cell(best, memory_rows)
-    if isinstance(cell, NTMCell):
-        cell.access = kernel.compiled_access
     task = settings.task
     rows = [
         {

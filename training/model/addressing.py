@@ -23,6 +23,11 @@ from torch import Tensor
 # gradient finite. These floors are maxima and not sums because the ONNX exporter's optimiser takes a sum with so
 # small a number for a sum with 0 and drops it.
 LEAST_SQUARED_NORM = 1e-8
+# The square of a row longer than 1e19 is infinite in float32. Its squared norm counts as at most this, 2^126, so that
+# PyTorch, the kernel and ONNX Runtime agree on it, whichever way they sum.
+GREATEST_SQUARED_NORM = 2.0**126
+# A key of zeros has no direction either.
+LEAST_KEY_NORM = 1e-12
 # Attention of 0 has no logarithm. As far as sharpening is concerned this is the least there is.
 LEAST_ATTENTION = 1e-16
 
@@ -62,7 +67,8 @@ def focus_by_content(key: Tensor, strength: Tensor, memory: Tensor) -> Tensor:
     """Attention by content (eq. 5): rows more like the key get more, the more so the greater the strength.
 
     Likeness is the cosine of the angle between key and row (eq. 6), 0 for a row or key of zeros. A row shorter
-    than 1e-4 counts as less similar than it is: its norm is taken for 1e-4.
+    than 1e-4 counts as less similar than it is: its norm is taken for 1e-4; that of a key shorter than 1e-12 for
+    1e-12, that of a row longer than 2^63 for 2^63.
 
     Args:
         key: k [B, H, M].
@@ -73,14 +79,14 @@ def focus_by_content(key: Tensor, strength: Tensor, memory: Tensor) -> Tensor:
         [B, H, N], each row summing to 1.
     """
     # The strength and the row norms go to what is small: the key and the scores, not the memory.
-    unit_key = F.normalize(key, dim=-1)
+    unit_key = F.normalize(key, dim=-1, eps=LEAST_KEY_NORM)
     return torch.softmax(((strength * unit_key) @ memory) / _row_norms(memory), dim=-1)
 
 
 def _row_norms(memory: Tensor) -> Tensor:
     """[B, M, N] to [B, 1, N]."""
     ones = torch.ones(1, memory.shape[1], dtype=memory.dtype, device=memory.device)
-    return (ones @ (memory * memory)).clamp_min(LEAST_SQUARED_NORM).sqrt()
+    return (ones @ (memory * memory)).clamp(LEAST_SQUARED_NORM, GREATEST_SQUARED_NORM).sqrt()
 
 
 def interpolate(by_content: Tensor, previous: Tensor, gate: Tensor) -> Tensor:

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from training.model.access import access_memory
+from training.model.access import Accessed, access_memory
 from training.model.controller import Controller, ControllerKind
 from training.model.heads import Heads, HeadSizes
 from training.model.state import NTMState
 
 InitialMemory = Literal["constant", "learned", "random"]
 InitialAttention = Literal["constant", "learned"]
+AccessMemory = Callable[[Tensor, Tensor, Tensor, HeadSizes], Accessed]
+"""As `access.access_memory`."""
 
 
 class NTMCell(nn.Module):
@@ -84,8 +87,8 @@ class NTMCell(nn.Module):
         self.heads = Heads(
             controller_size, HeadSizes(num_read_heads, num_write_heads, row_width, shift_reach)
         )
-        # Training on a CPU puts the compiled one in its place; see `kernel.py`.
-        self.access = access_memory
+        # Export puts its own in its place.
+        self.access: AccessMemory = access_memory
         self.output = nn.Linear(controller_size + read_size, output_size)
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.normal_(self.output.bias, std=0.01)
@@ -122,12 +125,19 @@ class NTMCell(nn.Module):
             controller=self.controller.initial_state(batch_size),
         )
 
-    def step(self, inputs: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
+    def step(
+        self, inputs: Tensor, state: NTMState, access: AccessMemory | None = None
+    ) -> tuple[Tensor, NTMState]:
         """One time step.
+
+        Under autocast the memory is addressed, written and read in float32 all the same: its floors are too small for
+        float16.
 
         Args:
             inputs: [B, I].
             state: what the last step returned, or `initial_state`.
+            access: what addresses, writes and reads the memory, such as the compiled `kernel.compiled_access`; the
+                cell's own if not given.
 
         Returns:
             [B, O] the output as logits, and the next state.
@@ -136,7 +146,11 @@ class NTMCell(nn.Module):
             [inputs, state.read_vectors.flatten(1)], state.controller
         )
         previous = torch.cat([state.read_weightings, state.write_weightings], dim=1)
-        accessed = self.access(self.heads(controlled), state.memory, previous, self.heads.sizes)
+        requested = self.heads(controlled)
+        access = access or self.access
+        if torch.is_autocast_enabled(requested.device.type):
+            access = _in_full_precision(access)
+        accessed = access(requested, state.memory, previous, self.heads.sizes)
         read_weightings, write_weightings = torch.split(
             accessed.weightings, [self.num_read_heads, self.num_write_heads], dim=1
         )
@@ -171,6 +185,16 @@ def with_memory_rows(cell: NTMCell, memory_rows: int) -> NTMCell:
     resized.initial_memory = nn.Buffer(memory[:1].repeat(memory_rows, 1))
     resized.initial_attention_logits = nn.Buffer(_on_row_0(len(logits), memory_rows).to(logits))
     return resized
+
+
+def _in_full_precision(access: AccessMemory) -> AccessMemory:
+    def access_in_full_precision(
+        requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes
+    ) -> Accessed:
+        with torch.autocast(requested.device.type, enabled=False):
+            return access(requested.float(), memory.float(), previous.float(), sizes)
+
+    return access_in_full_precision
 
 
 def _start(value: Tensor, is_learned: bool) -> nn.Parameter | nn.Buffer:

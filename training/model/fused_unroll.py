@@ -24,7 +24,7 @@ from training.model.controller import LSTMLayer
 from training.model.heads import HeadSizes
 from training.model.kernel import compiled
 from training.model.plain import PlainCell
-from training.model.state import LSTMState
+from training.model.state import LSTMState, NTMState, PlainState
 
 
 def can_fuse(cell: NTMCell | PlainCell) -> bool:
@@ -34,12 +34,22 @@ def can_fuse(cell: NTMCell | PlainCell) -> bool:
     return are_lstm and (isinstance(cell, PlainCell) or len(layers) == 1)
 
 
-def unroll_fused(cell: NTMCell | PlainCell, inputs: Tensor) -> Tensor:
-    """What `unroll(cell, inputs)` gives, [T, B, I] to logits [T, B, O], for float32 on a CPU."""
-    return _unroll_plain(cell, inputs) if isinstance(cell, PlainCell) else _unroll_machine(cell, inputs)
+def unroll_fused(cell: NTMCell | PlainCell, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """What `unroll(cell, inputs, state)` gives, on a CPU, for tensors of one dtype, float32 or float64.
+
+    Args:
+        cell: one for which `can_fuse`.
+        inputs: [T, B, I].
+        state: where to start.
+
+    Returns:
+        [T, B, O] the outputs as logits, and the state after the last step.
+    """
+    fused = _unroll_plain if isinstance(cell, PlainCell) else _unroll_machine
+    return fused(cell, inputs, state)  # type: ignore[arg-type]
 
 
-def _unroll_plain(cell: PlainCell, inputs: Tensor) -> Tensor:
+def _unroll_plain(cell: PlainCell, inputs: Tensor, state: PlainState) -> tuple[Tensor, PlainState]:
     weights: list[Tensor] = []
     for layer in cell.controller.layers:
         # torch has the gates in another order, and a second bias.
@@ -49,19 +59,18 @@ def _unroll_plain(cell: PlainCell, inputs: Tensor) -> Tensor:
         )
         input_weight, hidden_weight = weight.tensor_split([weight.shape[1] - layer.size], dim=1)
         weights += [input_weight.contiguous(), hidden_weight.contiguous(), bias, torch.zeros_like(bias)]
-    before: tuple[LSTMState, ...] = cell.initial_state(inputs.shape[1]).controller  # type: ignore[assignment]
+    before: tuple[LSTMState, ...] = state.controller  # type: ignore[assignment]
     stacked = [torch.stack(parts) for parts in zip(*before, strict=True)]
-    hidden, _, _ = torch.lstm(inputs, stacked, weights, True, len(before), 0.0, True, False, False)
+    hidden, *after = torch.lstm(inputs, stacked, weights, True, len(before), 0.0, True, False, False)
     outputs: Tensor = cell.output(hidden)
-    return outputs
+    return outputs, PlainState(tuple(LSTMState(*layer) for layer in zip(*after, strict=True)))
 
 
-def _unroll_machine(cell: NTMCell, inputs: Tensor) -> Tensor:
-    state = cell.initial_state(inputs.shape[1])
+def _unroll_machine(cell: NTMCell, inputs: Tensor, state: NTMState) -> tuple[Tensor, NTMState]:
     [layer], [before] = cell.controller.layers, state.controller
     assert isinstance(layer, LSTMLayer)
     assert isinstance(before, LSTMState)
-    hidden, read = _FusedUnroll.apply(  # type: ignore[no-untyped-call]
+    hidden, read, memory, weightings, last_cell = _FusedUnroll.apply(  # type: ignore[no-untyped-call]
         inputs,
         layer.gates.weight,
         layer.gates.bias,
@@ -73,13 +82,17 @@ def _unroll_machine(cell: NTMCell, inputs: Tensor) -> Tensor:
         before.hidden,
         before.cell,
         cell.heads.sizes,
+        torch.is_grad_enabled(),
     )
     outputs: Tensor = cell.output(torch.cat([hidden, read], dim=-1))
-    return outputs
+    reading, writing = torch.split(weightings, [cell.num_read_heads, cell.num_write_heads], dim=1)
+    controller = LSTMState(hidden[-1], last_cell)
+    return outputs, NTMState(memory, reading, writing, read[-1].view_as(state.read_vectors), (controller,))
 
 
 class _FusedUnroll(torch.autograd.Function):
-    """To the hidden state [T, B, C] and what was read [T, B, R M]. What each step finds is kept for the way back."""
+    """To the hidden state [T, B, C] and what was read [T, B, R M] of all steps, and the memory, the weightings and the
+    cell state after the last. What each step finds is kept for the way back, if there will be one."""
 
     @staticmethod
     def forward(
@@ -95,18 +108,22 @@ class _FusedUnroll(torch.autograd.Function):
         first_hidden: Tensor,
         first_cell: Tensor,
         sizes: HeadSizes,
-    ) -> tuple[Tensor, Tensor]:
+        is_recorded: bool,
+    ) -> tuple[Tensor, ...]:
         num_steps, batch, input_size = inputs.shape
         size = first_hidden.shape[1]
         num_read = first_read[0].numel()
-        memory = torch.empty(num_steps + 1, *first_memory.shape)
-        weightings = torch.empty(num_steps + 1, *first_weightings.shape)
-        fed_back = torch.empty(num_steps + 1, batch, num_read + size)  # What was read, and the hidden state.
-        cell = torch.empty(num_steps + 1, batch, size)
-        shown = torch.empty(num_steps, batch, size)  # tanh of the cell state.
-        read = torch.empty(num_steps, *first_read.shape)
-        requested = torch.empty(num_steps, batch, sizes.num_requested)
-        kept = torch.empty(num_steps, batch, 3, *first_weightings.shape[1:])
+        # Without a way back, states take two places in turn, and what a step computes by the way takes one.
+        num_states, num_kept = (num_steps + 1, num_steps) if is_recorded else (2, 1)
+        empty = inputs.new_empty
+        memory = empty(num_states, *first_memory.shape)
+        weightings = empty(num_states, *first_weightings.shape)
+        cell = empty(num_states, batch, size)
+        fed_back = empty(num_steps + 1, batch, num_read + size)  # What was read, and the hidden state.
+        shown = empty(num_kept, batch, size)  # tanh of the cell state.
+        read = empty(num_steps, *first_read.shape)
+        requested = empty(num_kept, batch, sizes.num_requested)
+        kept = empty(num_kept, batch, 3, *first_weightings.shape[1:])
         memory[0], weightings[0], cell[0] = first_memory, first_weightings, first_cell
         fed_back[0, :, :num_read], fed_back[0, :, num_read:] = first_read.flatten(1), first_hidden
 
@@ -116,36 +133,47 @@ class _FusedUnroll(torch.autograd.Function):
         np_memory, np_weightings, np_fed_back = _arrays(memory, weightings, fed_back)
         np_read, np_requested, np_kept = _arrays(read, requested, kept)
         for t in range(num_steps):
+            before, after, k = t % num_states, (t + 1) % num_states, t % num_kept
             gates[t].addmm_(fed_back[t], back_weight)
             # The gates are left as they open and the candidate as it is, for the way back.
             enter, keep, leave, candidate = gates[t].chunk(4, dim=1)
             gates[t, :, : 3 * size].sigmoid_()
             candidate.tanh_()
-            torch.mul(keep, cell[t], out=cell[t + 1]).addcmul_(enter, candidate)
-            torch.tanh(cell[t + 1], out=shown[t])
-            torch.mul(leave, shown[t], out=fed_back[t + 1, :, num_read:])
-            torch.addmm(head_bias, fed_back[t + 1, :, num_read:], head_weight_turned, out=requested[t])
+            torch.mul(keep, cell[before], out=cell[after]).addcmul_(enter, candidate)
+            torch.tanh(cell[after], out=shown[k])
+            torch.mul(leave, shown[k], out=fed_back[t + 1, :, num_read:])
+            torch.addmm(head_bias, fed_back[t + 1, :, num_read:], head_weight_turned, out=requested[k])
             kernel.access_memory_forward(
-                np_requested[t],
-                np_memory[t],
-                np_weightings[t],
+                np_requested[k],
+                np_memory[before],
+                np_weightings[before],
                 sizes.num_read_heads,
                 sizes.num_shifts,
-                np_weightings[t + 1],
-                np_memory[t + 1],
+                np_weightings[after],
+                np_memory[after],
                 np_read[t],
-                np_kept[t],
+                np_kept[k],
             )
             np_fed_back[t + 1, :, :num_read] = np_read[t].reshape(batch, num_read)
-        ctx.save_for_backward(
-            inputs, weight, head_weight, memory, weightings, fed_back, cell, shown, gates, requested, kept
-        )
-        ctx.sizes = sizes
-        return fed_back[1:, :, num_read:].clone(), read.flatten(2)
+        if is_recorded:
+            ctx.save_for_backward(
+                inputs, weight, head_weight, memory, weightings, fed_back, cell, shown, gates, requested, kept
+            )
+            ctx.sizes = sizes
+        last = num_steps % num_states
+        ends = memory[last].clone(), weightings[last].clone(), cell[last].clone()
+        return fed_back[1:, :, num_read:].clone(), read.flatten(2), *ends
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_hidden: Tensor, grad_read: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        grad_hidden: Tensor,
+        grad_read: Tensor,
+        grad_last_memory: Tensor,
+        grad_last_weightings: Tensor,
+        grad_last_cell: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         inputs, weight, head_weight, memory, weightings, fed_back, cell, shown, gates, requested, kept = (
             ctx.saved_tensors
         )
@@ -156,12 +184,14 @@ class _FusedUnroll(torch.autograd.Function):
         back_weight = weight[:, input_size:].contiguous()
         grad_gates, grad_requested = torch.empty_like(gates), torch.empty_like(requested)
         # What one step hands to the one before it; memory and weightings in turn in one of two places.
-        grad_memory = torch.zeros(2, *memory.shape[1:])
-        grad_weightings = torch.zeros(2, *weightings.shape[1:])
-        grad_cell = torch.zeros(batch, size)
-        grad_fed_back = torch.zeros(batch, num_read + size)
+        grad_memory = torch.empty_like(memory[:2])
+        grad_weightings = torch.empty_like(weightings[:2])
+        last = (num_steps - 1) % 2
+        grad_memory[last], grad_weightings[last] = grad_last_memory, grad_last_weightings
+        grad_cell = grad_last_cell.clone(memory_format=torch.contiguous_format)
+        grad_fed_back = torch.zeros_like(fed_back[0])
         grad_both = torch.cat([grad_read, grad_hidden], dim=-1)
-        grad_now = torch.empty(batch, num_read + size)
+        grad_now = torch.empty_like(fed_back[0])
         np_memory, np_weightings, np_cell, np_shown, np_gates = _arrays(
             memory, weightings, cell, shown, gates
         )
@@ -200,9 +230,12 @@ class _FusedUnroll(torch.autograd.Function):
         torch.mm(flat_gates.T, inputs.reshape(-1, input_size), out=grad_weight[:, :input_size])
         torch.mm(flat_gates.T, fed_back[:-1].flatten(0, 1), out=grad_weight[:, input_size:])
         grad_head_weight = flat_requested.T @ fed_back[1:, :, num_read:].reshape(-1, size)
+        grad_inputs = None
+        if ctx.needs_input_grad[0]:
+            grad_inputs = (flat_gates @ weight[:, :input_size]).view_as(inputs)
         first = 1  # Where step 0 left them.
         return (
-            None,
+            grad_inputs,
             grad_weight,
             flat_gates.sum(dim=0),
             grad_head_weight,
@@ -212,6 +245,7 @@ class _FusedUnroll(torch.autograd.Function):
             grad_fed_back[:, :num_read].reshape(batch, sizes.num_read_heads, sizes.row_width),
             grad_fed_back[:, num_read:],
             grad_cell,
+            None,
             None,
         )
 

@@ -5,6 +5,8 @@ most of a training step on starting some two hundred small operations, forward a
 loops, compiled by numba when first called, with a sequence's memory in the processor's cache. A test holds the two
 together, values and gradients.
 
+It is compiled for float32 and for float64, each when it is first called; all its arguments have one of them.
+
 Shapes: B batch, H heads (R read heads, then W write heads), N memory rows, M row width, S shift positions,
 P numbers that the heads ask for.
 """
@@ -21,12 +23,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from training.model.access import Accessed
-from training.model.addressing import LEAST_ATTENTION, LEAST_SQUARED_NORM
+from training.model.addressing import (
+    GREATEST_SQUARED_NORM,
+    LEAST_ATTENTION,
+    LEAST_KEY_NORM,
+    LEAST_SQUARED_NORM,
+)
 from training.model.heads import HeadSizes
 
 _LEAST_ATTENTION = np.float32(LEAST_ATTENTION)
 _LEAST_SQUARED_NORM = np.float32(LEAST_SQUARED_NORM)
-_LEAST_NORM = np.float32(1e-12)  # Of a key: torch's `normalize`.
+_GREATEST_SQUARED_NORM = np.float32(GREATEST_SQUARED_NORM)
+_LEAST_KEY_NORM = np.float32(LEAST_KEY_NORM)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 # Sums may be reordered, so that loops become vector instructions; NaN and infinity keep their meaning, since
@@ -37,7 +45,7 @@ compiled = numba.njit(fastmath=_FAST, cache=True, nogil=True, error_model="numpy
 
 
 def compiled_access(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:
-    """What `access.access_memory` does, for float32 on a CPU, with a gradient."""
+    """What `access.access_memory` does, on a CPU, with a gradient."""
     return Accessed(*_CompiledAccess.apply(requested, memory, previous, sizes))  # type: ignore[no-untyped-call]
 
 
@@ -48,9 +56,9 @@ class _CompiledAccess(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         requested, memory, previous = requested.contiguous(), memory.contiguous(), previous.contiguous()
         (batch, heads, rows), width = previous.shape, memory.shape[1]
-        read_vectors = torch.empty(batch, sizes.num_read_heads, width)
+        read_vectors = memory.new_empty(batch, sizes.num_read_heads, width)
         weightings, next_memory = torch.empty_like(previous), torch.empty_like(memory)
-        kept = torch.empty(batch, 3, heads, rows)
+        kept = memory.new_empty(batch, 3, heads, rows)
         access_memory_forward(
             requested.detach().numpy(),
             memory.detach().numpy(),
@@ -103,16 +111,16 @@ def access_memory_forward(  # type: ignore[no-untyped-def]
     num_writes = num_heads - num_reads
     reach = num_shifts // 2
     per_head = width + num_shifts + 3
-    scores = np.empty(num_rows, np.float32)
-    inverse_norms = np.empty(num_rows, np.float32)
-    gated = np.empty(num_rows, np.float32)
+    scores = np.empty(num_rows, memory.dtype)
+    inverse_norms = np.empty(num_rows, memory.dtype)
+    gated = np.empty(num_rows, memory.dtype)
     for b in range(num_batch):
         scores[:] = _ZERO
         for m in range(width):
             for n in range(num_rows):
                 scores[n] += memory[b, m, n] * memory[b, m, n]
         for n in range(num_rows):
-            inverse_norms[n] = _ONE / math.sqrt(max(scores[n], _LEAST_SQUARED_NORM))
+            inverse_norms[n] = _inverse_norm(scores[n])
 
         for h in range(num_heads):
             asked = requested[b, h * per_head : (h + 1) * per_head]
@@ -183,18 +191,18 @@ def access_memory_backward(  # type: ignore[no-untyped-def]
     num_writes = num_heads - num_reads
     reach = num_shifts // 2
     per_head = width + num_shifts + 3
-    grad_attention = np.empty((num_heads, num_rows), np.float32)
-    grad_next = np.empty(num_rows, np.float32)
-    others = np.empty(num_rows, np.float32)
-    gated = np.empty(num_rows, np.float32)
-    grad_gated = np.empty(num_rows, np.float32)
-    grad_shifted = np.empty(num_rows, np.float32)
-    grad_likeness = np.empty(num_rows, np.float32)
-    grad_inverse_norms = np.empty(num_rows, np.float32)
-    inverse_norms = np.empty(num_rows, np.float32)
-    logs = np.empty(num_rows, np.float32)
-    grad_shifting = np.empty(num_shifts, np.float32)
-    grad_key = np.empty(width, np.float32)
+    grad_attention = np.empty((num_heads, num_rows), memory.dtype)
+    grad_next = np.empty(num_rows, memory.dtype)
+    others = np.empty(num_rows, memory.dtype)
+    gated = np.empty(num_rows, memory.dtype)
+    grad_gated = np.empty(num_rows, memory.dtype)
+    grad_shifted = np.empty(num_rows, memory.dtype)
+    grad_likeness = np.empty(num_rows, memory.dtype)
+    grad_inverse_norms = np.empty(num_rows, memory.dtype)
+    inverse_norms = np.empty(num_rows, memory.dtype)
+    logs = np.empty(num_rows, memory.dtype)
+    grad_shifting = np.empty(num_shifts, memory.dtype)
+    grad_key = np.empty(width, memory.dtype)
     for b in range(num_batch):
         grad_attention[:] = grad_weightings[b]
         writing = requested[b, num_heads * per_head :]
@@ -234,7 +242,7 @@ def access_memory_backward(  # type: ignore[no-untyped-def]
                 grad_writing[(width + m) * num_writes + w] = grad_add
 
         for n in range(num_rows):
-            inverse_norms[n] = _ONE / math.sqrt(max(inverse_norms[n], _LEAST_SQUARED_NORM))
+            inverse_norms[n] = _inverse_norm(inverse_norms[n])
         grad_inverse_norms[:] = _ZERO
         for h in range(num_heads):
             asked = requested[b, h * per_head : (h + 1) * per_head]
@@ -294,7 +302,7 @@ def access_memory_backward(  # type: ignore[no-untyped-def]
                     grad_memory[b, m, n] += key * grad_likeness[n]
                 grad_key[m] = total
                 along += total * key
-            if inverse_key == _ONE / _LEAST_NORM:
+            if inverse_key == _ONE / asked.dtype.type(_LEAST_KEY_NORM):
                 along = _ZERO
             for m in range(width):
                 grad_asked[m] = (grad_key[m] - along * asked[m] * inverse_key) * inverse_key
@@ -305,9 +313,10 @@ def access_memory_backward(  # type: ignore[no-untyped-def]
             grad_asked[at + 2] = grad_gate * gate * (_ONE - gate)
 
         # The norms: likeness is a product over the norm, so its share of their gradient is minus itself over it.
-        floor = _ONE / math.sqrt(_LEAST_SQUARED_NORM)
+        least = _inverse_norm(memory.dtype.type(_GREATEST_SQUARED_NORM))
+        greatest = _inverse_norm(memory.dtype.type(_LEAST_SQUARED_NORM))
         for n in range(num_rows):
-            is_kept = _ONE if inverse_norms[n] < floor else _ZERO
+            is_kept = _ONE if least < inverse_norms[n] < greatest else _ZERO
             grad_inverse_norms[n] *= is_kept * inverse_norms[n] * inverse_norms[n]
         for m in range(width):
             for n in range(num_rows):
@@ -317,7 +326,7 @@ def access_memory_backward(  # type: ignore[no-untyped-def]
 @compiled
 def _activate(asked, width, num_shifts):  # type: ignore[no-untyped-def]
     """One head's shifts, strength, sharpness and gate."""
-    shifting = np.empty(num_shifts, np.float32)
+    shifting = np.empty(num_shifts, asked.dtype)
     largest = asked[width]
     for i in range(num_shifts):
         largest = max(largest, asked[width + i])
@@ -340,7 +349,13 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 
 @compiled
 def _softplus(x):  # type: ignore[no-untyped-def]
-    return max(x, _ZERO) + np.float32(math.log1p(math.exp(-abs(x))))
+    return max(x, _ZERO) + math.log1p(math.exp(-abs(x)))
+
+
+@compiled
+def _inverse_norm(squared_norm):  # type: ignore[no-untyped-def]
+    """Of a memory row."""
+    return _ONE / math.sqrt(min(max(squared_norm, _LEAST_SQUARED_NORM), _GREATEST_SQUARED_NORM))
 
 
 @compiled
@@ -348,7 +363,8 @@ def _inverse_length(key):  # type: ignore[no-untyped-def]
     total = _ZERO
     for value in key:
         total += value * value
-    return _ONE / max(np.float32(math.sqrt(total)), _LEAST_NORM)
+    norm: Any = max(math.sqrt(total), _LEAST_KEY_NORM)
+    return _ONE / norm
 
 
 @compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from training.model import NTMCell, access, kernel, unroll
@@ -48,6 +49,18 @@ def test_values_and_gradients_are_those_of_the_torch_operations_in_double_precis
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         for row, expected_row in zip(ours.double(), theirs, strict=True):
             assert_close(row, expected_row, atol=1e-4 * float(expected_row.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("sizes", "num_rows"), SIZES[1:])
+def test_its_gradients_are_those_of_finite_differences(sizes, num_rows):
+    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator, "dtype": torch.float64}
+    requested = torch.randn(2, sizes.num_requested, **options)
+    memory = torch.randn(2, sizes.row_width, num_rows, **options)
+    previous = torch.softmax(torch.randn(2, sizes.num_heads, num_rows, **options), dim=-1)
+    inputs = [tensor.requires_grad_() for tensor in (requested, memory, previous)]
+
+    assert gradcheck(lambda *tensors: tuple(kernel.compiled_access(*tensors, sizes)), inputs)
 
 
 def test_a_whole_sequence_gives_the_same_loss_and_the_same_gradients():

@@ -9,6 +9,7 @@ HADOLINT_VERSION := 2.15.1
 KUBERNETES_VALIDATE_VERSION := 1.37.0
 BUF := $(VENV)/buf/node_modules/.bin/buf
 INSTALLED_FROM := pyproject.toml clients/python/pyproject.toml constraints.txt
+DIST := dist
 PROTOS := $(wildcard protos/ntm/v1/*.proto)
 PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
 generate_into = --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
@@ -64,6 +65,8 @@ check: $(VENV)/.dev $(BUF) check-deploy ## Check format, lint, types, protos, th
 	@$(BUF) lint
 	@rm -rf $(VENV)/generated && mkdir -p $(VENV)/generated
 	@$(PROTOC) $(call generate_into,$(VENV)/generated) $(PROTOS)
+	@$(BIN)/python clients/python/generate_sync.py $(VENV)/generated/_sync
+	@diff -r -x __pycache__ clients/python/ntm/_sync $(VENV)/generated/_sync || { echo "the synchronous client differs: run make sync"; exit 1; }
 	@diff -rq -x __pycache__ -x __init__.py clients/python/ntm/v1 $(VENV)/generated/ntm/v1 || { echo "generated code differs: run make proto"; exit 1; }
 
 .PHONY: check-deploy
@@ -79,6 +82,15 @@ fix: $(VENV)/.dev ## Format, and mend what the linter can mend.
 .PHONY: proto
 proto: $(VENV)/.dev ## Generate the code from the protos.
 	@$(PROTOC) $(call generate_into,clients/python) $(PROTOS)
+
+.PHONY: sync
+sync: $(VENV)/.dev ## Generate the synchronous client from the asynchronous one.
+	@$(BIN)/python clients/python/generate_sync.py clients/python/ntm/_sync
+
+.PHONY: dist
+dist: $(VENV)/bin/python ## Build the client's wheel, into dist.
+	@rm -rf clients/python/build
+	@$(PIP) wheel --no-deps --wheel-dir $(DIST) ./clients/python
 
 .PHONY: train
 train: $(VENV)/.train ## Train a machine to copy, in runs/copy.

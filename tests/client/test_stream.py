@@ -14,8 +14,8 @@ import pytest
 
 import ntm
 from ntm import AsyncClient, Client
-from ntm._calls import Flow
 from ntm._errors import from_status
+from ntm._flow import Flow
 from ntm.v1 import session_service_pb2_grpc
 from tests.client.helpers import BreakingLine, Router
 from tests.server.helpers import accumulated, random_inputs
@@ -246,7 +246,7 @@ def test_a_stream_that_cannot_go_on_fails_and_can_be_taken_up_again(router: Rout
         first = next(stream)
         router.answers_before_fault = 0
         router.faults["StreamSteps"].extend([grpc.StatusCode.INTERNAL] * 1000)
-        session.open_stream._hang_up()  # type: ignore[union-attr]
+        session._open_stream._hang_up()  # type: ignore[union-attr]
         with pytest.raises(ntm.UnavailableError) as caught:
             next(stream)
         assert (session.next_step, caught.value.code) == (2, grpc.StatusCode.INTERNAL)

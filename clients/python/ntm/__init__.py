@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ntm._async import AsyncClient, AsyncSession
-    from ntm._calls import BatchResult, Trace
+    from ntm._channel import Tls
     from ntm._errors import (
         AlreadyExistsError,
         ClientError,
@@ -31,11 +31,14 @@ if TYPE_CHECKING:
         InvalidInputError,
         NotFoundError,
         PreconditionError,
+        RefusedError,
         ResourceExhaustedError,
         StepOrderError,
+        TransientError,
         UnavailableError,
         UnimplementedError,
     )
+    from ntm._results import BatchResult, Trace
     from ntm._sync import Client, Session
 else:
     import importlib
@@ -43,10 +46,11 @@ else:
     _MODULES = {
         "AsyncClient": "ntm._async",
         "AsyncSession": "ntm._async",
-        "BatchResult": "ntm._calls",
+        "BatchResult": "ntm._results",
         "Client": "ntm._sync",
         "Session": "ntm._sync",
-        "Trace": "ntm._calls",
+        "Tls": "ntm._channel",
+        "Trace": "ntm._results",
     }
 
     def __getattr__(name: str) -> object:
@@ -73,10 +77,13 @@ __all__ = [
     "InvalidInputError",
     "NotFoundError",
     "PreconditionError",
+    "RefusedError",
     "ResourceExhaustedError",
     "Session",
     "StepOrderError",
+    "Tls",
     "Trace",
+    "TransientError",
     "UnavailableError",
     "UnimplementedError",
 ]

@@ -15,6 +15,16 @@ Token = str | Callable[[], str]
 """A bearer token, or what gives one: it is called before each call, and has to be quick."""
 
 Options = Sequence[tuple[str, Any]]
+
+# The server keeps its answers below its own limit, so the client sets none.
+# gRPC waits before it connects again, by default up to two minutes; the client's own pauses are enough.
+OPTIONS: Options = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
+
 _AUTHORIZATION_KEY = "authorization"
 
 
@@ -54,7 +64,7 @@ class Tls:
         return [*options, ("grpc.ssl_target_name_override", self.server_name)]
 
 
-def channel(address: str, tls: bool | Tls, token: Token | None, options: Options) -> grpc.Channel:
+def channel(address: str, tls: bool | Tls, token: Token | None, options: Options = OPTIONS) -> grpc.Channel:
     """A synchronous channel; see `Client` for the arguments."""
     interceptors = [_SyncToken(token)] if _is_given(token, tls, address) else []
     settings = _settings(tls)
@@ -66,7 +76,9 @@ def channel(address: str, tls: bool | Tls, token: Token | None, options: Options
     return grpc.intercept_channel(plain, *interceptors) if interceptors else plain
 
 
-def aio_channel(address: str, tls: bool | Tls, token: Token | None, options: Options) -> grpc.aio.Channel:
+def aio_channel(
+    address: str, tls: bool | Tls, token: Token | None, options: Options = OPTIONS
+) -> grpc.aio.Channel:
     """An asynchronous channel; see `Client` for the arguments."""
     interceptors: list[Any] = (
         [_AsyncUnaryToken(token), _AsyncStreamToken(token)] if _is_given(token, tls, address) else []

@@ -1,16 +1,18 @@
 """What a call can fail with, as types: one for each thing a caller may want to do about it.
 
 ClientError
-├── InvalidInputError          INVALID_ARGUMENT: send something else
-├── NotFoundError              NOT_FOUND: no such model or session
-├── AlreadyExistsError         ALREADY_EXISTS: choose another id
-├── StepOrderError             FAILED_PRECONDITION: the session is at another step, `next_step`
-├── PreconditionError          FAILED_PRECONDITION: the session does not fit what is served here
-├── DataLossError              DATA_LOSS: the session cannot be brought back as it was
-├── ResourceExhaustedError     RESOURCE_EXHAUSTED: try again later, or ask for less
-├── UnavailableError           UNAVAILABLE, or ended on the way, also after the retries: no server was reached
-├── DeadlineError              DEADLINE_EXCEEDED: no answer in time; the call may be repeated
-├── UnimplementedError         UNIMPLEMENTED: the server does not have this rpc
+├── RefusedError               the server will not do what it was asked: the same call would fail again
+│   ├── InvalidInputError      INVALID_ARGUMENT: send something else
+│   ├── NotFoundError          NOT_FOUND: no such model or session
+│   ├── AlreadyExistsError     ALREADY_EXISTS: choose another id
+│   ├── PreconditionError      FAILED_PRECONDITION: the session does not fit what is served here
+│   │   └── StepOrderError     the session is at another step, `next_step`
+│   ├── DataLossError          DATA_LOSS: the session cannot be brought back as it was
+│   └── UnimplementedError     UNIMPLEMENTED: the server does not have this rpc
+├── TransientError             the same call may succeed later, and can be made again
+│   ├── UnavailableError       UNAVAILABLE, or ended on the way, also after the retries: no server was reached
+│   ├── DeadlineError          DEADLINE_EXCEEDED: no answer in time
+│   └── ResourceExhaustedError RESOURCE_EXHAUSTED: try again later, or ask for less
 └── InternalError              everything else: the model or the server failed
 
 `UnavailableError` is what the client repeats by itself. A call that ended INTERNAL, CANCELLED or UNKNOWN without a
@@ -43,19 +45,29 @@ class ClientError(Exception):
         """More about it, such as the field at fault."""
 
 
-class InvalidInputError(ClientError):
+class RefusedError(ClientError):
+    """The server will not do what it was asked to: made again as it is, the call fails again."""
+
+
+class InvalidInputError(RefusedError):
     """The server refused what was sent; `metadata["field"]` names the field at fault."""
 
 
-class NotFoundError(ClientError):
+class NotFoundError(RefusedError):
     """There is no such model or session."""
 
 
-class AlreadyExistsError(ClientError):
+class AlreadyExistsError(RefusedError):
     """The id of a new session is taken."""
 
 
-class StepOrderError(ClientError):
+class PreconditionError(RefusedError):
+    """The session, or the snapshot, does not fit what is served here; `reason` says how: its model file is another
+    one (MODEL_MISMATCH) or is not in service (MODEL_NOT_LOADED), or it ran on another machine or build, so that its
+    replay may differ in the last bits (RECOVERY_NOT_EXACT)."""
+
+
+class StepOrderError(PreconditionError):
     """The session is at another step than the call supposed."""
 
     @property
@@ -65,32 +77,30 @@ class StepOrderError(ClientError):
         return None if told is None else int(told)
 
 
-class PreconditionError(ClientError):
-    """The session, or the snapshot, does not fit what is served here; `reason` says how: its model file is another
-    one (MODEL_MISMATCH) or is not in service (MODEL_NOT_LOADED), or it ran on another machine or build, so that its
-    replay may differ in the last bits (RECOVERY_NOT_EXACT)."""
-
-
-class DataLossError(ClientError):
+class DataLossError(RefusedError):
     """The session cannot be brought back as it was: delete it, and replay its inputs in a new one."""
 
 
-class ResourceExhaustedError(ClientError):
+class TransientError(ClientError):
+    """The same call may succeed later; making it again is safe."""
+
+
+class ResourceExhaustedError(TransientError):
     """No free slot, a full queue, a full store, or a message too large."""
 
 
-class UnavailableError(ClientError):
+class UnavailableError(TransientError):
     """The server cannot be reached, and could not for as long as the client tried.
 
     `code` is not always UNAVAILABLE: what stands between may have ended the call with INTERNAL, CANCELLED or UNKNOWN.
     """
 
 
-class DeadlineError(ClientError):
+class DeadlineError(TransientError):
     """No answer came in time; repeating the same call is safe."""
 
 
-class UnimplementedError(ClientError):
+class UnimplementedError(RefusedError):
     """The server does not have this rpc."""
 
 

@@ -1,0 +1,50 @@
+"""Results: what calls give to their caller, made from the server's answers.
+
+Shapes: T steps of one message or chunk, S sessions of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ntm._errors import ClientError
+from ntm._model import Model
+from ntm.tensor import Array, to_array
+from ntm.v1 import session_pb2, session_service_pb2
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Outputs of a run, with state as it was after each step."""
+
+    outputs: Array
+    """[T, ...output shape]."""
+    state: dict[str, Array]
+    """By name, [T, ...state shape] each."""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Outputs of many sessions."""
+
+    outputs: Array
+    """[S, T, ...output shape]; the rows of sessions that failed are zero."""
+    errors: dict[int, ClientError]
+    """Why sessions failed, by index."""
+
+
+def state_arrays(tensors: Iterable[session_pb2.StateTensor]) -> dict[str, Array]:
+    """State tensors by name."""
+    return {tensor.name: to_array(tensor.value) for tensor in tensors}
+
+
+def trace_of(
+    answers: Sequence[session_service_pb2.StepResponse], model: Model, names: Iterable[str]
+) -> Trace:
+    """The answers to single steps as one run."""
+    states = [state_arrays(answer.state) for answer in answers]
+    stacked = {name: np.stack([state[name] for state in states]) for name in names} if states else {}
+    return Trace(model.join([to_array(answer.outputs) for answer in answers]), stacked)

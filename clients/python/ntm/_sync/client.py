@@ -1,0 +1,223 @@
+# Generated from ntm/_async/client.py by `make sync`: edit that.
+"""The client: a connection to a server, and what it can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy.typing as npt
+import tenacity
+
+from ntm import _requests as requests
+from ntm._batch import Batch, batch_inputs
+from ntm._channel import Tls, Token, channel
+from ntm._concurrency import Function, begin, result
+from ntm._errors import ClientError, UnavailableError, translated
+from ntm._model import Model
+from ntm._results import BatchResult
+from ntm._retries import retrying
+from ntm._sync.session import Session
+from ntm.v1 import (
+    model_service_pb2,
+    model_service_pb2_grpc,
+    session_pb2,
+    session_service_pb2,
+    session_service_pb2_grpc,
+)
+
+T = TypeVar("T")
+
+
+class Client:
+    """A connection to a server.
+
+    Threads may share a `Client`; an `AsyncClient` belongs to the event loop that it was made in.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: bool | Tls = False,
+        token: Token | None = None,
+        retry_for_s: float = 30.0,
+        timeout_s: float = 60.0,
+    ) -> None:
+        """Connect when first used.
+
+        Args:
+            address: HOST:PORT of the server.
+            tls: whether to encrypt and to verify the server; `Tls` says by which files.
+            token: the bearer token that says who calls, or a function that gives it before each call. It is not sent
+                to another machine without `tls`.
+            retry_for_s: how long to repeat a call while the server cannot be reached, in seconds; of a stream, since
+                its last answer.
+            timeout_s: how long to wait for one answer, in seconds; after that a call fails and is not repeated.
+
+        Raises:
+            ValueError: a token without `tls`. OSError: a file of `tls` cannot be read.
+        """
+        self._channel = channel(address, tls, token)
+        self._sessions = session_service_pb2_grpc.SessionServiceStub(self._channel)
+        self._models_stub = model_service_pb2_grpc.ModelServiceStub(self._channel)
+        self._is_closed = False
+        self._retrying = retrying(retry_for_s, lambda: self._is_closed)
+        self._timeout_s = timeout_s
+        self._models: dict[tuple[str, int], Model] = {}
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; sessions stay on the server."""
+        self._is_closed = True
+        self._channel.close()
+
+    def models(self) -> list[model_service_pb2.ModelVersion]:
+        """The models in service."""
+        answer = self._call(self._models_stub.ListModels, model_service_pb2.ListModelsRequest())
+        return list(answer.models)
+
+    def model(self, name: str, version: int | None = None) -> model_service_pb2.GetModelResponse:
+        """One model: its spec, where it runs, and its limits.
+
+        Raises:
+            NotFoundError: there is none of this name or version.
+        """
+        return self._call(self._models_stub.GetModel, requests.get_model(name, version))
+
+    def session(
+        self, model_name: str, *, version: int | None = None, session_id: str | None = None
+    ) -> Session:
+        """Create a session; leaving its `with` block deletes it.
+
+        Args:
+            model_name: name of the model.
+            version: version of the model; the newest by default.
+            session_id: id of the session; 128 random bits by default.
+
+        Raises:
+            NotFoundError: no such model. AlreadyExistsError: the id is taken. ResourceExhaustedError: no free slot.
+        """
+        request = requests.create_session(model_name, version, session_id)
+        answer = self._call(self._sessions.CreateSession, request, request.session_id)
+        return self._session(answer.session)
+
+    def attach(self, session_id: str) -> Session:
+        """Go on with a session that exists, at its next step.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        request = session_service_pb2.GetSessionRequest(session_id=session_id)
+        answer = self._call(self._sessions.GetSession, request, session_id)
+        return self._session(answer.session)
+
+    def sessions(self, model_name: str = "") -> Iterator[session_pb2.Session]:
+        """Every session on the server, or of one model, in order of id."""
+        token = ""
+        while True:
+            request = session_service_pb2.ListSessionsRequest(page_token=token, model_name=model_name)
+            page = self._call(self._sessions.ListSessions, request)
+            yield from page.sessions
+            token = page.next_page_token
+            if not token:
+                return
+
+    def batch_step(self, sessions: Sequence[Session], inputs: npt.ArrayLike) -> BatchResult:
+        """Run T steps of each of S sessions, in one message for each replica that has some of them.
+
+        Args:
+            sessions: S sessions, none twice, whose models take the same inputs.
+            inputs: [S, T, ...input shape].
+
+        Returns:
+            The outputs, and the errors of sessions that failed; the others are not touched by them. What was
+            unavailable has been repeated, as after any other call.
+
+        Raises:
+            ValueError: no sessions, or inputs of another shape. ClientError: one of its types, when no session ran.
+        """
+        inputs = batch_inputs(sessions, inputs)
+        for session, row in zip(sessions, inputs, strict=True):
+            session._begin(row)
+        batch = Batch(sessions, inputs)
+
+        def attempt() -> None:
+            self._send(batch)
+
+        try:
+            self._retry(attempt)
+        except UnavailableError:
+            if not batch.has_answers:
+                raise
+        return batch.result()
+
+    def import_session(self, snapshot: bytes, *, session_id: str | None = None) -> Session:
+        """Create a session from what a session's `export` gave, at the step it was taken at.
+
+        Args:
+            snapshot: a safetensors file.
+            session_id: id of the new session; 128 random bits by default.
+
+        Raises:
+            InvalidInputError: the snapshot is damaged, or does not fit its model. PreconditionError: it comes from
+                another model file. NotFoundError, AlreadyExistsError, ResourceExhaustedError: as `session`.
+        """
+        request = requests.import_session(snapshot, session_id)
+        answer = self._call(self._sessions.ImportSession, request, request.session_id)
+        return self._session(answer.session)
+
+    def _session(self, created: session_pb2.Session) -> Session:
+        key = (created.model_name, created.model_version)
+        if key not in self._models:
+            self._models[key] = Model(self.model(*key))
+        return Session(self, self._models[key], created)
+
+    def _send(self, batch: Batch) -> None:
+        """Send all groups of a batch at once, and take in their answers."""
+        calls = [
+            begin(
+                self._sessions.BatchStep,
+                batch.request(group),
+                timeout=self._timeout_s,
+                metadata=batch.metadata(group),
+            )
+            for group in batch.groups
+        ]
+        try:
+            for group, call in zip(batch.groups, calls, strict=True):
+                try:
+                    with translated():
+                        answer = result(call)
+                except ClientError as error:
+                    batch.failed(group, error)
+                else:
+                    batch.answered(group, answer)
+        finally:
+            for call in calls:
+                call.cancel()  # those that are not done: an error came first
+        batch.regroup()
+
+    def _call(self, rpc: Function[T], request: Any, session_id: str = "") -> T:
+        """Send a request that may be repeated, until it is answered or the time for retries is over."""
+        metadata = requests.metadata(session_id)
+
+        def attempt() -> T:
+            with translated():
+                return rpc(request, timeout=self._timeout_s, metadata=metadata)
+
+        return self._retry(attempt)
+
+    def _retry(self, attempt: Function[T]) -> T:
+        return tenacity.Retrying(**self._retrying)(attempt)

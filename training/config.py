@@ -127,6 +127,9 @@ class EvaluationSettings(_Section):
     long_sizes: tuple[str, ...] = ()
     """Sizes beyond training, such as 120 or 20x10, at which to measure whether the model generalises; it is kept where
     it does best."""
+    long_memory_rows: int | None = Field(default=None, ge=1)
+    """Rows of the memory at those sizes, for a model that is to be used with other rows than it is trained with. Not
+    set: as many as in training."""
     enough: float | None = Field(default=None, ge=0)
     """The run ends early once the score by which models are kept is no more than this. Not set: it does not."""
 
@@ -197,6 +200,20 @@ class Settings(BaseSettings):
     def _long_sizes_are_the_tasks(self) -> Settings:
         parsed = self.long_sizes
         assert len(parsed) == len(self.evaluation.long_sizes)
+        return self
+
+    @model_validator(mode="after")
+    def _rows_can_be_others(self) -> Settings:
+        model, rows = self.model, self.evaluation.long_memory_rows
+        if rows is not None and (
+            model.architecture == "plain"
+            or (model.initial_memory, model.initial_attention) != ("constant", "constant")
+            or rows < 2 * model.shift_reach + 1
+        ):
+            raise ValueError(
+                f"evaluation.long_memory_rows {rows} needs a memory, with initial_memory and initial_attention "
+                f"constant, and at least {2 * model.shift_reach + 1} rows for its shifts"
+            )
         return self
 
     @model_validator(mode="after")

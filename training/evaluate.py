@@ -7,6 +7,7 @@ a finished run on others.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from training.config import Settings, size_text
 from training.losses import Scores
-from training.model import Cell, named_tensors, unroll
+from training.model import Cell, NTMCell, named_tensors, unroll, with_memory_rows
 from training.tasks import Sequences, Size, Task
 
 _SEED = 2_000_000
@@ -22,6 +23,8 @@ _SEED = 2_000_000
 _MOST_SIZES = 20
 # Numbers in the state of as many sequences as run side by side: 16 MiB, and as much again for the next state.
 _MOST_STATE = 2**22
+# Sequences of a greater size that are measured before it is asked whether the others need to be.
+_AT_ONCE = 64
 # Steps of which everything is held at once.
 _MOST_STEPS = 256
 
@@ -96,10 +99,28 @@ def evaluate(cell: Cell, settings: Settings) -> Scores:
     optimal = scores.pop("optimal_bits")
     if optimal:
         scores["cost_over_optimal"] = scores["cost_bits"] / optimal
+    rows = evaluation.long_memory_rows
+    long_cell = with_memory_rows(cell, rows) if rows is not None and isinstance(cell, NTMCell) else cell
     for size in settings.long_sizes:
-        at_size = measure(cell, task, size, evaluation.num_long_sequences)
-        scores[f"{task.goal.measure}_at_{size_text(size)}"] = at_size[task.goal.measure]
+        scores[f"{task.goal.measure}_at_{size_text(size)}"] = _long_score(long_cell, settings, size)
     return scores
+
+
+def _long_score(cell: Cell, settings: Settings, size: Size) -> float:
+    """What the goal is about, at a size beyond training. Once so much is wrong that the run cannot end by it, whatever
+    the sequences that are left would say, it is the mean over those measured."""
+    task, evaluation = settings.task, settings.evaluation
+    num_sequences = evaluation.num_long_sequences
+    enough = math.inf if evaluation.enough is None else evaluation.enough
+    sequences = task.draw(num_sequences, size, generator_for(size, _SEED))
+    measured: list[Tensor] = []
+    total_so_far = 0.0
+    while sum(map(len, measured)) < num_sequences and total_so_far <= enough * num_sequences:
+        first = len(measured) * _AT_ONCE
+        part = sequences.part(slice(first, first + _AT_ONCE), sequences.inputs.device)
+        measured.append(judge(cell, task, part)[task.goal.measure])
+        total_so_far += float(measured[-1].sum())
+    return float(torch.cat(measured).mean())
 
 
 def is_solved(scores: Scores, task: Task) -> bool:

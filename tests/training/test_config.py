@@ -126,6 +126,11 @@ def test_a_missing_toml_is_refused(tmp_path):
             ["--evaluation.long-sizes", "20x10"],
             "evaluation.long_sizes: '20x10' is not a size of copy",
         ),
+        (
+            ["--evaluation.long-memory-rows", "256", "--model.initial-memory", "learned"],
+            "evaluation.long_memory_rows 256 needs a memory, with initial_memory and initial_attention constant",
+        ),
+        (["--evaluation.long-memory-rows", "2"], "evaluation.long_memory_rows 2 needs"),
         (["--seed", "-1"], "seed: "),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from training import evaluate as evaluation
 from training.config import CONFIGS, make_cell, read_settings
 from training.evaluate import evaluate, is_solved, judge, measure, total
-from training.model import unroll
+from training.model import unroll, with_memory_rows
 from training.tasks.copy import CopyTask
 from training.tasks.dynamic_ngrams import DynamicNGramsTask
 
@@ -94,3 +94,32 @@ def test_sequences_are_judged_one_by_one_however_many_run_side_by_side(
     said_right = torch.where(sequences.targets == 1, answers, 1 - answers)
     assert judged["wrong_bits"].tolist() == (said_right < 0.5).sum(dim=(0, 2)).tolist()
     torch.testing.assert_close(judged["cost_bits"].float(), -said_right.log2().sum(dim=(0, 2)))
+
+
+def test_greater_sizes_are_measured_with_as_many_rows_as_are_asked_for(tiny_settings):
+    settings = tiny_settings("--evaluation.long-memory-rows=40", "--evaluation.long-sizes=30")
+    torch.manual_seed(0)
+    cell = make_cell(settings)
+
+    scores = evaluate(cell, settings)
+
+    expected = measure(with_memory_rows(cell, 40), settings.task, (30,), 2)["wrong_bits"]
+    assert scores["wrong_bits_at_30"] == expected
+    assert scores["wrong_bits"] == evaluate(cell, tiny_settings())["wrong_bits"]
+
+
+@pytest.mark.parametrize(("enough", "num_judged"), [(0.0, 64), (4.0, 128), (100.0, 150)])
+def test_a_greater_size_is_measured_until_it_cannot_be_enough(tiny_settings, monkeypatch, enough, num_judged):
+    settings = tiny_settings("--evaluation.num-long-sequences=150", f"--evaluation.enough={enough}")
+    cell = saying(settings, -1)  # So that each of some 5 set bits is wrong.
+    judged = []
+    monkeypatch.setattr(
+        evaluation, "judge", lambda *given: judged.append(len(given[2].targets[0])) or judge(*given)
+    )
+
+    scores = evaluate(cell, settings)
+
+    judged = judged[3:]  # Behind the sizes of training.
+    assert sum(judged) == num_judged
+    drawn = settings.task.draw(150, (5,), torch.Generator().manual_seed(2_000_005))
+    assert scores["wrong_bits_at_5"] == pytest.approx(float(drawn.targets[:, :num_judged].sum() / num_judged))

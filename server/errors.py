@@ -6,6 +6,7 @@ ServingError
 │   ├── ModelFileError                one file: corrupt, without a spec, or its spec and graph disagree
 │   ├── DeviceError                   the device asked for cannot be had
 │   ├── ListenError                   the address cannot be listened on
+│   ├── TransportError                the transport asked for cannot serve what is asked
 │   ├── StoreSettingsError            the store cannot be used as asked
 │   └── SecurityFileError             a certificate, a key or a file of tokens cannot be used
 ├── InvalidInputError                 a field of a request is wrong
@@ -87,6 +88,10 @@ class ListenError(StartupError):
             f"cannot listen on {address}: another program has the port, or the address is not this machine's; "
             "choose another with --listen HOST:PORT (port 0 takes a free one)"
         )
+
+
+class TransportError(StartupError):
+    """The transport asked for cannot serve what is asked."""
 
 
 class InvalidInputError(ServingError):

@@ -15,7 +15,6 @@ import signal
 import sys
 from time import monotonic
 
-import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -26,7 +25,7 @@ from ntm.v1 import (
     session_service_pb2,
     session_service_pb2_grpc,
 )
-from server import device, repository
+from server import device, repository, transport
 from server.errors import ListenError, ServingError, StoreUnavailableError
 from server.interceptors import CallInterceptor
 from server.journal import Journal
@@ -79,16 +78,9 @@ class Server:
         self._health = health.aio.HealthServicer()
         self._background: list[asyncio.Task[None]] = []
         self._calls = CallInterceptor(self._metrics)
-        self._grpc = grpc.aio.server(
-            interceptors=[self._calls],
-            options=[
-                # Twice the limit, so that a message somewhat too large is told which field is at fault.
-                ("grpc.max_receive_message_length", 2 * settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
-                # Without it a second server could share the port and take half of the calls.
-                ("grpc.so_reuseport", 0),
-            ],
-        )
+        self._transport = transport.choose(settings.transport)
+        self._metrics.report_transport(self._transport.kind)
+        self._grpc = transport.make_server(self._transport.kind, [self._calls], settings.max_message_bytes)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection(
             [*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc
@@ -129,7 +121,7 @@ class Server:
         self._session_service = SessionService(self.sessions, limits)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(self.sessions, limits), self._grpc
+            ModelService(self.sessions, limits, self._transport.kind), self._grpc
         )
         host = settings.listen.rpartition(":")[0]
         try:
@@ -154,6 +146,8 @@ class Server:
             "listening",
             address=f"{host}:{port}",
             device=self._device.provider,
+            transport=self._transport.kind,
+            transport_reason=self._transport.reason,
             store=store.kind,
             durability=store.durability.value,
         )

@@ -61,6 +61,9 @@ class Metrics:
         self._fell_back = Gauge(
             "ntm_device_fell_back", "1: device auto found no CUDA and fell back to the CPU.", registry=r
         )
+        self._transport = Gauge(
+            "ntm_transport", "1 for what carries gRPC: native or grpcio.", ["transport"], registry=r
+        )
 
     def observe_commit(self, num_writes: int, seconds: float) -> None:
         """Count one commit to the store, of so many sessions' changes."""
@@ -122,6 +125,10 @@ class Metrics:
     def report_device(self, device: Device) -> None:
         """Report where models run."""
         self._fell_back.set(device.fell_back)
+
+    def report_transport(self, kind: str) -> None:
+        """Report what carries gRPC."""
+        self._transport.labels(kind).set(1)
 
     def serve(self, host: str, port: int) -> None:
         """Answer scrapes in a thread of its own; raises OSError when the port is taken."""

@@ -415,9 +415,10 @@ def _fill(answer: session_service_pb2.StepResponse, entered: _Entered, result: S
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     """ntm.v1.ModelService."""
 
-    def __init__(self, sessions: SessionManager, limits: RequestLimits) -> None:
+    def __init__(self, sessions: SessionManager, limits: RequestLimits, transport: str) -> None:
         self._sessions = sessions
         self._limits = limits
+        self._transport = transport
 
     async def ListModels(
         self, request: model_service_pb2.ListModelsRequest, context: _Context
@@ -456,6 +457,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
             durability=model_service_pb2.Durability(
                 store=store.kind, level=_DURABILITY_LEVELS[store.durability]
             ),
+            transport=self._transport,
         )
 
 

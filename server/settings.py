@@ -47,6 +47,9 @@ class ServerSettings(BaseSettings):
     in the store until it is back, or end where there is no store. Not set: it is unloaded when the last has ended."""
     listen: str = "127.0.0.1:50051"
     """HOST:PORT to listen on; port 0 takes a free one, which the log names."""
+    transport: Literal["auto", "native", "grpcio"] = "auto"
+    """What carries gRPC: native works outside the interpreter's lock and answers single calls several times as fast;
+    grpcio has TLS. auto takes native where it can serve what is asked; the log says which it is and why."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where models run: auto takes CUDA where it works and says so when it falls back to the CPU."""
     device_id: Annotated[int, Field(ge=0)] = 0

@@ -186,6 +186,9 @@ class GetModelResponse(_message.Message):
     EXECUTION_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    """What carries gRPC: "native" or "grpcio"."""
     @_builtins.property
     def model(self) -> Global___ModelVersion:
         """Which model this is."""
@@ -214,10 +217,11 @@ class GetModelResponse(_message.Message):
         execution: Global___Execution | None = ...,
         limits: Global___Limits | None = ...,
         durability: Global___Durability | None = ...,
+        transport: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "execution", b"execution", "limits", b"limits", "model", b"model", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "execution", b"execution", "limits", b"limits", "model", b"model", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "execution", b"execution", "limits", b"limits", "model", b"model", "spec", b"spec", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

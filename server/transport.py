@@ -1,0 +1,66 @@
+"""Transport: what carries HTTP/2 and gRPC framing, chosen once at start.
+
+Two carry the same services, by the interface of `grpc.aio.Server`. `native` (the package pygrpc-native) does its work
+outside the interpreter's lock and hands plain calls over in batches; it has no TLS, and gives bidirectional streams to
+a grpcio server behind it. `grpcio` has everything. `lifecycle.py` adds the services and starts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import grpc
+import pygrpc_native.aio
+
+from server.errors import TransportError
+
+Kind = Literal["native", "grpcio"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which transport serves, and why."""
+
+    kind: Kind
+    reason: str
+    """A phrase for the log."""
+
+
+def choose(requested: Literal["auto", "native", "grpcio"], needs_tls: bool = False) -> Choice:
+    """The transport that a setting names; `auto` takes the native one where it can serve what is asked.
+
+    Raises:
+        TransportError: the native transport was asked for, and cannot serve what is asked.
+    """
+    if requested == "native" and needs_tls:
+        raise TransportError(
+            "--transport native has no TLS: use --transport auto or grpcio, or serve without certificates"
+        )
+    if requested != "auto":
+        return Choice(requested, "as asked")
+    if needs_tls:
+        return Choice("grpcio", "the native transport has no TLS")
+    return Choice("native", "it can serve what is asked")
+
+
+def make_server(
+    kind: Kind, interceptors: Sequence[grpc.aio.ServerInterceptor], max_message_bytes: int
+) -> grpc.aio.Server:
+    """A server that serves nothing yet and listens nowhere.
+
+    Args:
+        kind: what carries the calls.
+        interceptors: run around every call.
+        max_message_bytes: of one answer at most. Twice as large a request is taken, so that one somewhat too large is
+            told which field is at fault.
+    """
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", 2 * max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # Without it a second server could share the port and take half of the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+    make = pygrpc_native.aio.server if kind == "native" else grpc.aio.server
+    return make(interceptors=interceptors, options=options)

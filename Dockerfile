@@ -32,7 +32,7 @@ COPY pyproject.toml constraints.txt constraints-gpu.txt ./
 COPY clients/python/pyproject.toml clients/python/
 # Stand-ins for what the pyproject.tomls name.
 RUN touch README.md clients/python/README.md \
-    && mkdir -p clients/python/ntm/v1 export server/security server/store training/model training/tasks
+    && mkdir -p clients/python/ntm/v1 export server/engine server/model server/rpc server/runtime server/security server/sessions server/storage training/model training/tasks
 
 
 FROM build AS build-server
@@ -114,5 +114,5 @@ ENV NTM_SERVER_MODELS=/models \
 EXPOSE 50051 9464
 VOLUME /data
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s --retries=2 \
-    CMD ["python", "-m", "server.health"]
+    CMD ["python", "-m", "server.rpc.health"]
 ENTRYPOINT ["python", "-m", "server"]

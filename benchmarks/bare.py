@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from server.device import Device
+from server.runtime.provider import Device
 
 CPU = Device("cpu", "cpu", 0, fell_back=False)
 

@@ -17,10 +17,11 @@ import numpy as np
 from benchmarks.bare import CPU
 from benchmarks.measuring import Metrics
 from ntm.tensor import Array
-from server.engine import Engine, Message
-from server.model_runner import NUM_RESERVED_SLOTS, ModelRunner
+from server.engine.engine import Engine
+from server.engine.request import Message
+from server.model.spec import load
+from server.runtime.runner import NUM_RESERVED_SLOTS, ModelRunner
 from server.settings import ServerSettings
-from server.spec import load
 
 # As many as a server has by default: with few there is room for one table only, and batches that take turns are copied.
 _NUM_SLOTS = 2 * ServerSettings.model_fields["max_resident_sessions"].default

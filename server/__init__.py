@@ -1,9 +1,8 @@
 """The server: holds each session's state and runs the steps of many sessions together.
 
-Read it in the order a step travels: `service` (gRPC) -> `sessions` (whole messages, in order) ->
-`engine` (the loop) -> `scheduler` (who is next) -> `model_runner` (pools on the device). A model gets there by
-`repository` (the models directory) -> `spec` (what the file declares) -> `graphs` (what the device runs).
-`lifecycle` puts them together. It never imports torch, `training` or `export`.
+Its packages, in the order a step travels: `rpc` (gRPC) -> `sessions` (order, exactly once, paging) -> `engine` (who
+runs next) -> `runtime` (pools on the device). `storage` is what outlives the process, `model` what a model file is,
+`security` who may do what. `launch` puts them together. It never imports torch, `training` or `export`.
 """
 
 import os

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from server.errors import StartupError
-from server.lifecycle import run
+from server.launch import run
 from server.settings import ServerSettings, SettingsError, check_environment
 
 

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from server.lifecycle import Server
+from server.launch import Server
 from server.settings import ServerSettings
 from tests import step_models
 from tests.valkey import ValkeyServer

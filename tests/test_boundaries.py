@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -42,3 +43,33 @@ def modules_loaded_by(*packages: str) -> set[str]:
 )
 def test_a_part_loads_nothing_of_the_parts_it_is_to_run_without(package: str, forbidden: set[str]) -> None:
     assert not modules_loaded_by(package) & forbidden
+
+
+ROOMS = {
+    "errors": set(),
+    "model": {"errors"},
+    "runtime": {"errors", "model"},
+    "engine": {"errors", "runtime"},
+    "storage": {"errors", "model", "runtime"},
+    "security": {"errors"},
+    "sessions": {"errors", "engine", "runtime", "storage", "model"},
+    "metrics": {"engine", "runtime", "sessions"},
+    "rpc": {"errors", "sessions", "model", "security", "storage", "metrics"},
+}
+"""What each package of the server may import of the others; only what puts them together may import all."""
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_the_servers_packages_import_downwards_only(room: str) -> None:
+    package = ROOT / "server" / room
+    files = [*package.rglob("*.py")] if package.is_dir() else [package.with_suffix(".py")]
+
+    imported = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("server."):
+                imported.add((node.module or "").split(".")[1])
+            elif isinstance(node, ast.ImportFrom) and node.module == "server":
+                imported.update(alias.name for alias in node.names)
+
+    assert imported - {room} <= ROOMS[room]

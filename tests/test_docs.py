@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from server import status
 from server.metrics import Metrics
+from server.rpc import status
 from server.settings import ServerSettings
 from tests.conftest import ROOT, ServerProcess
 

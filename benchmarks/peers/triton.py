@@ -27,7 +27,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import psutil
 
-from server.spec import initial_value, load
+from server.model.spec import initial_value, load
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv" / "triton"

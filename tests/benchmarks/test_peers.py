@@ -16,7 +16,7 @@ from benchmarks.peers import naive, triton
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import session_service_pb2_grpc
-from server.spec import initial_value, load
+from server.model.spec import initial_value, load
 from training.model import unroll
 
 Outputs = Callable[[np.ndarray], np.ndarray]

@@ -145,7 +145,7 @@ def test_a_store_that_is_not_there_yet_is_waited_for(
     time.sleep(2)
     assert health(replica) != "healthy"
     assert "not-so-random" not in docker("logs", replica)
-    assert docker("exec", replica, "python", "-m", "server.health", check=False).startswith(
+    assert docker("exec", replica, "python", "-m", "server.rpc.health", check=False).startswith(
         "127.0.0.1:50051: UNAV"
     )
 

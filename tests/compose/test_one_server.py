@@ -139,7 +139,7 @@ def test_sessions_outlive_the_container(one: Compose) -> None:
 
 def test_health_turns_with_the_server(one: Compose) -> None:
     (container,) = one.containers("server")
-    docker("exec", container, "python", "-m", "server.health")
+    docker("exec", container, "python", "-m", "server.rpc.health")
     docker("pause", container)
     try:
         wait_until(lambda: health(container) == "unhealthy", "a server that hangs is unhealthy")

@@ -9,7 +9,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.server.helpers import Caller
-from tests.server.test_recovery import crash
+from tests.server.sessions.test_recovery import crash
 
 T = TypeVar("T")
 

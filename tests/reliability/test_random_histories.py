@@ -28,14 +28,14 @@ from hypothesis.stateful import (
 
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
-from server.journal import Journal
-from server.lifecycle import Server
+from server.launch import Server
 from server.settings import ServerSettings
+from server.storage.commit_writer import CommitWriter
 from tests import step_models
 from tests.reliability.helpers import reason_of, tried
 from tests.reliability.oracle import FIRST_ROW_THAT_FAILS, MODELS, Known, State, random_inputs
 from tests.server.helpers import Caller
-from tests.server.test_recovery import crash
+from tests.server.sessions.test_recovery import crash
 from tests.valkey import ValkeyServer
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def same(answer: Any, expected: np.ndarray | str) -> bool:
     return to_array(answer.outputs).tobytes() == expected.tobytes()
 
 
-class Histories(RuleBasedStateMachine):
+class RetryWindows(RuleBasedStateMachine):
     """Sessions on a real server, and what each of them must be."""
 
     def __init__(self, store: str, models: Path) -> None:
@@ -563,8 +563,10 @@ def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callab
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "ahead_s", 0.0)
     for name in ("time_s", "service_time_s"):
-        get = getattr(Journal, name).fget
-        monkeypatch.setattr(Journal, name, property(lambda journal, get=get: get(journal) + Clock.ahead_s))
+        get = getattr(CommitWriter, name).fget
+        monkeypatch.setattr(
+            CommitWriter, name, property(lambda journal, get=get: get(journal) + Clock.ahead_s)
+        )
 
 
 @pytest.mark.usefixtures("_clock")
@@ -574,7 +576,7 @@ def test_any_history_of_calls_gives_what_each_session_alone_would(
 ) -> None:
     is_long = settings.get_current_profile_name() == "chaos"
     run_state_machine_as_test(
-        lambda: Histories(new_store(), small_models),
+        lambda: RetryWindows(new_store(), small_models),
         settings=settings(
             max_examples=60 if is_long else 6,
             deadline=None,

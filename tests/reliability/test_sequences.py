@@ -27,7 +27,7 @@ from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from tests.reliability.helpers import Restart, refusal_of
 from tests.server.helpers import GONE, TAKEN, Caller, accumulated, pending, random_inputs, refused
-from tests.server.test_session_service import in_the_future
+from tests.server.rpc.test_session_service import in_the_future
 
 
 @pytest.fixture

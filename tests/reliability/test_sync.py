@@ -22,6 +22,9 @@ from tests.conftest import ServerProcess
 MARKERS = [b"fsn0", b"fsn1", b"fsn2", b"fsn3", b"fsn4"]
 """Four bytes each that are a sound float32, and easy to find in what is written and sent."""
 
+SENDS = {"sendmsg", "sendto", "write", "writev"}
+"""How an answer may leave, whatever transport carries it."""
+
 CALL = re.compile(r"^(?P<thread>\d+) +(?:<\.\.\. )?(?P<name>\w+)(?P<rest>.*)$")
 
 
@@ -48,12 +51,12 @@ def events(trace: Path) -> Iterator[tuple[str, str]]:
         if rest.endswith("<unfinished ...>"):
             begun[thread] = rest
             # What is sent may be on its way when the call begins; what is written is there when it ends.
-            if name == "sendmsg":
+            if name in SENDS:
                 yield "send", rest
             continue
         is_second_half = rest.startswith(" resumed>")
         text = begun.pop(thread, "") + rest if is_second_half else rest
-        if name == "sendmsg":
+        if name in SENDS:
             if not is_second_half:
                 yield "send", text
         elif "-wal>" in text:
@@ -84,7 +87,7 @@ def trace(tmp_path: Path, start_server: Callable[..., ServerProcess]) -> Callabl
         server = start_server(tmp_path / "models", "--sync", sync, store=f"sqlite:///{tmp_path}/s.sqlite3")
         trace = tmp_path / "trace"
         command = ["strace", "-f", "-y", "-s", "20000", "-o", str(trace), "-p", str(server.pid)]
-        command += ["-e", "trace=pwrite64,fsync,fdatasync,sendmsg"]
+        command += ["-e", "trace=pwrite64,fsync,fdatasync," + ",".join(SENDS)]
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert tracer.stderr is not None
         said = tracer.stderr.readline()

@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import session_service_pb2_grpc
-from server.lifecycle import Server
+from server.launch import Server
 
 Start = Callable[..., Awaitable[tuple[Server, str]]]
 INVALID, GONE, ORDER, TAKEN, EXHAUSTED = (

@@ -1,0 +1,1 @@
+"""Engine: who runs next, on one model and one device."""

@@ -1,0 +1,1 @@
+"""Model: what a model file is, and which there are."""

@@ -1,0 +1,1 @@
+"""RPC: the gRPC services, and what carries their calls."""

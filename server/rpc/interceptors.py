@@ -1,0 +1,160 @@
+"""Interceptors: what happens around every rpc. Errors become statuses, calls are counted, bugs are logged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+
+from server.errors import ServerStoppingError, ServingError
+from server.metrics import Metrics
+from server.rpc import status
+
+log = structlog.get_logger()
+
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Answers a ServingError with its status, and anything else with INTERNAL after logging it whole.
+
+    It knows how many calls are in progress, and while the server stops it lets no new one in.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self._num_calls = 0
+        self._is_stopping = False
+        self._all_done = asyncio.Event()
+        self._watchers: set[asyncio.Task[Any]] = set()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Let no new call in, and wait for those in progress; says whether all ended in time."""
+        self._is_stopping = True
+        try:
+            if self._num_calls:
+                await asyncio.wait_for(self._all_done.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        finally:
+            for task in self._watchers:
+                task.cancel()
+        return True
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the handler of every rpc, once."""
+        method: str = handler_call_details.method
+        wrapped = self._handlers.get(method)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            self._handlers[method] = wrapped = self._wrap(method, handler)
+        return wrapped
+
+    def _wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        if not method.startswith("/ntm."):
+            return self._cut_when_stopping(handler)
+        rpc = method.rpartition("/")[2]
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                self._around(rpc, handler.stream_stream),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._around(rpc, handler.unary_unary),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _cut_when_stopping(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """For a health check that watches, for as long as its client likes: it ends after the drain."""
+        if handler.unary_stream is not None:
+            watch: Any = handler.unary_stream
+
+            async def around(request: Any, context: _Context) -> None:
+                task = asyncio.current_task()
+                assert task is not None
+                self._watchers.add(task)
+                try:
+                    await watch(request, context)
+                except asyncio.CancelledError:
+                    if not self._is_stopping:
+                        raise
+                    task.uncancel()
+                    await _abort(status.of(ServerStoppingError()), context)
+                finally:
+                    self._watchers.discard(task)
+
+            return grpc.unary_stream_rpc_method_handler(
+                around,
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        return handler
+
+    def _around(self, rpc: str, handle: Any) -> Any:
+        async def around(request: Any, context: _Context) -> Any:
+            call = _Call(rpc)
+            try:
+                self._let_in()
+                response = await handle(request, context)
+                call.code = grpc.StatusCode.OK
+            except Exception as error:
+                await call.abort(error, context)
+            finally:
+                self._let_out(call)
+            return response
+
+        return around
+
+    def _let_in(self) -> None:
+        self._num_calls += 1
+        if self._is_stopping:
+            raise ServerStoppingError
+
+    def _let_out(self, call: _Call) -> None:
+        self._num_calls -= 1
+        if self._is_stopping and not self._num_calls:
+            self._all_done.set()
+        self._metrics.count_call(call.rpc, call.code.name, perf_counter() - call.start_s)
+
+
+class _Call:
+    """One call: when it began, and what became of it."""
+
+    __slots__ = ("code", "rpc", "start_s")
+
+    def __init__(self, rpc: str) -> None:
+        self.rpc = rpc
+        self.start_s = perf_counter()
+        self.code = grpc.StatusCode.CANCELLED
+
+    async def abort(self, error: Exception, context: _Context) -> NoReturn:
+        """End the call with the status of an error."""
+        told = _tell(self.rpc, error)
+        self.code = told.code
+        await _abort(told, context)
+
+
+def _tell(rpc: str, error: Exception) -> status.Status:
+    if not isinstance(error, ServingError):
+        log.error("a call failed unexpectedly", rpc=rpc, exc_info=error)
+    return status.of(error)
+
+
+async def _abort(told: status.Status, context: _Context) -> NoReturn:
+    trailing = ((STATUS_DETAILS_KEY, told.to_message().SerializeToString()),)
+    await context.abort(told.code, told.message, trailing)

@@ -1,0 +1,363 @@
+"""Session service: ntm.v1.SessionService. Check the request, call the sessions, build the answer.
+
+`validation.py` holds the checks, `streaming.py` reads streams, `interceptors.py` turns errors into statuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from ntm.tensor import Array, fill, to_message
+from ntm.v1 import (
+    model_pb2,
+    session_pb2,
+    session_service_pb2,
+    session_service_pb2_grpc,
+)
+from server.errors import InvalidInputError, ServerStoppingError, ServingError
+from server.model.spec import StepModel, to_api
+from server.rpc import status
+from server.rpc import validation as requests
+from server.rpc.streaming import EnteredStep, ReadAhead
+from server.rpc.validation import RequestLimits
+from server.sessions.manager import SessionInfo, SessionManager
+from server.sessions.session import Batch, BatchResult, Session, StepResult
+
+log = structlog.get_logger()
+
+_MAX_PAGE_SIZE = 1000
+_DEFAULT_PAGE_SIZE = 100
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SessionService(session_service_pb2_grpc.SessionServiceServicer):
+    """ntm.v1.SessionService."""
+
+    def __init__(self, sessions: SessionManager, limits: RequestLimits) -> None:
+        self._sessions = sessions
+        self._limits = limits
+        self._is_stopping = False
+        self._idle_streams: set[asyncio.Task[Any]] = set()
+
+    def stop_streams(self) -> None:
+        """End the streams that wait for their client, so that stopping need not wait for them."""
+        self._is_stopping = True
+        for task in self._idle_streams:
+            task.cancel()
+
+    async def CreateSession(
+        self, request: session_service_pb2.CreateSessionRequest, context: _Context
+    ) -> session_service_pb2.CreateSessionResponse:
+        session = await self._sessions.create(
+            request.model_name,
+            request.model_version if request.HasField("model_version") else None,
+            requests.check_id("session_id", request.session_id, may_be_empty=True),
+            requests.check_id("request_id", request.request_id, may_be_empty=True),
+        )
+        return session_service_pb2.CreateSessionResponse(session=self._message(session))
+
+    async def GetSession(
+        self, request: session_service_pb2.GetSessionRequest, context: _Context
+    ) -> session_service_pb2.GetSessionResponse:
+        session = await self._sessions.get(requests.check_id("session_id", request.session_id))
+        return session_service_pb2.GetSessionResponse(session=self._message(session))
+
+    async def ListSessions(
+        self, request: session_service_pb2.ListSessionsRequest, context: _Context
+    ) -> session_service_pb2.ListSessionsResponse:
+        if not 0 <= request.page_size <= _MAX_PAGE_SIZE:
+            raise InvalidInputError(
+                "page_size", f"{request.page_size} must be 1 to {_MAX_PAGE_SIZE}, or 0 for 100"
+            )
+        page, has_more = await self._sessions.page(
+            _decode_page_token(request.page_token),
+            request.page_size or _DEFAULT_PAGE_SIZE,
+            request.model_name,
+        )
+        return session_service_pb2.ListSessionsResponse(
+            sessions=[self._message(session) for session in page],
+            next_page_token=_encode_page_token(page[-1].session_id) if has_more else "",
+        )
+
+    async def DeleteSession(
+        self, request: session_service_pb2.DeleteSessionRequest, context: _Context
+    ) -> session_service_pb2.DeleteSessionResponse:
+        session_id = requests.check_id("session_id", request.session_id)
+        await self._sessions.delete(session_id, request.allow_missing)
+        return session_service_pb2.DeleteSessionResponse()
+
+    async def ResetSession(
+        self, request: session_service_pb2.ResetSessionRequest, context: _Context
+    ) -> session_service_pb2.ResetSessionResponse:
+        session_id = requests.check_id("session_id", request.session_id)
+        session = await self._sessions.reset(
+            session_id, request.at_step if request.HasField("at_step") else None
+        )
+        return session_service_pb2.ResetSessionResponse(session=self._message(session))
+
+    async def Step(
+        self, request: session_service_pb2.StepRequest, context: _Context
+    ) -> session_service_pb2.StepResponse:
+        entered = await self.enter_step(request)
+        answer = session_service_pb2.StepResponse()
+        _fill(answer, entered, await self._sessions.finish(entered.call))
+        return answer
+
+    async def StreamSteps(  # type: ignore[override]  # gRPC takes this form too, its stubs do not
+        self, _requests: AsyncIterator[session_service_pb2.StreamStepsRequest], context: _Context
+    ) -> None:
+        # Read from and written to directly: generators around each message cost more.
+        ahead = ReadAhead(self.next_request, self.enter_step, context, self._limits.max_unanswered_steps)
+        try:
+            while (entered := await ahead.next()) is not None:
+                answer = session_service_pb2.StreamStepsResponse(session_id=entered.call.session.session_id)
+                _fill(answer.step, entered, await entered.call.future)
+                await context.write(answer)
+        finally:
+            self._sessions.withdraw(ahead.close())
+
+    async def BatchStep(
+        self, request: session_service_pb2.BatchStepRequest, context: _Context
+    ) -> session_service_pb2.BatchStepResponse:
+        requests.check_message_bytes(request.ByteSize(), self._limits)
+        ids, first_steps = [*request.session_ids], [*request.first_steps]
+        if len(set(ids)) != len(ids):
+            raise InvalidInputError(
+                "session_ids", "a session stands twice: send its steps in one item, or one after another"
+            )
+        if len(first_steps) not in (0, len(ids)):
+            raise InvalidInputError(
+                "first_steps",
+                f"{len(first_steps)} for {len(ids)} sessions: send one for each, or none",
+            )
+        inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
+        found = await self._find_each(ids)
+        batch = self._enter_batch(ids, found, first_steps, inputs)
+        return _batch_message(await self._sessions.finish(batch))
+
+    async def GetState(
+        self, request: session_service_pb2.GetStateRequest, context: _Context
+    ) -> session_service_pb2.GetStateResponse:
+        session = await self._find(request.session_id)
+        spec = session.model.model.spec
+        names = requests.check_state_names("names", request.names, spec)
+        names = names or [state.input_name for state in spec.states]
+        requests.check_answer_size("names", 0, names, session.model.model, self._limits)
+        result = await self._sessions.state(session)
+        return session_service_pb2.GetStateResponse(
+            next_step=result.next_step,
+            state=_state_messages(names, result.state, spec),
+            approximate=session.about.is_approximate,
+        )
+
+    async def ForkSession(
+        self, request: session_service_pb2.ForkSessionRequest, context: _Context
+    ) -> session_service_pb2.ForkSessionResponse:
+        session = await self._sessions.fork(
+            requests.check_id("source_session_id", request.source_session_id),
+            request.at_step if request.HasField("at_step") else None,
+            requests.check_id("session_id", request.session_id, may_be_empty=True),
+            requests.check_id("request_id", request.request_id, may_be_empty=True),
+        )
+        return session_service_pb2.ForkSessionResponse(session=self._message(session))
+
+    async def ExportSession(
+        self, request: session_service_pb2.ExportSessionRequest, context: _Context
+    ) -> session_service_pb2.ExportSessionResponse:
+        session = await self._find(request.session_id)
+        names = [state.input_name for state in session.model.model.spec.states]
+        requests.check_answer_size("session_id", 0, names, session.model.model, self._limits)
+        return session_service_pb2.ExportSessionResponse(snapshot=await self._sessions.export(session))
+
+    async def ImportSession(
+        self, request: session_service_pb2.ImportSessionRequest, context: _Context
+    ) -> session_service_pb2.ImportSessionResponse:
+        requests.check_message_bytes(request.ByteSize(), self._limits)
+        session = await self._sessions.import_snapshot(
+            request.snapshot,
+            requests.check_id("session_id", request.session_id, may_be_empty=True),
+            requests.check_id("request_id", request.request_id, may_be_empty=True),
+        )
+        return session_service_pb2.ImportSessionResponse(session=self._message(session))
+
+    async def enter_step(
+        self, request: session_service_pb2.StepRequest, follows: EnteredStep | None = None
+    ) -> EnteredStep:
+        """Check a request and put it in its session's line."""
+        requests.check_message_bytes(request.ByteSize(), self._limits)
+        session = await self._find(request.session_id)
+        model = session.model.model
+        inputs = requests.step_inputs(request.inputs, model, self._limits)
+        names = requests.check_state_names("include_state", request.include_state, model.spec)
+        field = "include_state" if names else "inputs.shape"
+        requests.check_answer_size(field, len(inputs), names, model, self._limits)
+        call = self._sessions.step(
+            session,
+            inputs,
+            request.first_step if request.HasField("first_step") else None,
+            wants_state=bool(names),
+            follows=follows.call if follows else None,
+        )
+        return EnteredStep(call, len(inputs), names)
+
+    def _enter_batch(
+        self,
+        ids: Sequence[str],
+        found: list[Session | ServingError | None],
+        first_steps: Sequence[int],
+        inputs: Array,
+    ) -> Batch:
+        """Enter each session's steps; an item that cannot be entered has its error for a result."""
+        models = {session.model if isinstance(session, Session) else None for session in found}
+        first = next((session.model for session in found if isinstance(session, Session)), None)
+        if first is not None:
+            requests.check_batch_fits(inputs, first.model, self._limits)
+            if len(models) > 1:
+                found = [self._if_alike(session, first.model) for session in found]
+
+        def check(session: Session) -> None:
+            assert first is not None
+            requests.check_alike("session_ids", session.model.model.spec, first.model.spec)
+
+        served = first if len(models) == 1 else None
+        return self._sessions.step_each(ids, found, served, inputs, first_steps, check)
+
+    def _if_alike(
+        self, session: Session | ServingError | None, model: StepModel
+    ) -> Session | ServingError | None:
+        if isinstance(session, Session):
+            try:
+                requests.check_alike("session_ids", session.model.model.spec, model.spec)
+            except ServingError as error:
+                return error
+        return session
+
+    async def _find(self, session_id: str) -> Session:
+        """A session that can be called, from memory or from the store."""
+        session = self._sessions.in_memory.get(session_id)
+        if session is not None:
+            return session
+        return await self._sessions.find(requests.check_id("session_id", session_id))
+
+    async def _find_each(self, ids: Sequence[str]) -> list[Session | ServingError | None]:
+        """The sessions that are in memory, the first at least, since the inputs are held against its model."""
+        in_memory = self._sessions.in_memory
+        found: list[Session | ServingError | None] = [*map(in_memory.get, ids)]
+        if None not in found:
+            return found
+        has_model = any(found)
+        for index, session_id in enumerate(ids):
+            if found[index] is None:
+                try:
+                    requests.check_id("session_ids", session_id)
+                    if not has_model:
+                        self._sessions.begin_to_find([session_id])
+                        found[index] = await self._sessions.find(session_id)
+                        has_model = True
+                except ServingError as error:
+                    found[index] = error
+        return [session or in_memory.get(ids[index]) for index, session in enumerate(found)]
+
+    def _message(self, session: SessionInfo) -> session_pb2.Session:
+        return session_pb2.Session(
+            session_id=session.session_id,
+            model_name=session.model_name,
+            model_version=session.model_version,
+            next_step=session.next_step,
+            create_time=_timestamp(session.create_time_s),
+            last_use_time=_timestamp(session.last_use_time_s),
+            expire_time=None if session.expire_time_s is None else _timestamp(session.expire_time_s),
+            store=self._sessions.journal.store.kind,
+            approximate=session.is_approximate,
+        )
+
+    async def next_request(
+        self, context: _Context, task: asyncio.Task[None]
+    ) -> session_service_pb2.StreamStepsRequest | None:
+        """A stream's next message, or None at its end; to be called in the stream's own task.
+
+        Raises:
+            ServerStoppingError: the server stops meanwhile.
+        """
+        if self._is_stopping:
+            raise ServerStoppingError
+        self._idle_streams.add(task)
+        try:
+            request = await context.read()
+            return None if request is grpc.aio.EOF else request
+        except asyncio.CancelledError:
+            if self._is_stopping:
+                task.uncancel()
+                raise ServerStoppingError from None
+            raise
+        finally:
+            self._idle_streams.discard(task)
+
+
+def _fill(answer: session_service_pb2.StepResponse, entered: EnteredStep, result: StepResult) -> None:
+    fill(answer.outputs, result.outputs)
+    answer.next_step = result.next_step
+    answer.approximate = entered.call.session.about.is_approximate
+    if entered.state_names:
+        spec = entered.call.session.model.model.spec
+        answer.state.extend(_state_messages(entered.state_names, result.state, spec))
+
+
+def _timestamp(time_s: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(int(time_s * 1e9))
+    return timestamp
+
+
+def _state_messages(
+    names: Iterable[str], state: Mapping[str, Array], spec: model_pb2.ModelSpec
+) -> list[session_pb2.StateTensor]:
+    """State tensors as the API shows them."""
+    specs = {state_spec.input_name: state_spec for state_spec in spec.states}
+    return [
+        session_pb2.StateTensor(
+            name=name,
+            role=specs[name].role,
+            value=to_message(to_api(specs[name], state[name])),
+        )
+        for name in names
+    ]
+
+
+def _batch_message(result: BatchResult) -> session_service_pb2.BatchStepResponse:
+    response = session_service_pb2.BatchStepResponse(
+        next_steps=result.next_steps, approximate=sorted(result.approximate)
+    )
+    for index, error in sorted(result.errors.items()):
+        if not isinstance(error, ServingError):
+            log.error("an item of a batch failed unexpectedly", index=index, exc_info=error)
+        told = status.of(error)
+        response.errors.add(
+            index=index,
+            code=told.code.value[0],
+            reason=told.reason,
+            message=told.message,
+            metadata=told.metadata,
+        )
+    if result.outputs is not None:
+        fill(response.outputs, result.outputs)
+    return response
+
+
+def _encode_page_token(session_id: str) -> str:
+    return base64.urlsafe_b64encode(session_id.encode()).decode()
+
+
+def _decode_page_token(token: str) -> str:
+    try:
+        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
+    except ValueError:  # not ASCII, not base64, not UTF-8
+        raise InvalidInputError("page_token", "send next_page_token of the page before, unchanged") from None

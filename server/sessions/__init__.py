@@ -1,0 +1,1 @@
+"""Sessions: what a session is and does, free of gRPC."""

@@ -1,0 +1,313 @@
+"""Records: what a store keeps of a session, as bytes, and how damage to it is noticed.
+
+A session is its last snapshot and the records since: one record for each message, with the inputs it had and the
+outputs it gave. A snapshot is a safetensors file, the same that ExportSession gives. Everything carries a checksum,
+since a store can return what it was not given; a store itself (`server/storage`) looks into none of it.
+
+Shapes: T steps of a message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from ntm.tensor import Array, numpy_dtype
+from server.model.spec import StepModel, api_shape, from_api, to_api
+from server.runtime.provider import Device
+from server.storage.interface import Record
+
+FORMAT = "ntm.v1"
+
+# Checksum, first step, number of steps, fingerprint; then the inputs and the outputs.
+_HEADER = struct.Struct("<IqI8s")
+
+
+class DamagedError(Exception):
+    """Bytes that are not what was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A message that failed: a repeat of it gets the same answer."""
+
+    first_step: int
+    inputs_digest: str
+    kind: Literal["STEP_FAILED", "OUTPUT_NOT_FINITE"]
+    step: int
+    """Where an output was not finite; -1 for a step that raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What an entry says of its session beside its id, its counter and its last use."""
+
+    request: str
+    """What the request that made it asked for, so that a repeat is told from another request."""
+    model_version: int
+    model_digest: str
+    create_time_s: float
+    """Seconds since the epoch."""
+    snapshot_step: int
+    """The snapshot is the state before this step."""
+    snapshot_checksum: int = 0
+    """Tells the snapshot from every other; 0: there is none, and it is the model's initial state."""
+    reset_steps: tuple[int, ...] = ()
+    """Where it was reset, as far as that is on record."""
+    fingerprint: str = ""
+    """On what the records since the snapshot were written."""
+    is_approximate: bool = False
+    """It was once replayed on another machine or build than it ran on."""
+    num_recoveries: int = 0
+    """Replays begun and not finished: a recovery that brings the server down must not be tried for ever."""
+    failure: Failure | None = None
+    """The last message, if it failed."""
+    end_reason: Literal["", "DELETED", "EXPIRED"] = ""
+
+    def check_snapshot(self, snapshot: bytes) -> None:
+        """That the snapshot is this session's last; b"" for none.
+
+        Raises:
+            DamagedError: it is missing, or another.
+        """
+        if zlib.crc32(snapshot) != self.snapshot_checksum:
+            raise DamagedError("the snapshot is missing, or is not what was written")
+
+    def with_snapshot(
+        self, snapshot: bytes, step: int, reset_steps: tuple[int, ...], where: Fingerprint
+    ) -> About:
+        """The same with a snapshot of the state before a step, written here; nothing is left to be replayed."""
+        return replace(
+            self,
+            snapshot_step=step,
+            snapshot_checksum=zlib.crc32(snapshot),
+            reset_steps=reset_steps,
+            fingerprint=where.text,
+            num_recoveries=0,
+        )
+
+    def encode(self) -> bytes:
+        """As an entry's content."""
+        text = json.dumps(asdict(self), separators=(",", ":")).encode()
+        return b"%08x" % zlib.crc32(text) + text
+
+    @staticmethod
+    def decode(content: bytes) -> About:
+        """What `encode` gave.
+
+        Raises:
+            DamagedError: this is something else.
+        """
+        text = content[8:]
+        if content[:8] != b"%08x" % zlib.crc32(text):
+            raise DamagedError("the entry's checksum is wrong")
+        fields = json.loads(text)
+        failure = fields.pop("failure")
+        about = About(**fields, failure=Failure(**failure) if failure else None)
+        return replace(about, reset_steps=tuple(about.reset_steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A message as it was applied."""
+
+    first_step: int
+    inputs: Array
+    """[T, ...input shape]."""
+    outputs: Array
+    """[T, ...output shape]."""
+    fingerprint: bytes
+
+    @property
+    def end_step(self) -> int:
+        """The step after its last."""
+        return self.first_step + len(self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """On what a model's steps ran: elsewhere they may round differently."""
+
+    text: str
+    """For people."""
+    digest: bytes
+    """8 bytes, in every record."""
+
+
+def fingerprint(model: StepModel, device: Device, padded_batch_size: int | None) -> Fingerprint:
+    """The fingerprint of what runs here."""
+    text = f"onnxruntime {ort.__version__}, {device.provider}, {device.processor}"
+    if padded_batch_size:
+        text += f", batches of {padded_batch_size}"
+    return Fingerprint(text, hashlib.sha256(f"{text}, {model.digest}".encode()).digest()[:8])
+
+
+def encode_record(session_id: str, first_step: int, inputs: Array, outputs: Array, where: bytes) -> Record:
+    """A message's record.
+
+    Args:
+        session_id: whose it is; a record in another session's place is damage.
+        first_step: index of the first step.
+        inputs: [T, ...input shape].
+        outputs: [T, ...output shape].
+        where: the fingerprint's digest.
+    """
+    body = inputs.tobytes() + outputs.tobytes()
+    num_steps = len(inputs)
+    checksum = _record_checksum(session_id, first_step, num_steps, where, body)
+    return Record(first_step, _HEADER.pack(checksum, first_step, num_steps, where) + body)
+
+
+def decode_record(session_id: str, record: Record, model: StepModel) -> Ran:
+    """What a record says.
+
+    Raises:
+        DamagedError: it is not what was written, or not a record of this session and model.
+    """
+    if len(record.content) < _HEADER.size:
+        raise DamagedError(f"the record of step {record.first_step} is cut short")
+    checksum, first_step, num_steps, where = _HEADER.unpack_from(record.content)
+    body = record.content[_HEADER.size :]
+    if checksum != _record_checksum(session_id, first_step, num_steps, where, body):
+        raise DamagedError(f"the checksum of the record of step {record.first_step} is wrong")
+    input_shape, output_shape = (
+        (num_steps, *model.no_inputs.shape[1:]),
+        (num_steps, *model.no_outputs.shape[1:]),
+    )
+    input_bytes = math.prod(input_shape) * model.no_inputs.itemsize
+    output_bytes = math.prod(output_shape) * model.no_outputs.itemsize
+    if first_step != record.first_step or len(body) != input_bytes + output_bytes:
+        raise DamagedError(f"the record of step {record.first_step} is of another session or model")
+    inputs = np.frombuffer(body[:input_bytes], model.no_inputs.dtype).reshape(input_shape)
+    outputs = np.frombuffer(body[input_bytes:], model.no_outputs.dtype).reshape(output_shape)
+    return Ran(first_step, inputs, outputs, where)
+
+
+def check_unbroken(messages: Sequence[Ran], snapshot_step: int, next_step: int) -> None:
+    """That the records lead from the snapshot to the counter without a gap.
+
+    Raises:
+        DamagedError: they do not.
+    """
+    step = messages[0].first_step if messages else snapshot_step
+    meets_snapshot = step == snapshot_step
+    for message in messages:
+        if message.first_step != step:
+            raise DamagedError(f"the record of step {step} is missing")
+        step = message.end_step
+        meets_snapshot = meets_snapshot or step == snapshot_step
+    if step != next_step or not meets_snapshot:
+        raise DamagedError(
+            f"the records end at step {step}, the snapshot is of step {snapshot_step}, and the session's next step "
+            f"is {next_step}"
+        )
+
+
+def encode_snapshot(model: StepModel, next_step: int, state: Mapping[str, Array]) -> bytes:
+    """A session's whole state, as a safetensors file with metadata.
+
+    Args:
+        model: the session's model.
+        next_step: its counter.
+        state: by name, [...state shape] each, in the graph's axes; the file has the API's.
+    """
+    tensors = {
+        spec.input_name: np.array(to_api(spec, state[spec.input_name]), order="C")
+        for spec in model.spec.states
+    }
+    return safetensors.numpy.save(
+        tensors,
+        {
+            "format": FORMAT,
+            "model_name": model.name,
+            "model_version": str(model.version),
+            "model_digest": model.digest,
+            "next_step": str(next_step),
+            "crc32": f"{_state_checksum(tensors, next_step):08x}",
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A session's whole state at a step."""
+
+    metadata: dict[str, str]
+    next_step: int
+    state: dict[str, Array]
+    """By name, [...state shape] each, in the graph's axes."""
+
+
+def snapshot_metadata(data: bytes) -> dict[str, str]:
+    """What a snapshot says of itself.
+
+    Raises:
+        DamagedError: it is no snapshot.
+    """
+    try:
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise DamagedError(f"its format is {metadata['format']!r}, not {FORMAT!r}")
+        for name in ("model_name", "model_version", "model_digest", "next_step", "crc32"):
+            metadata[name]
+        return {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError("it is not a safetensors file with a session's metadata") from error
+
+
+def decode_snapshot(model: StepModel, data: bytes) -> Snapshot:
+    """What `encode_snapshot` gave; that its model is this one is for the caller to check.
+
+    Raises:
+        DamagedError: it is not what was written, or its names, shapes, or dtypes are not those of this model's state.
+    """
+    metadata = snapshot_metadata(data)
+    try:
+        tensors: dict[str, Any] = safetensors.numpy.load(data)
+        next_step, checksum = int(metadata["next_step"]), int(metadata["crc32"], 16)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DamagedError(f"it is not a whole safetensors file: {error}") from error
+    names = {spec.input_name for spec in model.spec.states}
+    if set(tensors) != names:
+        raise DamagedError(f"it has the tensors {sorted(tensors)}, the model {sorted(names)}")
+    state = {}
+    for spec in model.spec.states:
+        name, array = spec.input_name, tensors[spec.input_name]
+        dtype, shape = numpy_dtype(spec.dtype), api_shape(spec)
+        if array.shape != shape or array.dtype != dtype:
+            raise DamagedError(
+                f"tensor {name!r} is {array.dtype} {list(array.shape)}, the model's {dtype} {list(shape)}"
+            )
+        state[name] = np.array(from_api(spec, array), order="C")
+    ordered = {spec.input_name: tensors[spec.input_name] for spec in model.spec.states}
+    if next_step < 0 or checksum != _state_checksum(ordered, next_step):
+        raise DamagedError("its checksum is wrong")
+    return Snapshot(metadata, next_step, state)
+
+
+def digest_of(inputs: Array) -> str:
+    """Tells the inputs of a message that failed from others."""
+    return hashlib.sha256(inputs.tobytes()).hexdigest()
+
+
+def _record_checksum(session_id: str, first_step: int, num_steps: int, where: bytes, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(f"{session_id} {first_step} {num_steps} ".encode() + where))
+
+
+def _state_checksum(tensors: Mapping[str, Array], next_step: int) -> int:
+    checksum = zlib.crc32(str(next_step).encode())
+    for name, array in tensors.items():
+        checksum = zlib.crc32(array.tobytes(), zlib.crc32(name.encode(), checksum))
+    return checksum

@@ -1,0 +1,159 @@
+"""Specs: what a model file must declare, and every way in which it can disagree with its graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from google.protobuf import json_format
+from onnx import helper
+
+from ntm.tensor import to_message
+from ntm.v1 import model_pb2, tensor_pb2
+from server.errors import ModelFileError
+from server.model import spec
+from tests import step_models
+
+Change = Callable[[model_pb2.ModelSpec], object]
+
+
+def read_back(content: bytes) -> tuple[onnx.ModelProto, model_pb2.ModelSpec]:
+    step = onnx.load_from_string(content)
+    text = next(entry.value for entry in step.metadata_props if entry.key == spec.METADATA_KEY)
+    return step, json_format.Parse(text, model_pb2.ModelSpec())
+
+
+def problems_of(tmp_path: Path, content: bytes) -> tuple[str, ...]:
+    path = step_models.write(tmp_path, content)
+    with pytest.raises(ModelFileError) as caught:
+        spec.load(path, "test", 1)
+    assert str(path) in str(caught.value)
+    return caught.value.problems
+
+
+def test_a_model_is_read_with_its_digest(tmp_path: Path) -> None:
+    path = step_models.write(tmp_path, step_models.many_layouts())
+
+    model = spec.load(path, "test", 1)
+
+    assert model.label == "test/1"
+    assert re.fullmatch("[0-9a-f]{64}", model.digest)
+    assert model.state_bytes == 8 * 4 + 6 * 4 + 8
+
+
+def test_a_model_without_metadata_is_described_by_the_file_beside_it(tmp_path: Path) -> None:
+    step, declared = read_back(step_models.accumulator())
+    del step.metadata_props[:]
+    path = step_models.write(tmp_path, step.SerializeToString())
+    path.with_name("model_spec.json").write_text(json_format.MessageToJson(declared))
+
+    assert spec.load(path, "test", 1).spec == declared
+
+
+def test_a_model_without_any_spec_is_refused(tmp_path: Path) -> None:
+    step, _ = read_back(step_models.accumulator())
+    del step.metadata_props[:]
+
+    (problem,) = problems_of(tmp_path, step.SerializeToString())
+
+    assert "no spec" in problem
+    assert "model_spec.json" in problem
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", step_models.accumulator()[:200]])
+def test_a_corrupt_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (problem,) = problems_of(tmp_path, content)
+
+    assert "not a valid ONNX file" in problem or "no spec" in problem
+
+
+def test_a_graph_that_computes_other_shapes_than_it_declares_is_refused(tmp_path: Path) -> None:
+    step, declared = read_back(step_models.accumulator())
+    step.graph.node.add().CopyFrom(helper.make_node("Concat", ["next_sum", "next_sum"], ["twice"], axis=1))
+    step.graph.node[2].input[0] = "twice"
+    step.graph.node.insert(2, step.graph.node.pop())
+
+    (problem,) = problems_of(tmp_path, step_models.with_spec(step, declared))
+
+    assert "not a valid ONNX file" in problem
+
+
+def test_a_sidecar_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    step, _ = read_back(step_models.accumulator())
+    del step.metadata_props[:]
+    path = step_models.write(tmp_path, step.SerializeToString())
+    path.with_name("model_spec.json").write_bytes(b"\xff\xfe")
+
+    with pytest.raises(ModelFileError, match="is not a ModelSpec"):
+        spec.load(path, "test", 1)
+
+
+def test_a_spec_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    step, _ = read_back(step_models.accumulator())
+    helper.set_model_props(step, {spec.METADATA_KEY: "{"})
+
+    (problem,) = problems_of(tmp_path, step.SerializeToString())
+
+    assert "is not a ModelSpec" in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda s: setattr(s.input, "name", "z"), "input 'z' is in the spec but not in the graph"),
+        (lambda s: setattr(s.input, "name", "z"), "graph input 'x' is not in the spec"),
+        (lambda s: setattr(s.output, "dtype", tensor_pb2.DATA_TYPE_FP64), "FP64 in the spec and FP32"),
+        (lambda s: setattr(s.output, "dtype", 0), "unknown"),
+        (lambda s: s.input.shape.append(2), "has 3 axes in the spec, batch included, and 2 in the graph"),
+        (lambda s: s.input.shape.__setitem__(0, 4), "shape [4] in the spec and [3] in the graph"),
+        (lambda s: s.input.shape.__setitem__(0, 0), "axis below 1"),
+        (lambda s: setattr(s.input, "batch_axis", 1), "fixes its batch axis to 3"),
+        (lambda s: setattr(s.input, "batch_axis", 2), "outside its 2 axes"),
+        (lambda s: s.states.pop(), "graph input 'sum' is not in the spec"),
+        (lambda s: s.states.pop(), "has no states"),
+        (lambda s: s.states.add().CopyFrom(s.states[0]), "declares input 'sum' more than once"),
+        (lambda s: setattr(s.states[0], "role", 0), "has no role"),
+        (lambda s: s.states[0].ClearField("fill"), "has no initial value"),
+        (lambda s: s.states[0].values.CopyFrom(to_message(np.zeros(4, np.float32))), "FP32 [4], the state"),
+        (lambda s: s.states[0].values.CopyFrom(tensor_pb2.Tensor(dtype=7, shape=[3])), "damaged"),
+        (lambda s: s.states[0].api_axes.extend([0, 1]), "api_axes [0, 1] is not an order"),
+        (
+            lambda s: s.constants.add(name="rate", value=to_message(np.float32(1)[None])),
+            "'rate' is not an input",
+        ),
+    ],
+)
+def test_a_spec_that_disagrees_with_its_graph_is_refused(
+    tmp_path: Path, change: Change, complaint: str
+) -> None:
+    step, declared = read_back(step_models.accumulator())
+    change(declared)
+
+    problems = problems_of(tmp_path, step_models.with_spec(step, declared))
+
+    assert any(complaint in problem for problem in problems), problems
+
+
+def test_every_difference_is_listed(tmp_path: Path) -> None:
+    step, declared = read_back(step_models.accumulator())
+    declared.input.name = "z"
+    declared.output.shape[0] = 9
+    declared.states[0].role = model_pb2.STATE_ROLE_UNSPECIFIED
+
+    problems = problems_of(tmp_path, step_models.with_spec(step, declared))
+
+    assert len(problems) == 4
+
+
+def test_a_constant_of_another_type_is_refused(tmp_path: Path) -> None:
+    step, declared = read_back(step_models.many_layouts())
+    declared.constants[0].value.CopyFrom(to_message(np.zeros(2, np.int64)))
+
+    problems = problems_of(tmp_path, step_models.with_spec(step, declared))
+
+    assert any("'rate' is INT64 in the spec and FP32 in the graph" in problem for problem in problems)
+    assert any("'rate' has shape [2] in the spec and [] in the graph" in problem for problem in problems)

@@ -21,6 +21,7 @@ from onnx import helper
 from ntm.tensor import Array, TensorError, data_type, numpy_dtype, to_array, type_name
 from ntm.v1 import model_pb2, tensor_pb2
 from server.errors import ModelFileError
+from server.model.layout import StepLayout
 
 METADATA_KEY = "ntm.v1.ModelSpec"
 SIDECAR_NAME = "model_spec.json"
@@ -41,6 +42,16 @@ class StepModel:
     def label(self) -> str:
         """Name and version, as people write them."""
         return f"{self.name}/{self.version}"
+
+    @cached_property
+    def inputs(self) -> StepLayout:
+        """How the inputs of a step stand in its bytes."""
+        return StepLayout([self.spec.input], has_reset=True)
+
+    @cached_property
+    def outputs(self) -> StepLayout:
+        """How the outputs of a step stand in its bytes."""
+        return StepLayout([self.spec.output])
 
     @cached_property
     def no_inputs(self) -> Array:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.measuring import Case, Figures, machine, ratio, side_by_side
 from benchmarks.peers import trainers
-from training.model import NTMCell, Unrolled
+from training.model import NTMCell, RecurrentLayer
 from training.tasks.copy import CopyTask
 
 RESULT = Path(__file__).parent / "results" / "training_speed.json"
@@ -42,13 +42,13 @@ def update(is_compiled: bool, batch_size: int, length: int) -> Callable[[], None
     """One update of the copy recipe, on sequences of one length."""
     torch.manual_seed(0)
     cell = NTMCell(input_size=9, output_size=8, initial_memory="constant", initial_attention="constant")
-    unrolled = Unrolled(cell, is_compiled=is_compiled)
+    layer = RecurrentLayer(cell, use_kernel=is_compiled)
     optimizer = torch.optim.RMSprop(cell.parameters(), lr=1e-3, alpha=0.95, momentum=0.9)
     task, generator = CopyTask(), torch.Generator().manual_seed(0)
 
     def one() -> None:
         inputs, targets, _ = task.draw(batch_size, (length,), generator)
-        outputs = unrolled(inputs)
+        outputs, _ = layer(inputs)
         loss = F.binary_cross_entropy_with_logits(outputs[-length:], targets)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -33,7 +33,7 @@ from training.config import OptimizerSettings, Settings, make_cell, write_settin
 from training.errors import NonFiniteError, RunDirectoryError, SettingsError
 from training.evaluate import evaluate, is_solved, total
 from training.losses import Scores, mean
-from training.model import Cell, Unrolled
+from training.model import Cell, RecurrentLayer
 from training.records import Records
 from training.tasks import Sequences
 
@@ -106,15 +106,15 @@ class _Run:
         torch.manual_seed(settings.seed)
         self.settings, self.command, self.fabric = settings, command, fabric
         self.cell = make_cell(settings)
-        is_compiled = settings.device == "cpu" and settings.precision == "32-true"
-        unrolled = Unrolled(self.cell, is_compiled=is_compiled)
         decay = settings.optimizer.average_decay
         self.averaged: Cell = self.cell
         self._average = None
         if decay:
             self._average = AveragedModel(self.cell, multi_avg_fn=_mean_with(decay)).to(fabric.device)
             self.averaged = cast("Cell", self._average.module)
-        self.unrolled, self.optimizer = fabric.setup(unrolled, _optimizer(self.cell, settings.optimizer))
+        self.layer, self.optimizer = fabric.setup(
+            RecurrentLayer(self.cell), _optimizer(self.cell, settings.optimizer)
+        )
         self.sequence_generator = torch.Generator().manual_seed(settings.seed + 1)
         self.update, self.metrics, self.best_score = 0, Scores(), math.inf
         self.solved: dict[str, float] = {}
@@ -202,7 +202,7 @@ class _Run:
         task = settings.task
         drawn = task.check(task.draw_for_training(batch_size, size, self.sequence_generator), batch_size)
         sequences, targets, mask = self._own(drawn), drawn.targets, drawn.mask
-        answers = self.unrolled(sequences.inputs)[-len(targets) :].float()
+        answers = self.layer(sequences.inputs)[0][-len(targets) :].float()
         # An answer weighs as much in whichever process it is: their means are averaged.
         num_counted = None if mask is None else float(mask.sum()) / fabric.world_size
         loss = mean(task.loss.costs(answers, sequences.targets), sequences.mask, num_counted)
@@ -210,7 +210,7 @@ class _Run:
         self.optimizer.zero_grad()
         fabric.backward(loss)
         norm = fabric.clip_gradients(
-            self.unrolled, self.optimizer, max_norm=settings.optimizer.clip_norm, error_if_nonfinite=False
+            self.layer, self.optimizer, max_norm=settings.optimizer.clip_norm, error_if_nonfinite=False
         )
         assert norm is not None
         self._check_finite(loss, norm)

@@ -5,9 +5,11 @@ its decision into requests, `addressing.py` turns requests into attention over t
 writes and reads by that attention. `access.py` is the last three in one, and `kernel.py` the same compiled for
 training on a CPU. `cell.py` ties all into a step, `plain.py` is the controller alone, `state.py` is what passes
 from one step to the next, `unroll.py` runs many steps, `fused_unroll.py` runs them as one operation.
+`layer.py` makes a cell a layer of anybody's network.
 """
 
 from training.model.cell import NTMCell, with_memory_rows
+from training.model.layer import NTM, RecurrentLayer, detach_state
 from training.model.plain import PlainCell
 from training.model.state import (
     HiddenState,
@@ -17,9 +19,10 @@ from training.model.state import (
     named_tensors,
     with_tensors,
 )
-from training.model.unroll import Cell, Unrolled, unroll
+from training.model.unroll import Cell, unroll
 
 __all__ = [
+    "NTM",
     "Cell",
     "HiddenState",
     "LSTMState",
@@ -27,7 +30,8 @@ __all__ = [
     "NTMState",
     "PlainCell",
     "PlainState",
-    "Unrolled",
+    "RecurrentLayer",
+    "detach_state",
     "named_tensors",
     "unroll",
     "with_memory_rows",

@@ -62,7 +62,8 @@ class Controller(nn.Module):
         Returns:
             [B, C] the highest layer's output, in (-1, 1), and the next state.
         """
-        before, after = iter(state), list[LayerState]()
+        before = iter(state)
+        after: list[LayerState] = []
         for layer in self.layers:
             if isinstance(layer, FeedforwardLayer):
                 output: Tensor = layer(torch.cat(list(inputs), dim=-1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.model import fused_unroll, kernel
 from training.model.cell import NTMCell
@@ -59,24 +59,6 @@ def unroll(cell: Cell, inputs: Tensor, state: Any = None, *, is_compiled: bool =
     for t in range(1, len(inputs)):
         filled[t], state = cell.step(inputs[t], state, **access)
     return filled, state
-
-
-class Unrolled(nn.Module):
-    """A cell as a function of whole sequences, from [T, B, I] to logits [T, B, O]: what training runs.
-
-    Args:
-        cell: the cell, which stays as it is.
-        is_compiled: see `unroll`.
-    """
-
-    def __init__(self, cell: Cell, *, is_compiled: bool) -> None:
-        super().__init__()
-        self.cell = cell
-        self._is_compiled = is_compiled
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """All outputs, from the initial state on."""
-        return unroll(self.cell, inputs, is_compiled=self._is_compiled)[0]
 
 
 def _check_inputs(cell: Cell, inputs: Tensor) -> None:

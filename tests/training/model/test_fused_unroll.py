@@ -11,7 +11,15 @@ import torch
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from training.model import NTMCell, PlainCell, Unrolled, fused_unroll, named_tensors, unroll, with_tensors
+from training.model import (
+    NTMCell,
+    PlainCell,
+    RecurrentLayer,
+    fused_unroll,
+    named_tensors,
+    unroll,
+    with_tensors,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -115,11 +123,11 @@ def test_second_derivatives_are_refused_and_not_taken_for_zero(kind):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"controller": "gru"}])
-def test_the_cell_of_an_unrolled_stays_as_it_is(kind):
+def test_the_cell_of_a_layer_stays_as_it_is(kind):
     cell = make_cell(**kind)
     before = dict(vars(cell))
 
-    Unrolled(cell, is_compiled=True)(torch.randn(2, 1, 3))
+    RecurrentLayer(cell)(torch.randn(2, 1, 3))
 
     assert vars(cell) == before
 
@@ -172,7 +180,7 @@ def test_it_is_for_lstm_controllers_and_other_cells_are_unrolled_step_by_step(ki
     cell, inputs = make_cell(**kind), torch.randn(6, 2, 3)
     expected, _ = unroll(cell, inputs)
 
-    outputs = Unrolled(cell, is_compiled=True)(inputs)
+    outputs, _ = RecurrentLayer(cell)(inputs)
 
     assert fused_unroll.can_fuse(cell) == can_fuse
     assert_close(outputs, expected, atol=1e-5, rtol=1e-5)

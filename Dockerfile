@@ -3,6 +3,7 @@
 #   docker build --target server .                          the server, on the CPU
 #   docker build --target server --build-arg VARIANT=gpu .  with ONNX Runtime for CUDA and the CUDA libraries it needs
 #   docker build --target client .                          the Python client and demo.py
+#   docker build --target inspector .                       the inspector's page, over a server that runs elsewhere
 #   docker build --target train .                           torch, and g++ for torch.compile
 #
 # pip's own variables are taken as build arguments: PIP_EXTRA_INDEX_URL names PyTorch's index of CPU builds, for a
@@ -32,7 +33,7 @@ COPY pyproject.toml constraints.txt constraints-gpu.txt ./
 COPY clients/python/pyproject.toml clients/python/
 # Stand-ins for what the pyproject.tomls name.
 RUN touch README.md clients/python/README.md \
-    && mkdir -p clients/python/ntm/v1 export server/engine server/model server/rpc server/runtime server/security server/sessions server/storage training/model training/tasks
+    && mkdir -p clients/python/ntm/v1 export inspector server/engine server/model server/rpc server/runtime server/security server/sessions server/storage training/model training/tasks
 
 
 FROM build AS build-server
@@ -64,6 +65,15 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY clients clients
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --no-deps --force-reinstall ./clients/python
+
+
+FROM build AS build-inspector
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip --python /opt/venv/bin/python install --constraint constraints.txt ./clients/python '.[inspector]'
+COPY clients clients
+COPY inspector inspector
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip --python /opt/venv/bin/python install --no-deps --force-reinstall ./clients/python .
 
 
 FROM build AS build-train
@@ -98,6 +108,15 @@ COPY demo.py /app/demo.py
 WORKDIR /app
 USER 10001:10001
 ENTRYPOINT ["python", "demo.py"]
+CMD ["--help"]
+
+
+FROM base AS inspector
+COPY --from=build-inspector /opt/venv /opt/venv
+USER 10001:10001
+WORKDIR /
+EXPOSE 8050
+ENTRYPOINT ["python", "-m", "inspector"]
 CMD ["--help"]
 
 

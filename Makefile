@@ -13,7 +13,7 @@ DIST := dist
 PROTOS := $(wildcard protos/ntm/v1/*.proto)
 PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
 generate_into = --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
-CODE := benchmarks clients/python export server training demo.py tests
+CODE := benchmarks clients/python export inspector server training demo.py tests
 
 .DEFAULT_GOAL := help
 
@@ -25,8 +25,12 @@ help: ## Say what there is.
 demo: $(VENV)/.demo ## See a trained NTM recall sequences through the server.
 	@$(BIN)/python demo.py
 
+.PHONY: inspect
+inspect: $(VENV)/.inspect ## See sessions at work, in a browser: a page on 127.0.0.1:8050 over a server on models/.
+	@$(BIN)/python -m inspector
+
 .PHONY: test
-test: $(VENV)/.dev ## Run the tests.
+test: $(VENV)/.dev $(VENV)/.chromium ## Run the tests.
 	@$(BIN)/python -m pytest --numprocesses 2
 
 .PHONY: chaos
@@ -38,7 +42,7 @@ test-compose: $(VENV)/.dev secrets ## Build the images, run them, and kill, roll
 	@$(BIN)/python -m pytest tests/compose -m compose --capture=no --timeout 600
 
 .PHONY: secrets
-secrets: deploy/secrets/valkey_password deploy/secrets/grafana_password ## Make the secrets that docker-compose.yml mounts, where there are none.
+secrets: deploy/secrets/valkey_password deploy/secrets/grafana_password deploy/secrets/inspector_token ## Make the secrets that docker-compose.yml mounts, where there are none.
 
 # Nobody else can enter the directory; in it, users of containers can read what is mounted for them.
 deploy/secrets/%:
@@ -61,7 +65,7 @@ bench-quick: $(VENV)/.dev ## Hold the main ratios to their floors, in under a mi
 check: $(VENV)/.dev $(BUF) check-deploy ## Check format, lint, types, protos, the Dockerfile and the Kubernetes example.
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@$(BIN)/ruff check --quiet $(CODE)
-	@$(BIN)/mypy benchmarks clients/python/ntm export server training demo.py
+	@$(BIN)/mypy benchmarks clients/python/ntm export inspector server training demo.py
 	@$(BUF) lint
 	@rm -rf $(VENV)/generated && mkdir -p $(VENV)/generated
 	@$(PROTOC) $(call generate_into,$(VENV)/generated) $(PROTOS)
@@ -116,6 +120,11 @@ $(VENV)/.demo: $(INSTALLED_FROM) | $(VENV)/bin/python
 	@$(PIP) install --constraint constraints.txt --editable clients/python --editable '.[demo]'
 	@touch $@
 
+$(VENV)/.inspect: $(INSTALLED_FROM) | $(VENV)/bin/python
+	@echo "Installing the server, the client and the inspector into $(VENV)"
+	@$(PIP) install --constraint constraints.txt --editable clients/python --editable '.[server,inspector]'
+	@touch $@
+
 $(VENV)/.train: $(INSTALLED_FROM) | $(VENV)/bin/python
 	@echo "Installing training and export into $(VENV)"
 	@$(PIP) install --constraint constraints.txt --editable clients/python --editable '.[export]'
@@ -124,10 +133,20 @@ $(VENV)/.train: $(INSTALLED_FROM) | $(VENV)/bin/python
 $(VENV)/.dev: $(INSTALLED_FROM) | $(VENV)/bin/python
 	@echo "Installing everything into $(VENV)"
 	@$(PIP) install --constraint constraints.txt --editable clients/python --editable '.[dev]'
-	@touch $@ $(VENV)/.demo $(VENV)/.train
+	@touch $@ $(VENV)/.demo $(VENV)/.train $(VENV)/.inspect
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
+
+# The page's tests run in Debian's Chromium. Where it cannot be installed they are skipped, and say so.
+$(VENV)/.chromium: | $(VENV)/bin/python
+	@if command -v chromium > /dev/null; then :; \
+	elif command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ]; then \
+		echo "Installing Chromium, for the tests of the inspector's page"; \
+		apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
+			--no-install-recommends chromium fonts-dejavu-core > /dev/null; \
+	else echo "There is no chromium: the tests of the inspector's page will be skipped"; fi
+	@touch $@
 
 $(VENV)/deploy/.tools: Makefile | $(VENV)/bin/python
 	@$(PYTHON) -m venv $(VENV)/deploy

@@ -37,6 +37,10 @@ def modules_loaded_by(*packages: str) -> set[str]:
     [
         ("server", {"torch", "training", "export", "ntm._sync", "matplotlib"}),
         ("ntm", {"torch", "training", "export", "server", "onnx", "onnxruntime", "matplotlib"}),
+        (
+            "inspector",
+            {"torch", "training", "export", "server", "ntm._sync", "onnx", "onnxruntime", "matplotlib"},
+        ),
         ("training", {"server", "ntm", "export", "grpc", "onnxruntime"}),
         ("export", {"server", "ntm._sync", "grpc"}),
     ],

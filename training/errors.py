@@ -5,7 +5,7 @@
     ├── TaskError              a task's sequences are not what it says, or its data cannot be read
     ├── RunDirectoryError      the run directory is in use, or is not a run
     ├── CheckpointError        a checkpoint is missing, truncated or of another model
-    ├── NonFiniteError         the loss, a gradient or the weights are no longer finite numbers
+    ├── NonFiniteError         the loss or a gradient is no longer a number
     └── SweepError             a run of a sweep failed
 
 Each message is one sentence or two for the person at the terminal: what happened and what to do next.
@@ -13,12 +13,9 @@ Each message is one sentence or two for the person at the terminal: what happene
 
 from __future__ import annotations
 
-DIVERGED = 3
-"""Exit code of a run that ended by a NonFiniteError; of any other error it is 1."""
-
 
 class TrainingError(Exception):
-    """Anything training refuses; `python -m training` prints its message and exits with a code that is not 0."""
+    """Anything training refuses; `python -m training` prints its message and exits with code 1."""
 
 
 class SettingsError(TrainingError):
@@ -38,7 +35,7 @@ class CheckpointError(TrainingError):
 
 
 class NonFiniteError(TrainingError):
-    """The loss, a gradient or the weights are no longer finite numbers."""
+    """The loss or a gradient is no longer a number."""
 
 
 class SweepError(TrainingError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,25 +43,15 @@ class StepModel:
         """Name and version, as people write them."""
         return f"{self.name}/{self.version}"
 
-    @property
-    def input_tensors(self) -> Sequence[model_pb2.TensorSpec]:
-        """What a step takes."""
-        return [self.spec.input]
-
-    @property
-    def output_tensors(self) -> Sequence[model_pb2.TensorSpec]:
-        """What a step gives."""
-        return [self.spec.output]
-
     @cached_property
     def inputs(self) -> StepLayout:
         """How the inputs of a step stand in its bytes."""
-        return StepLayout(self.input_tensors, has_reset=True)
+        return StepLayout([self.spec.input], has_reset=True)
 
     @cached_property
     def outputs(self) -> StepLayout:
         """How the outputs of a step stand in its bytes."""
-        return StepLayout(self.output_tensors)
+        return StepLayout([self.spec.output])
 
     @cached_property
     def no_inputs(self) -> Array:

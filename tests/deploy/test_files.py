@@ -94,7 +94,7 @@ def test_the_router_repeats_after_a_reset_only_what_is_marked_safe() -> None:
 def test_no_file_holds_a_secret_or_publishes_beyond_this_machine() -> None:
     published = re.findall(r'^      - "([^"]*:\d+)"$', COMPOSE, re.MULTILINE)
 
-    assert len(published) == 4
+    assert len(published) == 5
     assert all(port.startswith("127.0.0.1:") for port in published)
     for name, value in re.findall(r"(\w*(?:PASSWORD|TOKEN)\w*): (\S+)", COMPOSE):
         assert value.startswith("/run/secrets/"), name

@@ -19,7 +19,7 @@ from rich.console import Console
 from training import checkpoint
 from training.checkpoint import BEST, LAST
 from training.config import CONFIGS, Settings, parse_sizes, read_settings, resolve
-from training.errors import SettingsError, TrainingError
+from training.errors import DIVERGED, NonFiniteError, SettingsError, TrainingError
 from training.loop import train
 from training.tasks import PATTERNS, Pattern
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         return command(arguments, console)
     except TrainingError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
+        return DIVERGED if isinstance(error, NonFiniteError) else 1
 
 
 def _experiments() -> list[str]:
@@ -90,16 +90,29 @@ def _train(arguments: Sequence[str], console: Console) -> int:
 
 
 def _settings_to_resume(run_dir: Path, overrides: Sequence[str], prog: str) -> Settings:
-    """The settings that the run in a directory was started with; only how far it goes may be changed."""
+    """The settings that the run in a directory was started with; only how far it goes, on how many cores, and its step
+    size may be changed, the latter to a lesser one."""
     last = checkpoint.load(run_dir / LAST)
     values = last.settings | {"run_dir": str(run_dir)}
     started_with = resolve(values, run_dir / LAST, [], prog)
     wanted = resolve(values, run_dir / LAST, overrides, prog)
-    further = {"num_updates": wanted.num_updates, "cpu_minutes": wanted.cpu_minutes}
-    if wanted != started_with.model_copy(update=further):
+    rate, rate_before = wanted.optimizer.learning_rate, started_with.optimizer.learning_rate
+    may_change = {
+        "num_updates": wanted.num_updates,
+        "cpu_minutes": wanted.cpu_minutes,
+        "num_threads": wanted.num_threads,
+        "optimizer": started_with.optimizer.model_copy(update={"learning_rate": rate}),
+        "evaluation": started_with.evaluation.model_copy(update={"enough": wanted.evaluation.enough}),
+    }
+    if wanted != started_with.model_copy(update=may_change):
         raise SettingsError(
-            f"the run in {run_dir} is resumed with the settings it was started with: "
-            "leave out all but --run-dir, --num-updates and --cpu-minutes"
+            f"the run in {run_dir} is resumed with the settings it was started with: leave out all but --run-dir, "
+            "--num-updates, --cpu-minutes, --num-threads, --evaluation.enough and a lower --optimizer.learning-rate"
+        )
+    if rate > rate_before:
+        raise SettingsError(
+            f"optimizer.learning_rate {rate:g} is more than the {rate_before:g} that the run was started with: it can "
+            "only be resumed with a lower one"
         )
     if wanted.num_updates < last.update:
         raise SettingsError(

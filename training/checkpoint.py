@@ -1,13 +1,21 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in one file.
 
 A checkpoint is written beside its place, flushed to the disk and renamed over the last one, so at any moment,
-also after a power cut, the file under its name is whole. `loop.py` decides when; `export` reads them.
+also after a power cut, the file under its name is whole. Its last line is the SHA-256 of what stands before it: a bit
+that flips later on is found when the file is read, which torch alone would not. `loop.py` decides when; `export` reads
+them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
+import io
 import os
 import pickle
+import platform
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +24,16 @@ import torch
 from pydantic import ValidationError
 
 from training.config import Settings, make_cell, settings_class
-from training.errors import CheckpointError, SettingsError
+from training.errors import CheckpointError, NonFiniteError, SettingsError
 from training.model import Cell, NTMCell, with_memory_rows
 
 LAST = "last.pt"
 BEST = "best.pt"
-_FORMAT = 2
+_FORMAT = 3
+_DIGEST = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
+_DIGEST_BYTES = 73
+# What the bits of a run depend on beside its settings.
+_LIBRARIES = ("torch", "numpy", "numba", "lightning-fabric")
 
 
 class Checkpoint(NamedTuple):
@@ -53,6 +65,22 @@ class Checkpoint(NamedTuple):
     """The least score of any evaluation up to here; see `evaluate.py`."""
     solved: dict[str, float]
     """The first evaluation at which the task was solved: `update`, `seconds` and `cpu_seconds`. Empty before."""
+    num_averaged: int
+    """Updates in the running mean; it begins anew with the weights."""
+    num_diverged: int
+    """Attempts that were given up because a loss or gradient was not finite."""
+    num_skipped: int
+    """Updates that were left out for the same reason."""
+    num_skipped_in_a_row: int
+    """Of those, the last ones."""
+    versions: dict[str, str]
+    """Of Python and of the libraries that the run was made with."""
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries on which the bits of a run depend, as they are installed."""
+    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), **libraries}
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
@@ -60,40 +88,69 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
     Raises:
         CheckpointError: it cannot be written, as on a full disk; the last one is still there.
+        NonFiniteError: the weights are not finite numbers; the last one is still there.
     """
+    if not is_finite(checkpoint.cell) or not is_finite(checkpoint.averaged):
+        raise NonFiniteError(
+            f"the weights are no longer finite numbers and {path} is not written: what was there is kept"
+        )
+    content = io.BytesIO()
+    torch.save({"format": _FORMAT, **checkpoint._asdict()}, content)
+    digest = hashlib.sha256(content.getbuffer()).hexdigest()
+    had_one = path.exists()
     beside = path.with_suffix(".tmp")
     try:
         with beside.open("wb") as file:
-            torch.save({"format": _FORMAT, **checkpoint._asdict()}, file)
+            file.write(content.getbuffer())
+            file.write(f"\nsha256 {digest}\n".encode())
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except (OSError, RuntimeError) as error:  # What torch makes of a failed write is a RuntimeError.
-        beside.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} cannot be written ({error}): the one before is still there; make room and --resume"
-        ) from None
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        what_now = (
+            "the one before is still there; make room and --resume"
+            if had_one
+            else "there was none before; make room and start the run again"
+        )
+        raise CheckpointError(f"{path} cannot be written ({error}): {what_now}") from None
+
+
+def is_finite(weights: dict[str, Any]) -> bool:
+    """Whether every weight is a finite number."""
+    return all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint, tensors and plain values only, never code.
 
     Raises:
-        CheckpointError: there is none, or it is not whole.
+        CheckpointError: there is none, or it is not, to the bit, what was saved.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
     except PermissionError:
         raise CheckpointError(f"{path} may not be read by you: change its permissions") from None
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path.parent} has no checkpoint {path.name}: train there first") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): use another, or train again") from None
+    content, digest = data[:-_DIGEST_BYTES], _DIGEST.fullmatch(data[-_DIGEST_BYTES:])
+    if digest is None:
+        raise CheckpointError(
+            f"{path} is truncated, or not a checkpoint of this version: use another, or train again"
+        )
+    if hashlib.sha256(content).hexdigest().encode() != digest[1]:
+        raise CheckpointError(f"{path} is damaged: use another, or train again")
+    try:
+        values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (
-        OSError,
         EOFError,
         RuntimeError,
         ValueError,
@@ -101,13 +158,11 @@ def load(path: Path) -> Checkpoint:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ):
-        raise CheckpointError(
-            f"{path} is truncated or not a checkpoint: use another, or train again"
-        ) from None
+        raise CheckpointError(f"{path} is not a checkpoint: use another, or train again") from None
     expected = {"format", *Checkpoint._fields}
-    if not isinstance(content, dict) or content.keys() != expected or content.pop("format") != _FORMAT:
+    if not isinstance(values, dict) or values.keys() != expected or values.pop("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version: train again")
-    return Checkpoint(**content)
+    return Checkpoint(**values)
 
 
 def restore_cell(checkpoint: Checkpoint, memory_rows: int | None = None) -> tuple[Cell, Settings]:

@@ -5,7 +5,7 @@
     ├── TaskError              a task's sequences are not what it says, or its data cannot be read
     ├── RunDirectoryError      the run directory is in use, or is not a run
     ├── CheckpointError        a checkpoint is missing, truncated or of another model
-    ├── NonFiniteError         the loss or a gradient is no longer a number
+    ├── NonFiniteError         the loss, a gradient or the weights are no longer finite numbers
     └── SweepError             a run of a sweep failed
 
 Each message is one sentence or two for the person at the terminal: what happened and what to do next.
@@ -13,9 +13,12 @@ Each message is one sentence or two for the person at the terminal: what happene
 
 from __future__ import annotations
 
+DIVERGED = 3
+"""Exit code of a run that ended by a NonFiniteError; of any other error it is 1."""
+
 
 class TrainingError(Exception):
-    """Anything training refuses; `python -m training` prints its message and exits with code 1."""
+    """Anything training refuses; `python -m training` prints its message and exits with a code that is not 0."""
 
 
 class SettingsError(TrainingError):
@@ -35,7 +38,7 @@ class CheckpointError(TrainingError):
 
 
 class NonFiniteError(TrainingError):
-    """The loss or a gradient is no longer a number."""
+    """The loss, a gradient or the weights are no longer finite numbers."""
 
 
 class SweepError(TrainingError):

@@ -60,12 +60,17 @@ def means(judged: Judged, task: Task, sequences: Sequences) -> Scores:
 
 @torch.no_grad()
 def judge(cell: Cell, task: Task, sequences: Sequences) -> Judged:
-    """Run a cell over sequences, as many side by side as its state has room for, and keep its answers alone."""
+    """Run a cell over sequences, as many side by side as its state has room for, and keep its answers alone.
+
+    A sequence to which an answer is not a finite number scores infinity, whatever the comparisons make of it.
+    """
     inputs, targets, mask = task.check(sequences, sequences.inputs.shape[1])
     num_rows = max(1, _MOST_STATE // _state_numbers(cell))
     parts = torch.split(inputs, num_rows, dim=1)
     answers = torch.cat([_answers(cell, part, len(targets)) for part in parts], dim=1)
-    return task.loss.scores(answers, targets, mask)
+    is_finite = answers.isfinite().all(dim=-1).all(dim=0)
+    scores = task.loss.scores(answers, targets, mask)
+    return {name: values.where(is_finite, math.inf) for name, values in scores.items()}
 
 
 def _answers(cell: Cell, inputs: Tensor, num_answers: int) -> Tensor:

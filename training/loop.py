@@ -30,15 +30,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import checkpoint as checkpoints
 from training.checkpoint import BEST, LAST, Checkpoint
 from training.config import OptimizerSettings, Settings, make_cell, write_settings
-from training.errors import NonFiniteError, RunDirectoryError, SettingsError
+from training.errors import CheckpointError, NonFiniteError, RunDirectoryError, SettingsError
 from training.evaluate import evaluate, is_solved, total
 from training.losses import Scores, mean
 from training.model import Cell, RecurrentLayer
-from training.records import Records
+from training.records import METRICS, Records
 from training.tasks import Sequences
 
 SETTINGS = "settings.toml"
 LOCK = "lock"
+# What is there of a run that ended before its first checkpoint.
+_BEFORE_THE_FIRST_CHECKPOINT = {LOCK, SETTINGS, METRICS, "tensorboard", "last.tmp"}
+_MOST_SKIPPED_IN_A_ROW = 10
 
 
 def train(settings: Settings, command: str, *, resume: bool, console: Console) -> int | None:
@@ -59,7 +62,8 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
             records cannot be written.
         CheckpointError: there is no checkpoint to resume from, it is truncated or of another model, or one cannot be
             written.
-        NonFiniteError: the loss or a gradient is not a number; the last good checkpoint is kept.
+        NonFiniteError: the loss or a gradient stays no number, or the weights are none; the last good checkpoint is
+            kept.
     """
     fabric = _fabric(settings)
     is_first = fabric.global_rank == 0
@@ -67,35 +71,59 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
     with _locked(run_dir, resume) if is_first else nullcontext(), _stop_signals() as stop:
         run = _Run(settings, command, fabric)
         if resume:
-            run.restore(checkpoints.load(run_dir / LAST))
+            last = checkpoints.load(run_dir / LAST)
+            run.restore(last)
             console.print(f"resuming after update {run.update}")
+            _tell_other_versions(last.versions, console)
+            if (reason := run.end_reason) is not None:
+                console.print(f"there is nothing to do: {reason}", soft_wrap=True)
         if not is_first:
             run.update_until_over(None, None, stop, Console(quiet=True))
             return None
+        is_begun = resume
         try:
             write_settings(settings, run_dir / SETTINGS)
             with Records(run_dir, after_update=run.update) as records, _progress(console) as progress:
+                if records.num_damaged:
+                    console.print(f"left out of the records: {records.num_damaged} damaged lines")
                 if not resume:
-                    run.save_checkpoint(
-                        LAST, records
-                    )  # From here on there is a run to resume, whatever happens.
+                    run.save_checkpoint(LAST, records)
+                    is_begun = True  # From here on there is a run to resume, whatever happens.
                 run.update_until_over(records, progress, stop, console)
                 run.save_checkpoint(LAST, records)
         except OSError as error:
-            raise RunDirectoryError(
-                f"{run_dir} cannot be written to ({error}): the last good checkpoint is kept; make room and --resume"
-            ) from None
-        return stop.signal if not run.is_over else None
+            what_now = (
+                "the last good checkpoint is kept; make room and --resume"
+                if is_begun
+                else "make room and start the run again"
+            )
+            raise RunDirectoryError(f"{run_dir} cannot be written to ({error}): {what_now}") from None
+        if (reason := run.end_reason) is None:
+            return stop.signal
+        if run.metrics and math.isinf(run.best_score):
+            raise NonFiniteError(
+                f"the run in {run_dir} is over, and no evaluation found answers that are finite numbers: start another "
+                "with a lower --optimizer.learning-rate"
+            )
+        console.print(f"over: {reason}", soft_wrap=True)
+        return None
 
 
-def is_over(settings: Settings, update: int, cpu_seconds: float, best_score: float) -> bool:
-    """Whether all updates are made, the time is used up, or the model is as good as it needs to be."""
+def end_reason(settings: Settings, update: int, cpu_seconds: float, best_score: float) -> str | None:
+    """Why a run is over, and how to go further; None while it is not."""
     limit, enough = settings.cpu_minutes, settings.evaluation.enough
-    return (
-        update >= settings.num_updates
-        or (limit is not None and cpu_seconds >= 60 * limit)
-        or (enough is not None and best_score <= enough)
-    )
+    if update >= settings.num_updates:
+        return (
+            f"all {settings.num_updates} updates are made; --resume with a greater --num-updates goes further"
+        )
+    if limit is not None and cpu_seconds >= 60 * limit:
+        return f"{limit:g} minutes of processor time are used up; --resume with a greater --cpu-minutes goes further"
+    if enough is not None and best_score <= enough:
+        return (
+            f"the best model scores {best_score:g}, and {enough:g} is enough; --resume with a lesser "
+            "--evaluation.enough goes further"
+        )
+    return None
 
 
 class _Run:
@@ -118,6 +146,7 @@ class _Run:
         self.sequence_generator = torch.Generator().manual_seed(settings.seed + 1)
         self.update, self.metrics, self.best_score = 0, Scores(), math.inf
         self.solved: dict[str, float] = {}
+        self.num_diverged, self.num_skipped, self.num_skipped_in_a_row = 0, 0, 0
         self._seconds_before, self._cpu_seconds_before = 0.0, 0.0
         self._started, self._cpu_started = time.monotonic(), time.process_time()
 
@@ -132,23 +161,34 @@ class _Run:
         return self._cpu_seconds_before + time.process_time() - self._cpu_started
 
     @property
-    def is_over(self) -> bool:
+    def end_reason(self) -> str | None:
         """See the function."""
-        return is_over(self.settings, self.update, self.cpu_seconds, self.best_score)
+        return end_reason(self.settings, self.update, self.cpu_seconds, self.best_score)
 
     def restore(self, last: Checkpoint) -> None:
-        """Go on where a checkpoint stands."""
+        """Go on where a checkpoint stands, with steps no larger than the settings now say."""
         checkpoints.load_weights(self.cell, last.cell)
         checkpoints.load_weights(self.averaged, last.averaged)
-        self.optimizer.load_state_dict(last.optimizer)
-        torch.set_rng_state(last.random_state)
-        self.sequence_generator.set_state(last.sequences_state)
-        if self._average is not None:
-            self._average.n_averaged.fill_(
-                last.update % (self.settings.restart_every_updates or last.update + 1)
+        try:
+            self.optimizer.load_state_dict(last.optimizer)
+            _check_optimizer_state(self.optimizer, self.settings.optimizer)
+            torch.set_rng_state(last.random_state)
+            self.sequence_generator.set_state(last.sequences_state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.settings.run_dir / LAST} holds a state of the optimiser or of a generator that does not fit "
+                f"({error}): start another run"
+            ) from None
+        if self.settings.optimizer.learning_rate != last.settings["optimizer"]["learning_rate"]:
+            self._set_learning_rate(
+                min(self.optimizer.param_groups[0]["lr"], self.settings.optimizer.learning_rate)
             )
+        if self._average is not None:
+            self._average.n_averaged.fill_(last.num_averaged)
         self.command, self.update = last.command, last.update
         self.metrics, self.best_score, self.solved = last.metrics, last.best_score, last.solved
+        self.num_diverged, self.num_skipped = last.num_diverged, last.num_skipped
+        self.num_skipped_in_a_row = last.num_skipped_in_a_row
         self._seconds_before, self._cpu_seconds_before = last.seconds, last.cpu_seconds
 
     def save_checkpoint(self, name: str, records: Records) -> None:
@@ -169,6 +209,11 @@ class _Run:
                 metrics=self.metrics,
                 best_score=self.best_score,
                 solved=self.solved,
+                num_averaged=0 if self._average is None else int(self._average.n_averaged),
+                num_diverged=self.num_diverged,
+                num_skipped=self.num_skipped,
+                num_skipped_in_a_row=self.num_skipped_in_a_row,
+                versions=checkpoints.versions(),
             ),
             self.settings.run_dir / name,
         )
@@ -180,22 +225,31 @@ class _Run:
         settings = self.settings
         if progress is not None:
             bar = progress.add_task("", total=settings.num_updates, completed=self.update, shown="")
-        while not self._agreed(self.is_over or stop.signal is not None):
-            record = self._step()
+        while not self._agreed(self.end_reason is not None or stop.signal is not None):
+            # Here and not after the update before: a run that ended there and is resumed must not do without.
+            record = {"restarted": 1.0} if self._is_restart_due else {}
+            if record:
+                console.print(f"after update {self.update} the run begins again with other weights")
+                self._restart()
+            record |= self._step(console)
             if self.update % settings.evaluation.every_updates == 0 or self.update == settings.num_updates:
                 record |= self._evaluate(records, console)
             if records is None or progress is None:
                 continue
             records.add(self.update, record)
-            if self.update % settings.checkpoint_every_updates == 0:
+            # What diverges is not what to go on from.
+            is_good = self.num_skipped_in_a_row == 0 and checkpoints.is_finite(self.cell.state_dict())
+            if self.update % settings.checkpoint_every_updates == 0 and is_good:
                 self.save_checkpoint(LAST, records)
             rate = record["sequences"] / record["seconds"]
             error = settings.task.loss.error_name
             shown = f"loss {record['loss']:.4f}  {error.replace('_', ' ')} {record[f'{error}_in_training']:6.2f}  "
             progress.update(bar, completed=self.update, shown=f"{shown}{rate:4.0f} sequences/s")
+        if progress is not None and self.end_reason is not None:
+            progress.update(bar, total=self.update)  # No time is left, also where updates are.
 
-    def _step(self) -> dict[str, float]:
-        """One update; returns what is recorded of it."""
+    def _step(self, console: Console) -> dict[str, float]:
+        """One update, or none where it would not be finite; returns what is recorded of it."""
         settings, fabric = self.settings, self.fabric
         size = settings.task.draw_size(self.sequence_generator)
         batch_size = settings.batch_size * fabric.world_size
@@ -209,19 +263,20 @@ class _Run:
 
         self.optimizer.zero_grad()
         fabric.backward(loss)
-        norm = fabric.clip_gradients(
-            self.layer, self.optimizer, max_norm=settings.optimizer.clip_norm, error_if_nonfinite=False
-        )
-        assert norm is not None
-        self._check_finite(loss, norm)
+        norm = self._clip_gradients()
         if settings.optimizer.schedule == "linear":
             self._set_learning_rate(
                 settings.optimizer.learning_rate * (1 - self.update / settings.num_updates)
             )
-        self.optimizer.step()
-        if self._average is not None:
-            self._average.update_parameters(self.cell)
         self.update += 1
+        if self._agreed(not math.isfinite(norm) or not bool(loss.isfinite())):
+            restarted = self._leave_out(loss.item(), norm, console)
+        else:
+            restarted = False
+            self.num_skipped_in_a_row = 0
+            self.optimizer.step()
+            if self._average is not None:
+                self._average.update_parameters(self.cell)
 
         errors = mean(
             task.loss.errors(answers.detach(), sequences.targets),
@@ -236,8 +291,53 @@ class _Run:
             "steps": len(sequences.inputs),
             "loss": loss,
             f"{task.loss.error_name}_in_training": error,
-            "gradient_norm": float(norm),
+            "gradient_norm": norm,
+            **({"restarted": 1.0} if restarted else {}),
+            **({"skipped_updates": self.num_skipped} if self.num_skipped else {}),
+            **({"diverged_attempts": self.num_diverged} if self.num_diverged else {}),
         }
+
+    def _clip_gradients(self) -> float:
+        """Scale the gradients down to the norm that the settings allow; returns the norm that they had."""
+        weights, most = list(self.cell.parameters()), self.settings.optimizer.clip_norm
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if norm.isfinite():
+            torch.nn.utils.clip_grads_with_norm_(weights, most, norm)
+            return float(norm)
+        # The squares of finite numbers can be infinite in float32, not in float64.
+        norm = torch.nn.utils.get_total_norm([gradient.double() for gradient in gradients])
+        if norm.isfinite():
+            for gradient in gradients:
+                gradient.copy_(gradient.double() * (most / norm))
+        return float(norm)
+
+    def _leave_out(self, loss: float, norm: float, console: Console) -> bool:
+        """Begin again with other weights where the run does so anyway, else skip the update; whether it began again.
+
+        Raises:
+            NonFiniteError: it is not the first that was skipped, but one of many in a row.
+        """
+        name, value = ("gradient's norm", norm) if math.isfinite(loss) else ("loss", loss)
+        problem = f"at update {self.update} the {name} is {value}"
+        if self.settings.restart_every_updates is not None:
+            self.num_diverged += 1
+            console.print(
+                f"{problem}: the run begins again with other weights, {self.num_diverged} times so far for this reason",
+                soft_wrap=True,
+            )
+            self._restart()
+            return True
+        self.num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        console.print(f"{problem}: the update is skipped", soft_wrap=True)
+        if self.num_skipped_in_a_row == _MOST_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{problem}, and none of {_MOST_SKIPPED_IN_A_ROW} updates could be made: the last good checkpoint is "
+                f"kept in {self.settings.run_dir}; --resume with a lower --optimizer.learning-rate, or, if that fails "
+                "as well, start again in another --run-dir with a lower one or a lower --optimizer.clip-norm"
+            )
+        return False
 
     def _evaluate(self, records: Records | None, console: Console) -> Scores:
         """Judge the model, keep it if it is the best so far, and settle once it solves the task."""
@@ -256,14 +356,16 @@ class _Run:
             self._note_solved_and_lower_rate()
         # Of two that do equally well the later one is surer of itself.
         score = total(self.metrics, settings.task)
-        if score <= self.best_score:
+        if math.isfinite(score) and score <= self.best_score:
             self.best_score = score
             if records is not None:
                 self.save_checkpoint(BEST, records)
-        restart = settings.restart_every_updates
-        if restart is not None and self.update % restart == 0 and not self.is_over:
-            self._restart()
         return self.metrics
+
+    @property
+    def _is_restart_due(self) -> bool:
+        restart = self.settings.restart_every_updates
+        return restart is not None and self.update > 0 and self.update % restart == 0
 
     def _restart(self) -> None:
         """Begin again with fresh weights; everything else goes on."""
@@ -301,15 +403,6 @@ class _Run:
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-
-    def _check_finite(self, loss: torch.Tensor, gradient_norm: torch.Tensor) -> None:
-        for name, value in ("loss", loss), ("gradient's norm", gradient_norm):
-            if not torch.isfinite(value):
-                raise NonFiniteError(
-                    f"at update {self.update + 1} the {name} is {value.item()}: the last good checkpoint is kept in "
-                    f"{self.settings.run_dir}; start again in another --run-dir with a lower "
-                    "--optimizer.learning-rate or --optimizer.clip-norm"
-                )
 
 
 def _fabric(settings: Settings) -> Fabric:
@@ -367,18 +460,66 @@ def _progress(console: Console) -> Progress:
 @contextmanager
 def _locked(run_dir: Path, resume: bool) -> Iterator[Path]:
     """Own the run directory, or refuse."""
-    if resume and not run_dir.is_dir():
-        raise RunDirectoryError(f"there is no run in {run_dir} to resume: leave out --resume to start one")
-    if run_dir.exists() and not run_dir.is_dir():
-        raise RunDirectoryError(f"{run_dir} is a file: give another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK).open("w") as lock:
-        _lock(lock, run_dir)
-        if not resume and any(path.name != LOCK for path in run_dir.iterdir()):
+    try:
+        if resume and not run_dir.is_dir():
             raise RunDirectoryError(
-                f"{run_dir} is in use: give another --run-dir, or go on there with --resume"
+                f"there is no run in {run_dir} to resume: leave out --resume to start one"
             )
+        if run_dir.exists() and not run_dir.is_dir():
+            raise RunDirectoryError(f"{run_dir} is a file: give another --run-dir")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / LOCK).open("w")
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{run_dir} cannot be a run directory ({error.strerror or error}): give another --run-dir"
+        ) from None
+    with lock:
+        _lock(lock, run_dir)
+        if not resume:
+            _check_is_free(run_dir)
         yield run_dir
+
+
+def _check_is_free(run_dir: Path) -> None:
+    names = {path.name for path in run_dir.iterdir()}
+    if LAST in names:
+        raise RunDirectoryError(
+            f"{run_dir} holds a run: give another --run-dir, or go on there with --resume, further than it was to go "
+            "with a greater --num-updates"
+        )
+    metrics = run_dir / METRICS
+    if names - _BEFORE_THE_FIRST_CHECKPOINT or (metrics.exists() and metrics.stat().st_size):
+        raise RunDirectoryError(f"{run_dir} holds other files than a new run: give another --run-dir")
+
+
+def _tell_other_versions(versions: dict[str, str], console: Console) -> None:
+    now = checkpoints.versions()
+    others = [
+        f"{name} {now[name]} instead of {versions.get(name)}"
+        for name in now
+        if now[name] != versions.get(name)
+    ]
+    if others:
+        console.print(
+            f"the run goes on with {', '.join(others)}, and may differ from what it would have been",
+            soft_wrap=True,
+        )
+
+
+def _check_optimizer_state(optimizer: Any, settings: OptimizerSettings) -> None:
+    """Raise ValueError unless every weight that has been stepped has the moments that its optimiser needs."""
+    moments = {"exp_avg", "exp_avg_sq"}
+    if settings.name != "adam":
+        moments = {"square_avg"} | ({"momentum_buffer"} if settings.momentum else set())
+        moments |= {"grad_avg"} if settings.name == "graves-rmsprop" else set()
+    for weight, state in optimizer.state.items():
+        if not isinstance(weight, torch.Tensor) or state.keys() != {"step", *moments}:
+            raise ValueError(
+                f"there are {', '.join(map(str, state))}, not step, {', '.join(sorted(moments))}"
+            )
+        for name in moments:
+            if state[name].shape != weight.shape:
+                raise ValueError(f"{name} is {list(state[name].shape)}, not {list(weight.shape)}")
 
 
 def _lock(lock: IO[str], run_dir: Path) -> None:

@@ -6,7 +6,6 @@ Beside random ones it tries those of `tasks/patterns.py`: all zeros, all alike, 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from training.checkpoint import BEST
 from training.config import Settings, size_text
 from training.evaluate import generator_for, judge, means
 from training.model import Cell, NTMCell
+from training.records import as_json
 from training.tasks import PATTERNS, Pattern, Sequences, Size, Task
 
 EVALUATION = "evaluation.json"
@@ -77,7 +77,7 @@ def report(
         "memory_rows": len(cell.initial_memory) if isinstance(cell, NTMCell) else None,
         "sizes": rows,
     }
-    (run_dir / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
+    (run_dir / EVALUATION).write_text(as_json(result, indent=1) + "\n")
     return result
 
 

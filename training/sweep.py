@@ -8,22 +8,23 @@ checkpoint.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
-import json
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from training import checkpoint
 from training.checkpoint import LAST
-from training.errors import CheckpointError, SettingsError, SweepError
-from training.loop import is_over
+from training.errors import DIVERGED, CheckpointError, SettingsError, SweepError
+from training.loop import end_reason
+from training.records import as_json
 
 SUMMARY = "summary.json"
 
@@ -60,29 +61,56 @@ def sweep(
     """Make the runs that have not ended yet, `jobs` at a time, and write `summary.json` into the folder.
 
     Raises:
-        SweepError: a run failed. The others are made, and the summary is written.
+        SweepError: a run failed, or the folder cannot be written to. The other runs are made, and the summary is
+            written.
     """
     folders = {folder / _name(varied): varied for varied in runs}
-    failed = []
+    failed: list[str] = []
+    diverged: list[str] = []
+    rows: list[dict[str, Any]] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"{folder} cannot be a folder ({error}): choose another --to") from None
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         made = {
             pool.submit(_run, experiment, settings, varied, path): path for path, varied in folders.items()
         }
         for future in concurrent.futures.as_completed(made):
             path, problem = made[future], future.result()
-            console.print(f"{path}: {problem or 'done'}", markup=False, soft_wrap=True)
-            failed += [path.name] * (problem is not None)
-    rows = [summarise(path) for path in folders if (path / LAST).exists()]
-    (folder / SUMMARY).write_text(json.dumps(rows, indent=1) + "\n")
-    if failed:
-        raise SweepError(
-            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; give the command again"
+            said = "done" if problem is None else problem.message
+            console.print(f"{path}: {said}", markup=False, soft_wrap=True)
+            if problem is not None:
+                (diverged if problem.is_divergence else failed).append(path.name)
+    for path in folders:
+        with contextlib.suppress(CheckpointError):  # It was said why.
+            rows.append(summarise(path))
+    try:
+        (folder / SUMMARY).write_text(as_json(rows, indent=1) + "\n")
+    except OSError as error:
+        raise SweepError(f"{folder / SUMMARY} cannot be written ({error}): choose another --to") from None
+    problems = []
+    if diverged:
+        problems.append(
+            f"{len(diverged)} of {len(runs)} runs diverged: {', '.join(diverged)}; with these settings they will "
+            "again, so give a lower --optimizer.learning-rate or --optimizer.clip-norm and another --to"
         )
+    if failed:
+        problems.append(
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; once what they say is mended, give the "
+            "command again"
+        )
+    if problems:
+        raise SweepError("; ".join(problems))
     return rows
 
 
 def summarise(run_dir: Path) -> dict[str, Any]:
-    """What became of a run: when it met its goal, what it has cost, and its scores at its best."""
+    """What became of a run: when it met its goal, what it has cost, and its scores at its best.
+
+    Raises:
+        CheckpointError: it has no whole checkpoint.
+    """
     last = checkpoint.load(run_dir / LAST)
     solved = last.solved
     best = checkpoint.load(run_dir / checkpoint.BEST).metrics if (run_dir / checkpoint.BEST).exists() else {}
@@ -100,16 +128,25 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> Table:
     """The summary for the terminal."""
     shown = Table()
-    for column in rows[0] if rows else []:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
         shown.add_column(
             column.replace("_", " "), overflow="fold", justify="left" if column == "run" else "right"
         )
     for row in rows:
-        shown.add_row(*["-" if value is None else _short(value) for value in row.values()])
+        values = [row.get(column) for column in columns]
+        shown.add_row(*["-" if value is None else _short(value) for value in values])
     return shown
 
 
-def _run(experiment: str, settings: Sequence[str], varied: dict[str, str], run_dir: Path) -> str | None:
+class _Problem(NamedTuple):
+    """Why a run has not been made."""
+
+    message: str
+    is_divergence: bool = False
+
+
+def _run(experiment: str, settings: Sequence[str], varied: dict[str, str], run_dir: Path) -> _Problem | None:
     """Make one run, or go on with it; returns what went wrong."""
     command = [sys.executable, "-m", "training", experiment, "--run-dir", str(run_dir)]
     if (run_dir / LAST).exists():
@@ -117,18 +154,18 @@ def _run(experiment: str, settings: Sequence[str], varied: dict[str, str], run_d
             last = checkpoint.load(run_dir / LAST)
             restored = checkpoint.restore_settings(last)
         except CheckpointError as error:
-            return str(error)
-        if is_over(restored, last.update, last.cpu_seconds, last.best_score):
+            return _Problem(str(error))
+        if end_reason(restored, last.update, last.cpu_seconds, last.best_score) is not None:
             return None
         command.append("--resume")
     else:
         command += [*settings, *(f"--{flag}={value}" for flag, value in varied.items())]
-    run_dir.mkdir(parents=True, exist_ok=True)
     ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)  # noqa: S603
     if ended.returncode == 0:
         return None
     said = ended.stderr.strip().splitlines()
-    return said[-1] if said else f"ended with {ended.returncode}"
+    message = said[-1] if said else f"ended with {ended.returncode}"
+    return _Problem(message, is_divergence=ended.returncode == DIVERGED)
 
 
 def _name(varied: dict[str, str]) -> str:

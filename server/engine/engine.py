@@ -262,7 +262,7 @@ class Engine:
             self._lodgers.make_room_for_run(table, num_rows)
             self._hand_back()
             try:
-                outputs = self._runner.run(inputs[num_done : num_done + num], table)
+                outputs = self._run_steps(inputs[num_done : num_done + num], table)
             except Exception:  # ONNX Runtime raises types of its own for what a model does
                 num_failed = num
                 break
@@ -278,6 +278,12 @@ class Engine:
         self._lodgers.add(self._runner.seats(table, num_rows)[seats], write_slots)
         for _ in range(num_failed):
             self._take_turn_alone([message for message in batch if not message.has_ended])
+
+    def _run_steps(self, inputs: Array, table: int = 0) -> Array:
+        """Run steps [K, R, ...input shape]; returns [K, R, ...output shape]."""
+        model = self._runner.model
+        steps = self._runner.run(model.inputs.pack({model.inputs.names[0]: inputs}), table)
+        return model.outputs.tensor(steps, model.outputs.names[0])
 
     def _note(self, batch: list[Message], outputs: Array) -> None:
         """Give messages their next outputs, [R, K, ...]; a session whose outputs are not finite has failed."""
@@ -307,7 +313,7 @@ class Engine:
                 self._runner.move(np.array([slots[row]]), np.array([self._runner.first_seat(0)]))
                 try:
                     inputs = np.ascontiguousarray(message.inputs[np.newaxis, row : row + 1, step])
-                    outputs = self._runner.run(inputs)
+                    outputs = self._run_steps(inputs)
                 except Exception as error:  # as above
                     log.error(
                         "a step failed",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,15 +43,25 @@ class StepModel:
         """Name and version, as people write them."""
         return f"{self.name}/{self.version}"
 
+    @property
+    def input_tensors(self) -> Sequence[model_pb2.TensorSpec]:
+        """What a step takes."""
+        return [self.spec.input]
+
+    @property
+    def output_tensors(self) -> Sequence[model_pb2.TensorSpec]:
+        """What a step gives."""
+        return [self.spec.output]
+
     @cached_property
     def inputs(self) -> StepLayout:
         """How the inputs of a step stand in its bytes."""
-        return StepLayout([self.spec.input], has_reset=True)
+        return StepLayout(self.input_tensors, has_reset=True)
 
     @cached_property
     def outputs(self) -> StepLayout:
         """How the outputs of a step stand in its bytes."""
-        return StepLayout([self.spec.output])
+        return StepLayout(self.output_tensors)
 
     @cached_property
     def no_inputs(self) -> Array:

@@ -29,8 +29,16 @@ from ntm.v1 import model_pb2
 
 ROWS = "ntm.rows"
 TARGETS = "ntm.targets"
-INPUT = "ntm.input"
-OUTPUT = "ntm.output"
+
+
+def given(tensor: model_pb2.TensorSpec) -> str:
+    """The name of an input of run and scan."""
+    return f"ntm.input.{tensor.name}"
+
+
+def taken(tensor: model_pb2.TensorSpec) -> str:
+    """The name of an output of run and scan."""
+    return f"ntm.output.{tensor.name}"
 
 
 def pool(state: model_pb2.StateSpec) -> str:
@@ -83,14 +91,16 @@ def _run(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
     before = [
         _move_axis(content(state), state.input_name, state, 0, state.batch_axis) for state in spec.states
     ]
-    before.append(_move_axis(INPUT, spec.input.name, spec.input, 0, spec.input.batch_axis))
-    given: list[tuple[str, str, model_pb2.StateSpec | model_pb2.TensorSpec]] = [
-        (spec.output.name, OUTPUT, spec.output)
+    before += [
+        _move_axis(given(tensor), tensor.name, tensor, 0, tensor.batch_axis) for tensor in [spec.input]
     ]
-    given += [(state.output_name, next_content(state), state) for state in spec.states]
+    results: list[tuple[str, str, model_pb2.StateSpec | model_pb2.TensorSpec]] = [
+        (tensor.name, taken(tensor), tensor) for tensor in [spec.output]
+    ]
+    results += [(state.output_name, next_content(state), state) for state in spec.states]
     made_by_nodes = {name for node in graph.node for name in node.output}
     after, new_names = [], dict[str, str]()
-    for source, target, tensor in given:
+    for source, target, tensor in results:
         if tensor.batch_axis == 0 and source in made_by_nodes and source not in new_names:
             # An Identity would copy: ONNX Runtime keeps one whose source is used elsewhere as well.
             new_names[source] = target
@@ -104,9 +114,9 @@ def _run(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
     graph.initializer.extend(
         numpy_helper.from_array(to_array(constant.value), constant.name) for constant in spec.constants
     )
-    graph.input.append(_info(INPUT, spec.input, "batch"))
+    graph.input.extend(_info(given(tensor), tensor, "batch") for tensor in [spec.input])
     graph.input.extend(_info(content(state), state, "batch") for state in spec.states)
-    graph.output.append(_info(OUTPUT, spec.output, "batch"))
+    graph.output.extend(_info(taken(tensor), tensor, "batch") for tensor in [spec.output])
     graph.output.extend(_info(next_content(state), state, "batch") for state in spec.states)
     return model
 
@@ -121,23 +131,26 @@ def _scan(run: onnx.ModelProto, spec: model_pb2.ModelSpec) -> onnx.ModelProto:
         for value in values:
             value.name = new_names[value.name]
         # Scan's order: first the state, then what it takes and gives step by step.
-        values.append(values.pop(0))
+        states = [*values][-len(spec.states) :]
+        tensors = [*values][: -len(spec.states)]
+        del values[:]
+        values.extend([*states, *tensors])
     scan = helper.make_node(
         "Scan",
-        [*map(content, spec.states), INPUT],
-        [*map(next_content, spec.states), OUTPUT],
+        [*map(content, spec.states), *map(given, [spec.input])],
+        [*map(next_content, spec.states), *map(taken, [spec.output])],
         body=body,
-        num_scan_inputs=1,
+        num_scan_inputs=len([spec.input]),
     )
     return _model(
         run,
         [scan],
         inputs=[
-            _info(INPUT, spec.input, "steps", "batch"),
+            *(_info(given(tensor), tensor, "steps", "batch") for tensor in [spec.input]),
             *(_info(content(state), state, "batch") for state in spec.states),
         ],
         outputs=[
-            _info(OUTPUT, spec.output, "steps", "batch"),
+            *(_info(taken(tensor), tensor, "steps", "batch") for tensor in [spec.output]),
             *(_info(next_content(state), state, "batch") for state in spec.states),
         ],
     )

@@ -26,6 +26,7 @@ import structlog
 from ntm.tensor import Array, numpy_dtype
 from ntm.v1 import model_pb2
 from server.errors import ModelFileError, ServingError
+from server.model.layout import Steps
 from server.model.spec import StepModel, initial_value
 from server.runtime import graphs
 from server.runtime.provider import Device
@@ -53,10 +54,12 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Steps:
-    """What runs of as many steps and rows take and give."""
+    """What runs of as many steps and rows take and give, tensor by tensor."""
 
-    inputs: ort.OrtValue
-    outputs: Array
+    inputs: dict[str, ort.OrtValue]
+    outputs: dict[str, Array]
+    packed: Steps | None
+    """[K, B], the outputs seen as steps, where one tensor is all of a step."""
     num_bytes: int
 
 
@@ -109,13 +112,11 @@ class ModelRunner:
         except Exception as error:  # ONNX Runtime raises types of its own for what it cannot load
             problem = f"ONNX Runtime cannot load it: {error}".split("\n", 1)[0]
             raise ModelFileError(model.label, [problem]) from error
-        self._input_dtype = numpy_dtype(spec.input.dtype)
-        self._output_dtype = numpy_dtype(spec.output.dtype)
         step = math.lcm(*(_ALIGNMENT_BYTES // math.gcd(_row_bytes(s), _ALIGNMENT_BYTES) for s in spec.states))
         self.num_seats = num_seats = _round_up(max_batch_size, step)
         first = _round_up(num_slots + NUM_RESERVED_SLOTS, step)
         self.num_tables = max(1, min(_MOST_TABLES, num_slots // (_SLOTS_BY_SEATS * max_batch_size) - 1))
-        num_areas = self.num_tables + 1
+        num_areas = self.num_tables + 2
         self._first_of_seats = first
         self.num_rows = first + num_seats * num_areas
         """Of each pool: slots and seats."""
@@ -126,12 +127,12 @@ class ModelRunner:
             for state in spec.states
         }
         self._row_numbers = np.arange(self.num_rows)
-        *self._areas, self._spare_area = range(num_areas)
+        *self._areas, self._spare_area, self._reset_area = range(num_areas)
         self._table_of = np.full(self.num_rows, -1)
         """By row, what `_areas` says: the table whose next run reads it, or -1."""
         self._table_of_seats = self._table_of[first:].reshape(num_areas, num_seats)
         """The same of the seats, by area: a view."""
-        self._table_of_seats[:-1] = np.arange(self.num_tables)[:, np.newaxis]
+        self._table_of_seats[: self.num_tables] = np.arange(self.num_tables)[:, np.newaxis]
         self._steps: dict[tuple[int, int], _Steps] = {}
         self._runs: dict[tuple[int, int, int, int], _BoundRun] = {}
         self._moves: dict[int, _BoundMove] = {}
@@ -149,7 +150,7 @@ class ModelRunner:
 
     def first_seat(self, table: int) -> int:
         """The row that the table's next run reads first; every run there that succeeds changes it."""
-        return self._first_of_seats + self._areas[table] * self.num_seats
+        return self._first_of(self._areas[table])
 
     def seats(self, table: int, num_seats: int) -> Rows:
         """The rows of a table's first seats, as of now; not to be written to."""
@@ -159,43 +160,99 @@ class ModelRunner:
     @property
     def spare_first_seat(self) -> int:
         """The row that the next run writes first, of whatever table it is."""
-        return self._first_of_seats + self._spare_area * self.num_seats
+        return self._first_of(self._spare_area)
+
+    def _first_of(self, area: int) -> int:
+        return self._first_of_seats + area * self.num_seats
 
     def tables_of(self, rows: Rows) -> Rows:
         """The tables [B] whose next run reads these rows [B], each as a seat; -1 where none does."""
         return self._table_of[rows]
 
-    def run(self, inputs: Array, table: int = 0) -> Array:
+    def run(self, inputs: Steps, table: int = 0, initial_rows: Rows | None = None) -> Steps:
         """Run steps of the sessions whose state is in the first B seats of a table, one after another.
 
-        The device is asked once for all of them, and needs nobody's attention meanwhile. If this raises, no row that
-        is anybody's has changed. Rows are independent: one that is not finite spoils no other.
+        The device is asked once for all of them, unless some begin from the initial state, and needs nobody's attention
+        meanwhile. If this raises, no row that is anybody's has changed. Rows are independent: one that is not finite
+        spoils no other.
 
         Args:
-            inputs: [K, B, ...input shape], contiguous, of the input's dtype. What a K and B need is kept for the next
-                time, so K should be one of few numbers.
+            inputs: [K, B], contiguous, of the model's `inputs`. What a K and B need is kept for the next time, so K
+                should be one of few numbers.
             table: which.
+            initial_rows: [B], the rows that hold the state from which each session's steps that are reset begin. None:
+                the model's initial state for all.
 
         Returns:
-            [K, B, ...output shape], valid until the next call. The state after the last step is in the first B seats.
+            [K, B] of the model's `outputs`, valid until the next call. The state after the last step is in the first B
+            seats.
         """
-        num_steps, num_rows = inputs.shape[:2]
+        num_rows = inputs.shape[1]
         size = self.padded_batch_size or num_rows
         if size != num_rows:
-            padding = np.zeros((num_steps, size - num_rows, *inputs.shape[2:]), inputs.dtype)
-            inputs = np.concatenate([inputs, padding], axis=1)
+            padded = self.model.inputs.none(len(inputs), size)
+            padded[:, :num_rows] = inputs
+            inputs = padded
             # What a session that failed has left there must not fail others.
             empty = np.arange(num_rows, size) + self.first_seat(table)
             self.move(np.full_like(empty, INITIAL_SLOT), empty)
-        area, next_area = self._areas[table], self._spare_area
-        bound = self._runs.get((area, next_area, num_steps, size)) or self._bind_run(table, num_steps, size)
-        bound.steps.inputs.update_inplace(inputs)
+        resets = self.model.inputs.resets(inputs)
+        if resets.any():
+            outputs = self._run_with_resets(inputs, resets, table, initial_rows)
+        else:
+            outputs = self._run_between(self._areas[table], self._spare_area, inputs)
+            self._change_over(table, self._spare_area)
+        return outputs[:, :num_rows]
+
+    def _run_with_resets(
+        self, inputs: Steps, resets: npt.NDArray[np.bool_], table: int, initial_rows: Rows | None
+    ) -> Steps:
+        """As `run`, [K, B] with the padding, in pieces that no reset interrupts; what the table has stays as it is."""
+        here, there = self._reset_area, self._spare_area
+        if initial_rows is None:
+            initial_rows = np.full(inputs.shape[1], INITIAL_SLOT)
+        sources = self._row_numbers[self.first_seat(table) :][: inputs.shape[1]].copy()
+        sources[: len(initial_rows)][resets[0, : len(initial_rows)]] = initial_rows[
+            resets[0, : len(initial_rows)]
+        ]
+        self.move(sources, self._first_of(here) + np.arange(len(sources)))
+        pieces, first = [], 0
+        cuts = [step for step in np.flatnonzero(resets.any(axis=1)).tolist() if step]
+        for cut in [*cuts, len(inputs)]:
+            while first < cut:
+                # Few numbers of steps, as `run` asks for.
+                num_steps = _power_of_two(cut - first) if self.can_scan else 1
+                piece = np.ascontiguousarray(inputs[first : first + num_steps])
+                pieces.append(self._run_between(here, there, piece).copy())
+                here, there, first = there, here, first + num_steps
+            if cut < len(inputs):
+                rows = np.flatnonzero(resets[cut])
+                self.move(initial_rows[rows], self._first_of(here) + rows)
+        if here == self._reset_area:
+            self._reset_area = self._spare_area
+        self._change_over(table, here)
+        return np.concatenate(pieces)
+
+    def _run_between(self, area: int, next_area: int, inputs: Steps) -> Steps:
+        """Run steps [K, B] from the seats of one area to those of another."""
+        num_steps, size = inputs.shape
+        bound = self._runs.get((area, next_area, num_steps, size)) or self._bind_run(
+            area, next_area, num_steps, size
+        )
+        for name, value in bound.steps.inputs.items():
+            value.update_inplace(np.ascontiguousarray(self.model.inputs.tensor(inputs, name)))
         (self._run if num_steps == 1 else self._scan).run_with_iobinding(bound.binding)
         bound.binding.synchronize_outputs()
+        if bound.steps.packed is not None:
+            return bound.steps.packed
+        return self.model.outputs.pack(bound.steps.outputs)
+
+    def _change_over(self, table: int, next_area: int) -> None:
+        """From now on a table's state is in another area, and its old one is spare."""
+        area = self._areas[table]
         self._areas[table], self._spare_area = next_area, area
         self._table_of_seats[next_area] = table
         self._table_of_seats[area] = -1
-        return bound.steps.outputs[:, :num_rows]
 
     def move(self, sources: Rows, targets: Rows) -> None:
         """Copy the state in some rows to others.
@@ -248,34 +305,55 @@ class ModelRunner:
 
     def _make_steps(self, num_steps: int, size: int) -> _Steps:
         """Make what runs of as many steps and rows take and give, once."""
-        spec, axes = self.model.spec, (num_steps, size)
-        inputs = _aligned_zeros((*axes, *spec.input.shape), self._input_dtype)
-        outputs = _aligned_zeros((*axes, *spec.output.shape), self._output_dtype)
-        steps = _Steps(self._on_device(inputs), outputs, inputs.nbytes + outputs.nbytes)
+        model, axes = self.model, (num_steps, size)
+        inputs = {
+            tensor.name: _aligned_zeros((*axes, *tensor.shape), numpy_dtype(tensor.dtype))
+            for tensor in model.input_tensors
+        }
+        outputs = {
+            tensor.name: _aligned_zeros((*axes, *tensor.shape), numpy_dtype(tensor.dtype))
+            for tensor in model.output_tensors
+        }
+        packed = None
+        if len(outputs) == 1:
+            [values] = outputs.values()
+            packed = values.reshape(-1).view(model.outputs.dtype).reshape(axes)
+        steps = _Steps(
+            {name: self._on_device(array) for name, array in inputs.items()},
+            outputs,
+            packed,
+            sum(array.nbytes for array in [*inputs.values(), *outputs.values()]),
+        )
         if sum(kept.num_bytes for kept in self._steps.values()) + steps.num_bytes > _MOST_BOUND_BYTES:
             self._runs.clear()
             self._steps.clear()
         self._steps[axes] = steps
         return steps
 
-    def _bind_run(self, table: int, num_steps: int, size: int) -> _BoundRun:
-        """Bind every buffer for runs of as many steps and rows from a table's area to the spare one, once."""
-        spec = self.model.spec
+    def _bind_run(self, area: int, next_area: int, num_steps: int, size: int) -> _BoundRun:
+        """Bind every buffer for runs of as many steps and rows from one area to another, once."""
+        model = self.model
         steps = self._steps.get((num_steps, size)) or self._make_steps(num_steps, size)
         where = (self.device.kind, self.device.device_id)
         binding = (self._run if num_steps == 1 else self._scan).io_binding()
         axes = (size,) if num_steps == 1 else (num_steps, size)
-        in_shape, out_shape = (*axes, *spec.input.shape), (*axes, *spec.output.shape)
-        binding.bind_input(graphs.INPUT, *where, self._input_dtype, in_shape, steps.inputs.data_ptr())
-        binding.bind_output(graphs.OUTPUT, "cpu", 0, self._output_dtype, out_shape, steps.outputs.ctypes.data)
-        for state in spec.states:
+        for tensor in model.input_tensors:
+            value = steps.inputs[tensor.name]
+            content = (numpy_dtype(tensor.dtype), (*axes, *tensor.shape))
+            binding.bind_input(graphs.given(tensor), *where, *content, value.data_ptr())
+        for tensor in model.output_tensors:
+            values = steps.outputs[tensor.name]
+            binding.bind_output(
+                graphs.taken(tensor), "cpu", 0, values.dtype, (*axes, *tensor.shape), values.ctypes.data
+            )
+        for state in model.spec.states:
             pool, row_bytes = self._pools[state.input_name].data_ptr(), _row_bytes(state)
-            content = (*where, numpy_dtype(state.dtype), (size, *state.shape))
-            here, there = self.first_seat(table) * row_bytes, self.spare_first_seat * row_bytes
-            binding.bind_input(graphs.content(state), *content, pool + here)
-            binding.bind_output(graphs.next_content(state), *content, pool + there)
+            rows = (*where, numpy_dtype(state.dtype), (size, *state.shape))
+            here, there = self._first_of(area) * row_bytes, self._first_of(next_area) * row_bytes
+            binding.bind_input(graphs.content(state), *rows, pool + here)
+            binding.bind_output(graphs.next_content(state), *rows, pool + there)
         bound = _BoundRun(binding, steps)
-        self._runs[self._areas[table], self._spare_area, num_steps, size] = bound
+        self._runs[area, next_area, num_steps, size] = bound
         return bound
 
     def _bind_move(self, size: int) -> _BoundMove:
@@ -367,20 +445,19 @@ class ModelRunner:
                 return batch_size
         return None
 
-    def _probe(self, num_slots: int) -> tuple[Rows, Array]:
-        """Some slots and random inputs of two steps [2, slots, ...input shape], always the same."""
+    def _probe(self, num_slots: int) -> tuple[Rows, Steps]:
+        """Some slots and random inputs of two steps [2, slots], always the same."""
         generator = np.random.default_rng(0)
-        shape = (2, num_slots, *self.model.spec.input.shape)
-        inputs = (
-            generator.uniform(-1, 1, shape).astype(self._input_dtype)
-            if self._input_dtype.kind == "f"
-            else generator.integers(0, 2, shape).astype(self._input_dtype)
-        )
-        return np.arange(num_slots) + NUM_RESERVED_SLOTS, inputs
+        inputs = {}
+        for tensor in self.model.input_tensors:
+            shape, dtype = (2, num_slots, *tensor.shape), numpy_dtype(tensor.dtype)
+            values = generator.uniform(-1, 1, shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
+            inputs[tensor.name] = values.astype(dtype)
+        return np.arange(num_slots) + NUM_RESERVED_SLOTS, self.model.inputs.pack(inputs)
 
-    def _two_steps(self, slots: Rows, inputs: Array, batch_size: int, at_once: bool = False) -> list[Array]:
+    def _two_steps(self, slots: Rows, inputs: Steps, batch_size: int, at_once: bool = False) -> list[Array]:
         """Two steps of every slot from the initial state, in batches of one size: outputs and final state."""
-        outputs = np.zeros((*inputs.shape[:2], *self.model.spec.output.shape), self._output_dtype)
+        outputs = self.model.outputs.none(*inputs.shape)
         for start in range(0, len(slots), batch_size):
             rows = slice(start, start + batch_size)
             seats = np.arange(len(slots[rows]))
@@ -388,7 +465,7 @@ class ModelRunner:
             for steps in [slice(0, 2)] if at_once else [slice(0, 1), slice(1, 2)]:
                 outputs[steps, rows] = self.run(np.ascontiguousarray(inputs[steps, rows]))
             self.move(self.first_seat(0) + seats, slots[rows])
-        return [outputs, *self.read(slots).values()]
+        return [*self.model.outputs.unpack(outputs).values(), *self.read(slots).values()]
 
 
 def _are_equal(some: list[Array], others: list[Array]) -> bool:
@@ -401,6 +478,11 @@ def _probe_sizes(largest: int) -> list[int]:
     powers = [2**i for i in range(4, math.ceil(math.log2(largest + 1)) + 1)]
     near_powers = {size + offset for size in powers for offset in (-1, 0, 1)}
     return sorted(size for size in {*range(2, 10), *near_powers, largest} if 2 <= size <= largest)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above a number."""
+    return 1 << number.bit_length() - 1
 
 
 def _row_bytes(state: model_pb2.StateSpec) -> int:

@@ -38,6 +38,11 @@ def write_run(run_dir: Path, *overrides: str) -> Path:
         metrics={"wrong_bits": 2.5, "wrong_bits_at_120": 40.0},
         best_score=42.5,
         solved={},
+        num_averaged=10,
+        num_diverged=0,
+        num_skipped=0,
+        num_skipped_in_a_row=0,
+        versions=checkpoint.versions(),
     )
     checkpoint.save(content, run_dir / BEST)
     return run_dir

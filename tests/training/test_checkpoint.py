@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pickle
 import subprocess
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from training import checkpoint
 from training.checkpoint import LAST
-from training.errors import CheckpointError
+from training.errors import CheckpointError, NonFiniteError
 from training.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +51,54 @@ def test_a_truncated_checkpoint_is_refused(run_dir, kept):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
 
-    with pytest.raises(CheckpointError, match="is truncated or not a checkpoint"):
+    with pytest.raises(CheckpointError, match="is truncated, or not a checkpoint"):
         checkpoint.load(path)
+
+
+def test_a_checkpoint_with_one_bit_flipped_is_refused_wherever_it_is(run_dir):
+    path = run_dir / LAST
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 50):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+
+        with pytest.raises(CheckpointError, match=r"is damaged|is truncated, or not a checkpoint"):
+            checkpoint.load(path)
+
+
+def test_a_checkpoint_with_a_block_of_zeros_is_refused(run_dir):
+    path = run_dir / LAST
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + bytes(4096) + whole[8192:])
+
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(run_dir):
+    torch.save({"format": 2}, run_dir / LAST)
+
+    with pytest.raises(CheckpointError, match="or not a checkpoint of this version"):
+        checkpoint.load(run_dir / LAST)
+
+
+@pytest.mark.parametrize("name", ["cell", "averaged"])
+def test_weights_that_are_not_finite_are_not_saved(run_dir, name):
+    loaded, before = checkpoint.load(run_dir / LAST), (run_dir / LAST).read_bytes()
+    getattr(loaded, name)["heads.bias"][0] = float("inf")
+
+    with pytest.raises(NonFiniteError, match="no longer finite"):
+        checkpoint.save(loaded, run_dir / LAST)
+
+    assert (run_dir / LAST).read_bytes() == before
+
+
+def test_a_checkpoint_says_what_it_was_made_with(run_dir):
+    made_with = checkpoint.load(run_dir / LAST).versions
+
+    assert made_with["torch"] == importlib.metadata.version("torch")
+    assert {"python", "numpy", "numba", "lightning-fabric"} < made_with.keys()
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
@@ -70,11 +117,10 @@ def test_a_failure_while_saving_leaves_the_last_checkpoint_whole(run_dir, monkey
     before = (run_dir / LAST).read_bytes()
     loaded = checkpoint.load(run_dir / LAST)
 
-    def fail(_content, file):
-        file.write(b"half")
+    def fail(_descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(CheckpointError, match=r"no space left on device.* the one before is still there"):
         checkpoint.save(loaded, run_dir / LAST)
 

@@ -123,3 +123,19 @@ def test_a_greater_size_is_measured_until_it_cannot_be_enough(tiny_settings, mon
     assert sum(judged) == num_judged
     drawn = settings.task.draw(150, (5,), torch.Generator().manual_seed(2_000_005))
     assert scores["wrong_bits_at_5"] == pytest.approx(float(drawn.targets[:, :num_judged].sum() / num_judged))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_answers_that_are_no_finite_numbers_score_infinity(tiny_settings, number):
+    """Also where a comparison with NaN, which is False, happens to be the bit that is due."""
+    settings = tiny_settings()
+    cell = make_cell(settings)
+    with torch.no_grad():
+        cell.output.bias[:] = number
+    zeros = settings.task.draw(3, (2,), torch.Generator().manual_seed(0))
+    zeros = zeros._replace(targets=torch.zeros_like(zeros.targets))
+
+    judged = judge(cell, settings.task, zeros)
+
+    assert all((values == math.inf).all() for values in judged.values())
+    assert not is_solved(evaluate(cell, settings), settings.task)

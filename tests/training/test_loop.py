@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -355,7 +356,7 @@ def test_a_run_directory_in_use_is_refused_and_left_alone(tiny_settings):
     run(settings)
     before = (settings.run_dir / LAST).read_bytes()
 
-    with pytest.raises(RunDirectoryError, match=r"is in use: give another --run-dir, or go on .* --resume"):
+    with pytest.raises(RunDirectoryError, match=r"holds a run: give another --run-dir, or go on .* --resume"):
         run(settings)
 
     assert (settings.run_dir / LAST).read_bytes() == before
@@ -408,31 +409,279 @@ def test_resuming_from_a_truncated_checkpoint_is_refused(tiny_settings):
         run(settings, resume=True)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient's norm"])
-def test_a_loss_or_gradient_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
-    tiny_settings, monkeypatch, what
-):
-    settings = tiny_settings("--checkpoint-every-updates=3")
-    loss = settings.task.loss
-    costs_of = type(loss).costs
+def spoil(monkeypatch, settings, what: str, is_spoiled) -> None:
+    """Have some updates, by their number, end in a loss or a gradient that is no number."""
+    costs_of = type(settings.task.loss).costs
     calls = []
 
     def spoiled(self, answers, targets):
         if not answers.requires_grad:  # An evaluation.
             return costs_of(self, answers, targets)
         calls.append(1)
-        if len(calls) < 6:
+        if not is_spoiled(len(calls)):
             return costs_of(self, answers, targets)
         if what == "loss":
             return costs_of(self, answers, targets) * float("nan")
         # Its value is 0 and its gradient infinite.
         return (answers.sum() * 0).sqrt().expand(targets.shape[:2])
 
-    monkeypatch.setattr(type(loss), "costs", spoiled)
+    monkeypatch.setattr(type(settings.task.loss), "costs", spoiled)
 
-    with pytest.raises(NonFiniteError, match=rf"at update 6 the {what} is nan.*last good checkpoint is kept"):
+
+@pytest.mark.parametrize("what", ["loss", "gradient's norm"])
+def test_an_update_that_would_not_be_finite_is_skipped_said_and_counted(tiny_settings, monkeypatch, what):
+    settings, screen = tiny_settings("--restart-every-updates=None"), io.StringIO()
+    spoil(monkeypatch, settings, what, lambda update: update in (6, 9))
+
+    train(settings, "the command", resume=False, console=Console(file=screen, width=200))
+
+    assert f"at update 6 the {what} is nan: the update is skipped" in screen.getvalue()
+    kept = records(settings.run_dir)
+    assert [record["update"] for record in kept] == list(range(1, 13))
+    assert kept[5]["gradient_norm"] is None
+    assert [record.get("skipped_updates", 0) for record in kept] == [0] * 5 + [1] * 3 + [2] * 4
+    last = checkpoint.load(settings.run_dir / LAST)
+    assert (last.num_skipped, last.num_skipped_in_a_row, last.num_diverged) == (2, 0, 0)
+    assert {int(state["step"]) for state in last.optimizer["state"].values()} == {10}
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient's norm"])
+def test_where_no_update_can_be_made_the_run_stops_and_keeps_the_last_good_checkpoint(
+    tiny_settings, monkeypatch, what
+):
+    settings = tiny_settings(
+        "--checkpoint-every-updates=3", "--num-updates=40", "--restart-every-updates=None"
+    )
+    spoil(monkeypatch, settings, what, lambda update: update >= 6)
+
+    with pytest.raises(
+        NonFiniteError, match=rf"at update 15 the {what} is nan.*last good checkpoint is kept"
+    ):
         run(settings)
 
     last = checkpoint.load(settings.run_dir / LAST)
     assert last.update == 3
     assert all(tensor.isfinite().all() for tensor in last.cell.values())
+    monkeypatch.undo()
+    run(settings, resume=True)
+    assert [record["update"] for record in records(settings.run_dir)] == list(range(1, 41))
+
+
+def test_a_run_that_tries_again_begins_again_where_it_diverges(tiny_settings, monkeypatch):
+    settings = tiny_settings("--restart-every-updates=10", "--evaluation.enough=0")
+    spoil(monkeypatch, settings, "loss", lambda update: update == 6)
+
+    run(settings)
+
+    kept = records(settings.run_dir)
+    assert [record["update"] for record in kept if "restarted" in record] == [6, 11]
+    last = checkpoint.load(settings.run_dir / LAST)
+    assert (last.num_diverged, last.num_skipped) == (1, 0)
+    assert {int(state["step"]) for state in last.optimizer["state"].values()} == {2}
+
+
+def test_gradients_whose_norm_alone_overflows_are_clipped(tiny_settings, monkeypatch):
+    settings = tiny_settings("--num-updates=2", "--optimizer.name=adam")
+    costs_of, norms = type(settings.task.loss).costs, []
+    monkeypatch.setattr(type(settings.task.loss), "costs", lambda *arguments: costs_of(*arguments) * 1e30)
+    step = torch.optim.Adam.step
+
+    def seen(optimizer, *arguments):
+        gradients = [weight.grad.double() for group in optimizer.param_groups for weight in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", seen)
+
+    run(settings)
+
+    assert all(record["gradient_norm"] > 1e22 for record in records(settings.run_dir))
+    assert norms == pytest.approx([settings.optimizer.clip_norm] * 2, rel=1e-5)
+
+
+def test_a_model_whose_answers_are_no_numbers_is_never_kept_as_the_best(tiny_settings, monkeypatch):
+    settings = tiny_settings("--evaluation.every-updates=1", "--checkpoint-every-updates=1")
+    monkeypatch.setattr(
+        "training.loop.evaluate", lambda *_arguments: {"wrong_bits": float("inf"), "cost_bits": float("inf")}
+    )
+
+    with pytest.raises(NonFiniteError, match="no evaluation found answers that are finite numbers"):
+        run(settings)
+
+    assert not (settings.run_dir / BEST).exists()
+    assert records(settings.run_dir)[0]["wrong_bits"] is None
+
+
+def test_the_case_that_was_kept_as_the_best_with_a_cost_of_nan(tmp_path):
+    arguments = ["copy", "--optimizer.learning-rate=1e20", "--evaluation.every-updates=1"]
+    arguments += ["--checkpoint-every-updates=1", "--restart-every-updates=100", "--num-updates=6"]
+    arguments += ["--evaluation.long-sizes=40", "--model.memory-rows=8", f"--run-dir={tmp_path / 'run'}"]
+
+    main(arguments)
+
+    for record in records(tmp_path / "run"):
+        assert all(value is None or abs(value) < float("inf") for value in record.values())
+    assert "NaN" not in (tmp_path / "run" / METRICS).read_text()
+    for name in {LAST, BEST} & {path.name for path in (tmp_path / "run").iterdir()}:
+        kept = checkpoint.load(tmp_path / "run" / name)
+        assert checkpoint.is_finite(kept.cell)
+        assert name == LAST or kept.best_score < float("inf")
+
+
+@pytest.mark.parametrize("average_decay", [0, 0.5])
+def test_a_run_resumed_at_the_boundary_of_an_attempt_is_the_unbroken_one(
+    tiny_settings, tmp_path, average_decay
+):
+    restart = ["--restart-every-updates=5", "--evaluation.enough=0"]
+    restart += [f"--optimizer.average-decay={average_decay}"]
+    parts, unbroken = f"--run-dir={tmp_path / 'parts'}", f"--run-dir={tmp_path / 'unbroken'}"
+
+    run(tiny_settings(*restart, parts, "--num-updates=5"))
+    run(tiny_settings(*restart, parts, "--num-updates=7"), resume=True)
+    run(tiny_settings(*restart, parts, "--num-updates=10"), resume=True)
+    run(tiny_settings(*restart, unbroken, "--num-updates=10"))
+
+    assert_same_weights(tmp_path / "parts", tmp_path / "unbroken")
+    ours, theirs = checkpoint.load(tmp_path / "parts" / LAST), checkpoint.load(tmp_path / "unbroken" / LAST)
+    assert all(torch.equal(ours.averaged[name], theirs.averaged[name]) for name in ours.averaged)
+    assert [record["loss"] for record in records(tmp_path / "parts")] == [
+        record["loss"] for record in records(tmp_path / "unbroken")
+    ]
+
+
+def test_a_run_whose_first_checkpoint_could_not_be_written_can_be_started_again(tiny_settings, monkeypatch):
+    settings = tiny_settings("--num-updates=2")
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:  # The records come first.
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="there was none before; make room and start the run again"):
+        run(settings)
+    monkeypatch.undo()
+
+    run(settings)
+
+    assert checkpoint.load(settings.run_dir / LAST).update == 2
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_started_again(tiny_settings):
+    settings = tiny_settings("--num-updates=2")
+    for name in ("lock", SETTINGS, METRICS, "last.tmp"):
+        settings.run_dir.mkdir(exist_ok=True)
+        (settings.run_dir / name).touch()
+    (settings.run_dir / "tensorboard").mkdir()
+
+    run(settings)
+
+    assert checkpoint.load(settings.run_dir / LAST).update == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--num-updates=2"], "all 2 updates are made; --resume with a greater --num-updates"),
+        (
+            ["--cpu-minutes=1e-9"],
+            "minutes of processor time are used up; --resume with a greater --cpu-minutes",
+        ),
+        (["--evaluation.enough=1e9"], "and 1e+09 is enough; --resume with a lesser --evaluation.enough"),
+    ],
+)
+def test_a_run_that_is_over_says_why_and_how_to_go_further(tiny_settings, more, reason):
+    settings = tiny_settings(*more)
+    for resume in (False, True):
+        screen = io.StringIO()
+
+        train(settings, "the command", resume=resume, console=Console(file=screen, width=400))
+
+        assert reason in screen.getvalue()
+    assert "there is nothing to do" in screen.getvalue()
+
+
+@pytest.mark.parametrize("name", ["file/run", "x" * 300])
+def test_a_run_directory_that_cannot_be_is_refused(tiny_settings, tmp_path, name):
+    (tmp_path / "file").touch()
+    settings = tiny_settings(f"--run-dir={tmp_path / name}")
+
+    for resume in (False, True):
+        with pytest.raises(RunDirectoryError):
+            run(settings, resume=resume)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        lambda last: last._replace(optimizer={}),
+        lambda last: last._replace(optimizer={"state": {}, "param_groups": [{"params": [0]}]}),
+        lambda last: last._replace(
+            optimizer=last.optimizer
+            | {"state": {key: {"step": moments["step"]} for key, moments in last.optimizer["state"].items()}}
+        ),
+        lambda last: last._replace(
+            optimizer=last.optimizer
+            | {
+                "state": {
+                    key: moments | {"square_avg": torch.zeros(7)}
+                    for key, moments in last.optimizer["state"].items()
+                }
+            }
+        ),
+        lambda last: last._replace(random_state=torch.zeros(3, dtype=torch.uint8)),
+        lambda last: last._replace(sequences_state="no tensor"),
+    ],
+)
+def test_a_state_of_optimiser_or_generator_that_does_not_fit_is_refused(tiny_settings, spoiled):
+    settings = tiny_settings("--num-updates=2")
+    run(settings)
+    checkpoint.save(spoiled(checkpoint.load(settings.run_dir / LAST)), settings.run_dir / LAST)
+
+    with pytest.raises(CheckpointError, match="does not fit"):
+        run(tiny_settings("--num-updates=4"), resume=True)
+
+
+def test_a_run_that_is_resumed_with_other_libraries_says_so(tiny_settings):
+    run(tiny_settings("--num-updates=2"))
+    path, screen = tiny_settings().run_dir / LAST, io.StringIO()
+    last = checkpoint.load(path)
+    checkpoint.save(last._replace(versions=last.versions | {"torch": "1.0"}), path)
+
+    train(tiny_settings(), "the command", resume=True, console=Console(file=screen, width=400))
+
+    assert f"the run goes on with torch {last.versions['torch']} instead of 1.0, and may" in screen.getvalue()
+
+
+def test_damaged_lines_of_the_records_are_left_out_and_the_others_kept(tiny_settings):
+    run(tiny_settings("--num-updates=10"))
+    path, screen = tiny_settings().run_dir / METRICS, io.StringIO()
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2], lines[4], lines[6] = b"\xff\xfe\n", b'{"update": 5, "loss": \n', b"[1]\n"
+    path.write_bytes(b"".join(lines) + b'{"update": 11, "lo')
+
+    train(tiny_settings(), "the command", resume=True, console=Console(file=screen, width=400))
+
+    assert [record["update"] for record in records(path.parent)] == [1, 2, 4, 6, 8, 9, 10, 11, 12]
+    assert "left out of the records: 4 damaged lines" in screen.getvalue()
+
+
+def test_a_run_is_resumed_with_smaller_steps(tiny_settings):
+    run(tiny_settings("--num-updates=2", "--optimizer.learning-rate=1e-2"))
+
+    run(tiny_settings("--num-updates=3", "--optimizer.learning-rate=1e-3"), resume=True)
+
+    last = checkpoint.load(tiny_settings().run_dir / LAST)
+    assert last.optimizer["param_groups"][0]["lr"] == 1e-3
+
+
+def test_a_run_that_ends_early_has_no_time_left_to_show(tiny_settings):
+    screen = io.StringIO()
+    settings = tiny_settings("--evaluation.enough=1e9", "--num-updates=100000")
+
+    train(settings, "c", resume=False, console=Console(file=screen, force_terminal=True, width=160))
+
+    assert "5/5" in screen.getvalue()
+    assert re.findall(r"\d:\d\d:\d\d", screen.getvalue())[-1] == "0:00:00"

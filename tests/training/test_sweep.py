@@ -62,10 +62,48 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(capsys, tiny_argument
     assert sweep(tmp_path, tiny_arguments, "--seeds=0-1", "--jobs=2") == 1
 
     said = capsys.readouterr().err
-    assert "seed=0 is in use: give another --run-dir" in said
-    assert "1 of 2 runs failed: seed=0; give the command again" in said
+    assert "seed=0 holds other files than a new run: give another --run-dir" in said
+    assert "1 of 2 runs failed: seed=0; once what they say is mended, give the command again" in said
     assert checkpoint.load(tmp_path / "seed=1" / LAST).update == 12
     assert (tmp_path / "seed=0" / "notes.txt").read_text() == "somebody's"
+
+
+def test_a_run_that_diverged_is_not_to_be_tried_again_with_the_same_settings(
+    capsys, tiny_arguments, tmp_path
+):
+    rates = "--vary=optimizer.learning-rate=1e-3,1e30"
+    more = ["--num-updates=20", "--restart-every-updates=None"]
+
+    assert sweep(tmp_path, tiny_arguments, *more, rates) == 1
+
+    said = capsys.readouterr().err
+    assert "1 of 2 runs diverged: learning-rate=1e30,seed=0; with these settings they will again" in said
+    assert "give the command again" not in said
+    assert len(json.loads((tmp_path / "summary.json").read_text())) == 2
+
+
+def test_a_damaged_run_is_named_and_keeps_none_of_the_others_out_of_the_summary(
+    capsys, tiny_arguments, tmp_path
+):
+    arguments = [*tiny_arguments, "--num-updates=1"]
+    for seed in (0, 1):
+        main(["copy", *arguments, f"--seed={seed}", f"--run-dir={tmp_path / f'seed={seed}'}"])
+    damaged = bytearray((tmp_path / "seed=0" / LAST).read_bytes())
+    damaged[1000] ^= 1
+    (tmp_path / "seed=0" / LAST).write_bytes(damaged)
+
+    assert sweep(tmp_path, arguments, "--seeds=0-1") == 1
+
+    assert "last.pt is damaged" in capsys.readouterr().err
+    assert [row["run"] for row in json.loads((tmp_path / "summary.json").read_text())] == ["seed=1"]
+
+
+def test_a_folder_that_cannot_be_is_refused(capsys, tiny_arguments, tmp_path):
+    (tmp_path / "file").touch()
+
+    assert sweep(tmp_path / "file" / "sweep", tiny_arguments) == 1
+
+    assert "cannot be a folder" in capsys.readouterr().err
 
 
 def test_a_setting_that_cannot_work_is_refused_before_any_run_is_made(capsys, tiny_arguments, tmp_path):

@@ -135,6 +135,8 @@ class Task(BaseModel, ABC):
         problem = ""
         if inputs.dim() != 3 or inputs.shape[1:] != (batch_size, self.input_size):
             problem = f"inputs must be {expected}, not {list(inputs.shape)}"
+        elif not bool(inputs.isfinite().all()):
+            problem = "inputs must be finite numbers"
         elif not 1 <= len(targets) <= len(inputs) or targets.shape[1] != batch_size:
             problem = (
                 f"targets must be [answers, {batch_size}, ...] with 1 to {len(inputs)} answers, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,9 +34,18 @@ def steps(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarr
     return outputs
 
 
+def run(
+    runner: ModelRunner, inputs: np.ndarray, initial_rows: np.ndarray | None = None, resets: object = None
+) -> np.ndarray:
+    """Steps [K, B, ...] of x at the first table; returns y, a copy."""
+    model = runner.model
+    steps = model.inputs.pack({"x": inputs}, None if resets is None else np.asarray(resets))
+    return model.outputs.unpack(runner.run(steps, 0, initial_rows))["y"].copy()
+
+
 def sit_and_run(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarray:
     runner.move(np.array(slots), runner.first_seat(0) + np.arange(len(slots)))
-    return runner.run(inputs[np.newaxis])[0].copy()
+    return run(runner, inputs[np.newaxis])[0]
 
 
 def test_a_move_writes_the_slots_named_and_no_others(tmp_path: Path) -> None:
@@ -118,7 +128,7 @@ def test_a_batch_goes_on_from_where_the_last_run_left_it(tmp_path: Path) -> None
     runner.move(np.full(4, INITIAL_SLOT), runner.first_seat(0) + np.arange(4))
 
     outputs = np.concatenate(
-        [runner.run(inputs[turns]).copy() for turns in (slice(0, 1), slice(1, 5), slice(5, 6))]
+        [run(runner, inputs[turns]) for turns in (slice(0, 1), slice(1, 5), slice(5, 6))]
     )
 
     np.testing.assert_array_equal(outputs, [np.zeros((4, 3)), np.zeros((4, 3)), *inputs[:-2]])
@@ -132,7 +142,7 @@ def test_steps_at_once_give_what_one_after_the_other_does_bit_for_bit(tmp_path: 
     for cuts in ([0, 7], range(8), [0, 1, 3, 7]):
         runner.move(np.full(5, INITIAL_SLOT), runner.first_seat(0) + np.arange(5))
         pieces = [inputs[start:stop] for start, stop in pairwise(cuts)]
-        outputs = np.concatenate([runner.run(piece).copy() for piece in pieces])
+        outputs = np.concatenate([run(runner, piece) for piece in pieces])
         results.append({"y": outputs, **runner.read(runner.first_seat(0) + np.arange(5))})
 
     for other in results[1:]:
@@ -149,10 +159,65 @@ def test_what_runs_are_bound_to_does_not_grow_without_end(
     runner.move(np.full(8, INITIAL_SLOT), runner.first_seat(0) + np.arange(8))
 
     for num_steps, num_rows in [(1, 1), (4, 4), (4, 8), (2, 8), (1, 1)]:
-        outputs = runner.run(np.ascontiguousarray(inputs[:num_steps, :num_rows]))
+        outputs = run(runner, np.ascontiguousarray(inputs[:num_steps, :num_rows]))
 
     assert len(runner._steps) == len(runner._runs) == 2
     np.testing.assert_array_equal(outputs[0, 0], np.full(3, sum(0.5**n for n in range(12))))
+
+
+@pytest.mark.parametrize(
+    "make", [step_models.delay_line, step_models.many_layouts, step_models.size_dependent]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_that_are_reset_begin_from_the_rows_that_each_session_names(
+    tmp_path: Path, make: Callable[[], bytes], seed: int
+) -> None:
+    runner = runner_of(tmp_path, make())
+    generator = np.random.default_rng(seed)
+    for _ in range(4):
+        num_steps, num_rows = int(generator.integers(1, 12)), int(generator.integers(1, 9))
+        inputs = generator.uniform(-1, 1, (num_steps, num_rows, 3)).astype(np.float32)
+        resets = generator.random((num_steps, num_rows)) < 0.2
+        resets[generator.integers(num_steps), 0] = True
+        initial_rows = generator.integers(0, 5, num_rows)
+        expected = np.empty_like(inputs)
+        alone = {}
+        for row in range(num_rows):
+            runner.move(np.array([row + 5]), np.array([runner.first_seat(0)]))
+            for step in range(num_steps):
+                if resets[step, row]:
+                    runner.move(initial_rows[[row]], np.array([runner.first_seat(0)]))
+                expected[step, row] = run(runner, inputs[step : step + 1, row : row + 1])[0, 0]
+            alone[row] = runner.read(np.array([runner.first_seat(0)]))
+        seats = np.arange(num_rows)
+        runner.move(seats + 5, runner.first_seat(0) + seats)
+
+        outputs = run(runner, inputs, initial_rows, resets)
+
+        np.testing.assert_array_equal(outputs, expected)
+        after = runner.read(runner.first_seat(0) + seats)
+        for row, state in alone.items():
+            for name, value in state.items():
+                np.testing.assert_array_equal(after[name][row], value[0])
+        runner.move(runner.first_seat(0) + seats, seats + 5)
+
+
+def test_a_run_with_resets_that_fails_spoils_neither_slots_nor_seats(tmp_path: Path) -> None:
+    runner = runner_of(tmp_path, step_models.fragile())
+    sit_and_run(runner, [INITIAL_SLOT] * 3, np.ones((3, 3), np.float32))
+    kept = np.r_[0:18, runner.first_seat(0) + np.arange(3)]
+    before = runner.read(kept)
+    inputs = np.zeros((6, 3, 3), np.float32)
+    inputs[-1] = 8
+    resets = np.zeros((6, 3), np.bool_)
+
+    for cut in (0, 2, 5):
+        resets[cut, 1] = True
+        with pytest.raises(Exception, match=r"out of (bounds|data)"):
+            run(runner, inputs, None, resets)
+
+    for name, value in runner.read(kept).items():
+        np.testing.assert_array_equal(value, before[name])
 
 
 def test_a_run_copies_no_next_state(tmp_path: Path) -> None:
@@ -169,7 +234,7 @@ def test_the_body_of_a_node_may_take_the_next_state_from_around_itself(tmp_path:
     inputs = np.random.default_rng(3).uniform(-1, 1, (4, 2, 3)).astype(np.float32)
     runner.move(np.full(2, INITIAL_SLOT), runner.first_seat(0) + np.arange(2))
 
-    outputs = np.concatenate([runner.run(inputs[:1]).copy(), runner.run(inputs[1:]).copy()])
+    outputs = np.concatenate([run(runner, inputs[:1]), run(runner, inputs[1:])])
 
     sums = [np.zeros((2, 3), np.float32)]
     for row in inputs:
@@ -200,12 +265,12 @@ def test_where_steps_at_once_would_give_something_else_each_is_run_by_itself(
 
 
 def test_where_steps_at_once_fail_the_log_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ModelRunner.run
+    run_any = ModelRunner.run
 
     def run_one(self: ModelRunner, inputs: np.ndarray, table: int = 0) -> np.ndarray:
         if len(inputs) > 1:
             raise RuntimeError("no kernel for Scan")
-        return run(self, inputs, table)
+        return run_any(self, inputs, table)
 
     monkeypatch.setattr(ModelRunner, "run", run_one)
 
@@ -227,7 +292,7 @@ def test_a_run_that_fails_spoils_neither_slots_nor_seats(tmp_path: Path) -> None
     inputs[-1] = 8
     for num_steps in (1, 4, 4):
         with pytest.raises(Exception, match=r"out of (bounds|data)"):
-            runner.run(inputs[-num_steps:])
+            run(runner, inputs[-num_steps:])
 
     for name, value in runner.read(kept).items():
         np.testing.assert_array_equal(value, before[name])

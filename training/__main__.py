@@ -18,7 +18,7 @@ from rich.console import Console
 
 from training import checkpoint
 from training.checkpoint import BEST, LAST
-from training.config import CONFIGS, Settings, parse_sizes, read_settings, resolve
+from training.config import Settings, experiments, parse_sizes, read_experiment, resolve
 from training.errors import DIVERGED, NonFiniteError, SettingsError, TrainingError
 from training.loop import train
 from training.tasks import PATTERNS, Pattern
@@ -35,6 +35,8 @@ Train a Neural Turing Machine. The experiments are: {experiments}.
   python -m training copy --seed 3 --run-dir runs/copy3          another seed, elsewhere
   python -m training copy --optimizer.learning-rate 5e-4         any setting of the experiment
   python -m training copy --resume                               go on after Ctrl-C or a crash
+  python -m training my.toml                                     an experiment of your own
+  python -m training my_module:MyTask                            a task of your own, all settings by default
   python -m training copy --help                                 all settings
   python -m training evaluate runs/copy                          errors by size: a table, JSON and a plot
   python -m training plot runs/copy                              learning curve, the machine at work, its memory
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     console = Console(stderr=True, highlight=False, quiet=int(os.environ.get("RANK", 0)) > 0)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE.format(experiments=", ".join(_experiments())))
+        print(_USAGE.format(experiments=", ".join(experiments())))
         return 0 if arguments else 2
     command: Callable[[Sequence[str], Console], int] = _COMMANDS.get(arguments[0], _train)
     try:
@@ -58,23 +60,13 @@ def main(arguments: Sequence[str]) -> int:
         return DIVERGED if isinstance(error, NonFiniteError) else 1
 
 
-def _experiments() -> list[str]:
-    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
-
-
-def _check_experiment(experiment: str) -> None:
-    if experiment not in _experiments():
-        raise SettingsError(f"unknown experiment {experiment!r}: there are {', '.join(_experiments())}")
-
-
 def _train(arguments: Sequence[str], console: Console) -> int:
     experiment, *overrides = arguments
-    _check_experiment(experiment)
     prog = f"python -m training {experiment}"
     resume = "--resume" in overrides
     if resume:
         overrides.remove("--resume")
-    settings = read_settings(CONFIGS / f"{experiment}.toml", overrides, prog)
+    settings = read_experiment(experiment, overrides, prog)
     if resume:
         settings = _settings_to_resume(settings.run_dir, overrides, prog)
     command = shlex.join(["python", "-m", "training", *arguments])
@@ -220,11 +212,10 @@ def _sweep(arguments: Sequence[str], console: Console) -> int:
     parser.add_argument("--to", type=Path, required=True, help="folder that receives the runs")
     parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
     options, settings = parser.parse_known_args(arguments[1:])
-    _check_experiment(options.experiment)
     runs = variations(options.seeds, options.vary)
     for varied in runs:  # A setting that cannot work is refused before any run is made.
         flags = [*settings, *(f"--{flag}={value}" for flag, value in varied.items())]
-        read_settings(CONFIGS / f"{options.experiment}.toml", flags, parser.prog)
+        read_experiment(options.experiment, flags, parser.prog)
     rows = sweep(options.experiment, settings, runs, options.to, options.jobs, console)
     Console(highlight=False).print(table(rows))
     return 0

@@ -32,6 +32,7 @@ from training.model import Cell, NTMCell, PlainCell
 from training.model.cell import InitialAttention, InitialMemory
 from training.model.controller import ControllerKind
 from training.tasks import TASKS, Size, Task
+from training.tasks.lookup import task_class
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -246,7 +247,13 @@ def parse_sizes(texts: Sequence[str], task: Task, where: str) -> list[Size]:
             names = " x ".join(task.size_names)
             example = size_text(max(task.sizes()))
             raise SettingsError(f"{where}: {text!r} is not a size of {task.name}: {names}, such as {example}")
-    return [tuple(map(int, text.split("x"))) for text in texts]
+    sizes = [tuple(map(int, text.split("x"))) for text in texts]
+    for text, size in zip(texts, sizes, strict=True):
+        try:
+            task.check_size(size)
+        except ValueError as error:
+            raise SettingsError(f"{where}: {text!r} is not a size of {task.name}: {error}") from None
+    return sizes
 
 
 def size_text(size: Size) -> str:
@@ -261,13 +268,40 @@ def settings_class(task: str) -> type[Settings]:
     Raises:
         SettingsError: there is no such task.
     """
-    if task not in TASKS:
-        raise SettingsError(f"unknown task {task!r}: there are {', '.join(TASKS)}")
-    return create_model(
-        "Settings",
-        __base__=Settings,
-        __doc__=Settings.__doc__,
-        task=(TASKS[task], TASKS[task].model_construct()),
+    own = task_class(task)
+    # --help shows the defaults of a task that has one for each setting.
+    is_complete = not any(field.is_required() for field in own.model_fields.values())
+    default: Any = own.model_construct() if is_complete else ...
+    return create_model("Settings", __base__=Settings, __doc__=Settings.__doc__, task=(own, default))
+
+
+def experiments() -> list[str]:
+    """The names of the experiments in this tree."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def read_experiment(experiment: str, arguments: Sequence[str], prog: str) -> Settings:
+    """The settings of an experiment with those of the command line over them.
+
+    Args:
+        experiment: one of `experiments`, a TOML file of one's own, or the import path module:Class of a task, whose
+            settings then have their defaults.
+        arguments: of the command line.
+        prog: what was typed before them, for messages.
+
+    Raises:
+        SettingsError: there is no such experiment, or a setting is unknown, malformed or cannot work.
+    """
+    if experiment in experiments():
+        return read_settings(CONFIGS / f"{experiment}.toml", arguments, prog)
+    if experiment.endswith(".toml"):
+        return read_settings(Path(experiment), arguments, prog)
+    if ":" in experiment:
+        values = {"task": {"name": experiment}, "run_dir": f"runs/{experiment.rpartition(':')[2]}"}
+        return resolve(values, Path(experiment), arguments, prog)
+    raise SettingsError(
+        f"unknown experiment {experiment!r}: there are {', '.join(experiments())}; of your own, give a file that ends "
+        "in .toml, or the import path module:Class of a task"
     )
 
 
@@ -307,7 +341,10 @@ def resolve(values: dict[str, Any], source: Path, arguments: Sequence[str], prog
 def _task_name(values: dict[str, Any], source: Path) -> str:
     task = values.get("task")
     if not isinstance(task, dict) or not isinstance(task.get("name"), str):
-        raise SettingsError(f"{source} names no task: it needs [task] with name = one of {', '.join(TASKS)}")
+        raise SettingsError(
+            f"{source} names no task: it needs [task] with name = one of {', '.join(TASKS)}, "
+            "or an import path module:Class"
+        )
     return str(task["name"])
 
 

@@ -2,6 +2,7 @@
 
 from training.tasks.associative_recall import AssociativeRecallTask
 from training.tasks.copy import CopyTask
+from training.tasks.dataset import DatasetTask
 from training.tasks.dynamic_ngrams import DynamicNGramsTask
 from training.tasks.priority_sort import PrioritySortTask
 from training.tasks.repeat_copy import RepeatCopyTask
@@ -9,7 +10,14 @@ from training.tasks.task import PATTERNS, Goal, Pattern, Sequences, Size, Task
 
 TASKS: dict[str, type[Task]] = {
     task.model_fields["name"].default: task
-    for task in (CopyTask, RepeatCopyTask, AssociativeRecallTask, DynamicNGramsTask, PrioritySortTask)
+    for task in (
+        CopyTask,
+        RepeatCopyTask,
+        AssociativeRecallTask,
+        DynamicNGramsTask,
+        PrioritySortTask,
+        DatasetTask,
+    )
 }
 """Every task by its name in a TOML."""
 

@@ -6,7 +6,7 @@ Shapes: T steps, A answers, B batch, I input size, O output size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -120,6 +120,20 @@ class Task(BaseModel, ABC):
         sizes = self.sizes()
         return sizes[int(torch.randint(len(sizes), (), generator=generator))]
 
+    def draw_mixed(self, sizes: list[Size], generator: torch.Generator) -> Sequences:
+        """Sequences to train on, each of a size of its own, the shorter ones padded behind their end."""
+        items: list[Any] = [None] * len(sizes)
+        for size in sorted(set(sizes)):
+            rows = [row for row, own in enumerate(sizes) if own == size]
+            inputs, targets, mask = self.draw_for_training(len(rows), size, generator)
+            counts = torch.ones(targets.shape[:2], dtype=torch.bool) if mask is None else mask
+            for index, row in enumerate(rows):
+                items[row] = inputs[:, index], targets[:, index], counts[:, index]
+        return padded(items)
+
+    def check_size(self, size: Size) -> None:
+        """Raise ValueError, in words for the person who asked for it, if there are no sequences of this size."""
+
     def optimal_cost(self, sequences: Sequences) -> Tensor | None:
         """[B], the bits that the best possible predictor pays for each sequence; None where that is 0."""
         return None
@@ -154,6 +168,29 @@ class Task(BaseModel, ABC):
         if problem:
             raise TaskError(f"the task {self.name} draws sequences that it cannot: {problem}")
         return sequences
+
+
+def padded(items: list[tuple[Tensor, Tensor, Tensor]]) -> Sequences:
+    """A batch of sequences of any lengths, the shorter ones padded behind their end; nothing there counts.
+
+    Args:
+        items: of each sequence inputs [t, I], targets [a, ...] and mask [a], a <= t.
+    """
+    shapes = {(len(inputs), len(targets)) for inputs, targets, _ in items}
+    if len(shapes) == 1:
+        inputs, targets, mask = (torch.stack(parts, dim=1) for parts in zip(*items, strict=True))
+        return Sequences(inputs, targets, None if bool(mask.all()) else mask)
+    num_steps = max(num_steps for num_steps, _ in shapes)
+    first_inputs, first_targets, _ = items[0]
+    inputs = first_inputs.new_zeros(num_steps, len(items), *first_inputs.shape[1:])
+    targets = first_targets.new_zeros(num_steps, len(items), *first_targets.shape[1:])
+    mask = torch.zeros(num_steps, len(items), dtype=torch.bool)
+    for row, (own_inputs, own_targets, own_mask) in enumerate(items):
+        end = len(own_inputs)
+        inputs[:end, row] = own_inputs
+        targets[end - len(own_targets) : end, row] = own_targets
+        mask[end - len(own_targets) : end, row] = own_mask
+    return Sequences(inputs, targets, mask)
 
 
 def in_order(shortest: str, least: int, longest: str, most: int) -> None:

@@ -26,6 +26,9 @@ _ROLES = {
     "read_weightings": model_pb2.STATE_ROLE_READ_WEIGHTING,
     "write_weightings": model_pb2.STATE_ROLE_WRITE_WEIGHTING,
     "read_vectors": model_pb2.STATE_ROLE_READ_VECTOR,
+    "usage": model_pb2.STATE_ROLE_OTHER,
+    "precedence": model_pb2.STATE_ROLE_OTHER,
+    "links": model_pb2.STATE_ROLE_OTHER,
 }
 # The cell keeps memory as [M, N]; callers see the paper's N x M.
 _API_AXES = {"memory": [1, 0]}

@@ -19,6 +19,8 @@ from training.checkpoint import BEST, load, restore_cell
 from training.model import named_tensors, unroll
 
 NTM = ["--model.memory-rows=12", "--model.row-width=5", "--model.num-read-heads=2"]
+DNC = ["--model.architecture=dnc", "--model.memory-rows=12", "--model.row-width=5"]
+PLAIN_DNC = ["--no-model.masked-lookup", "--no-model.deallocation", "--no-model.sharp-links"]
 PLAIN = ["--model.architecture=plain", "--model.controller-layers=2"]
 
 
@@ -29,6 +31,8 @@ PLAIN = ["--model.architecture=plain", "--model.controller-layers=2"]
         ("repeat-copy", [*NTM, "--model.controller=feedforward"]),
         ("associative-recall", [*NTM, "--model.controller=gru"]),
         ("priority-sort", [*NTM, "--model.controller=mgu", "--model.num-write-heads=2"]),
+        ("copy", [*DNC, "--model.num-read-heads=2"]),
+        ("associative-recall", [*DNC, *PLAIN_DNC, "--model.controller=feedforward"]),
         ("dynamic-ngrams", [*PLAIN, "--model.controller=lstm"]),
         ("copy", [*PLAIN, "--model.controller=gru"]),
         ("copy", [*PLAIN, "--model.controller=mgu"]),

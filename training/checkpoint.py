@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from training.config import Settings, make_cell, settings_class
 from training.errors import CheckpointError, NonFiniteError, SettingsError
-from training.model import Cell, NTMCell, with_memory_rows
+from training.model import Cell, PlainCell, with_memory_rows
 
 LAST = "last.pt"
 BEST = "best.pt"
@@ -181,7 +181,7 @@ def restore_cell(checkpoint: Checkpoint, memory_rows: int | None = None) -> tupl
     load_weights(cell, checkpoint.averaged)
     if memory_rows is None:
         return cell, settings
-    if not isinstance(cell, NTMCell):
+    if isinstance(cell, PlainCell):
         raise SettingsError("--memory-rows: this model is a plain network, without a memory: leave it out")
     try:
         return with_memory_rows(cell, memory_rows), settings

@@ -28,13 +28,15 @@ from pydantic import (
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from training.errors import SettingsError
-from training.model import Cell, NTMCell, PlainCell
+from training.model import Cell, DNCCell, NTMCell, PlainCell
 from training.model.cell import InitialAttention, InitialMemory
 from training.model.controller import ControllerKind
+from training.model.dnc.heads import Improvements
 from training.tasks import TASKS, Size, Task
 from training.tasks.lookup import task_class
 
 CONFIGS = Path(__file__).parent / "configs"
+_CONTROLLER = {"controller", "controller_size", "controller_layers", "controller_scale", "forget_bias"}
 
 
 class _Section(BaseModel):
@@ -44,8 +46,9 @@ class _Section(BaseModel):
 class ModelSettings(_Section):
     """The machine."""
 
-    architecture: Literal["ntm", "plain"] = "ntm"
-    """"ntm", or "plain": the controller alone, without memory and heads, as a baseline."""
+    architecture: Literal["ntm", "dnc", "plain"] = "ntm"
+    """"ntm", "dnc" (Differentiable Neural Computer), or "plain": the controller alone, without memory and heads, as a
+    baseline."""
     memory_rows: int = Field(default=128, ge=1)
     """Rows of the memory, N. A multiple of 4 keeps the exported model's batches exact."""
     row_width: int = Field(default=20, ge=1)
@@ -70,6 +73,12 @@ class ModelSettings(_Section):
     """What a sequence finds in the memory: "constant", "learned", or "random" (drawn once for the model)."""
     initial_attention: InitialAttention = "constant"
     """Where the heads are at the start of a sequence, and what they have read: "constant" or "learned"."""
+    masked_lookup: bool = True
+    """Of a dnc: a lookup by content says which columns count."""
+    deallocation: bool = True
+    """Of a dnc: a row that is freed is cleared as well."""
+    sharp_links: bool = True
+    """Of a dnc: a read head can sharpen where the links lead."""
 
     @model_validator(mode="after")
     def _shifts_fit_the_memory(self) -> ModelSettings:
@@ -78,6 +87,15 @@ class ModelSettings(_Section):
                 f"shift_reach {self.shift_reach} needs memory_rows of at least {2 * self.shift_reach + 1}, "
                 f"not {self.memory_rows}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_dnc_starts_empty_and_has_one_write_head(self) -> ModelSettings:
+        if self.architecture == "dnc":
+            only = {"num_write_heads": 1, "initial_memory": "constant", "initial_attention": "constant"}
+            for name, value in only.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"architecture dnc needs {name} {value}, not {getattr(self, name)}")
         return self
 
     @model_validator(mode="after")
@@ -358,9 +376,12 @@ def make_cell(settings: Settings) -> Cell:
     task, model = settings.task, settings.model
     sizes: dict[str, Any] = {"input_size": task.input_size, "output_size": task.output_size}
     if model.architecture == "plain":
-        controller = {"controller", "controller_size", "controller_layers", "controller_scale", "forget_bias"}
-        return PlainCell(**(sizes | model.model_dump(include=controller)))
-    return NTMCell(**(sizes | model.model_dump(exclude={"architecture"})))
+        return PlainCell(**sizes, **model.model_dump(include=_CONTROLLER))
+    if model.architecture == "dnc":
+        improvements = Improvements(**model.model_dump(include=set(Improvements._fields)))
+        memory = {"memory_rows", "row_width", "num_read_heads"}
+        return DNCCell(**sizes, **model.model_dump(include=_CONTROLLER | memory), improvements=improvements)
+    return NTMCell(**sizes, **model.model_dump(exclude={"architecture", *Improvements._fields}))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.config import Settings, size_text
 from training.losses import Scores
-from training.model import Cell, NTMCell, named_tensors, unroll, with_memory_rows
+from training.model import Cell, PlainCell, named_tensors, unroll, with_memory_rows
 from training.tasks import Sequences, Size, Task
 
 _SEED = 2_000_000
@@ -105,7 +105,7 @@ def evaluate(cell: Cell, settings: Settings) -> Scores:
     if optimal:
         scores["cost_over_optimal"] = scores["cost_bits"] / optimal
     rows = evaluation.long_memory_rows
-    long_cell = with_memory_rows(cell, rows) if rows is not None and isinstance(cell, NTMCell) else cell
+    long_cell = with_memory_rows(cell, rows) if rows is not None and not isinstance(cell, PlainCell) else cell
     for size in settings.long_sizes:
         scores[f"{task.goal.measure}_at_{size_text(size)}"] = _long_score(long_cell, settings, size)
     return scores

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from training.config import size_text
-from training.model import Cell, NTMCell
-from training.model.heads import split
+from training.model import Cell, DNCCell, PlainCell
 from training.records import METRICS
 from training.tasks import Size, Task
 
@@ -77,6 +77,10 @@ class Trace(NamedTuple):
     """[N, T], the greatest attention of any read head."""
     memory: Array
     """[T, N, M]."""
+    usage: Array
+    """[N, T], how far each row is in use; empty but for a DNC, as are the gates."""
+    gates: dict[str, Array]
+    """Of the heads, by name, [T]."""
 
 
 def read_curve(run_dir: Path) -> Curve:
@@ -159,20 +163,25 @@ def trace(cell: Cell, task: Task, size: Size, seed: int = 0) -> Trace:
     if mask is not None:
         targets = targets.masked_fill(~mask.unsqueeze(-1), math.nan)
     state: Any = cell.initial_state(1)
-    outputs, added, read, writing, reading, memory = [], [], [], [], [], []
+    outputs, added, read, writing, reading, memory, usage = [], [], [], [], [], [], []
+    gates = defaultdict[str, list[float]](list)
     for step_inputs in inputs:
         requested: list[torch.Tensor] = []
-        if isinstance(cell, NTMCell):
+        if not isinstance(cell, PlainCell):
             hook = cell.heads.register_forward_hook(lambda _module, _inputs, output: requested.append(output))  # noqa: B023
         logits, state = cell.step(step_inputs, state)
         outputs.append(task.loss.activate(logits[0]))
-        if isinstance(cell, NTMCell):
+        if not isinstance(cell, PlainCell):
             hook.remove()
-            added.append(split(requested[0], cell.heads.sizes)[1].add[0].sum(dim=-1))
+            added.append(cell.heads.added(requested[0])[0])
             read.append(state.read_vectors[0].flatten())
             writing.append(state.write_weightings[0].amax(dim=0))
             reading.append(state.read_weightings[0].amax(dim=0))
             memory.append(state.memory[0].mT)
+        if isinstance(cell, DNCCell):
+            usage.append(state.usage[0])
+            for name, gate in cell.heads.gates(requested[0]).items():
+                gates[name].append(float(gate))
     due = torch.full((len(inputs), targets.shape[-1]), math.nan)
     due[-len(targets) :] = targets[:, 0]
     return Trace(
@@ -184,6 +193,8 @@ def trace(cell: Cell, task: Task, size: Size, seed: int = 0) -> Trace:
         writing=_columns(writing),
         reading=_columns(reading),
         memory=torch.stack(memory).numpy() if memory else np.empty((0, 0, 0), np.float32),
+        usage=_columns(usage),
+        gates={name: np.array(values, np.float32) for name, values in gates.items()},
     )
 
 
@@ -203,8 +214,13 @@ def plot_machine(traced: Trace, title: str, path: Path) -> None:
             ("write weighting", traced.writing[rows], "memory row", 1),
             ("read weighting", traced.reading[rows], "memory row", 1),
         ]
+    if traced.gates:
+        panels += [
+            ("usage", traced.usage[rows], "memory row", 1),
+            ("gates and read modes", np.stack(list(traced.gates.values())), "gate", 1),
+        ]
     with mpl.rc_context(_STYLE):
-        heights = [2.2 if name.endswith("weighting") else 1 for name, *_ in panels]
+        heights = [2.2 if ylabel == "memory row" else 1 for _, _, ylabel, _ in panels]
         num_rows = len(panels) // 2
         figure, grid = plt.subplots(
             num_rows,
@@ -218,6 +234,9 @@ def plot_machine(traced: Trace, title: str, path: Path) -> None:
             _image(axes, name, values, ylabel, most)
             if ylabel == "memory row":
                 _label_rows(axes, rows)
+            if ylabel == "gate":
+                axes.set_yticks(range(len(traced.gates)), list(traced.gates))
+                axes.set_ylabel("")
         for axes in grid[-1]:
             axes.set_xlabel("step")
         figure.suptitle(title, fontsize=10)

@@ -17,7 +17,7 @@ from training import checkpoint
 from training.checkpoint import BEST
 from training.config import Settings, size_text
 from training.evaluate import generator_for, judge, means
-from training.model import Cell, NTMCell
+from training.model import Cell, PlainCell
 from training.records import as_json
 from training.tasks import PATTERNS, Pattern, Sequences, Size, Task
 
@@ -74,7 +74,7 @@ def report(
         "task": settings.task.name,
         "update": best.update,
         "num_sequences": num_sequences,
-        "memory_rows": len(cell.initial_memory) if isinstance(cell, NTMCell) else None,
+        "memory_rows": None if isinstance(cell, PlainCell) else cell.initial_state(1).memory.shape[-1],
         "sizes": rows,
     }
     (run_dir / EVALUATION).write_text(as_json(result, indent=1) + "\n")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from training.config import CONFIGS, read_settings, settings_class, write_settings
+from training.config import CONFIGS, make_cell, read_settings, settings_class, write_settings
 from training.errors import SettingsError
+from training.model.dnc.heads import Improvements
 from training.tasks import TASKS
 
 COPY = CONFIGS / "copy.toml"
@@ -158,3 +159,24 @@ def test_every_setting_has_a_sentence():
 def test_every_experiment_can_be_read():
     for toml in CONFIGS.glob("*.toml"):
         assert read_settings(toml, [], "test").run_dir == Path("runs") / toml.stem
+
+
+def test_the_improvements_of_a_dnc_are_switches():
+    settings = read_settings(COPY, ["--model.architecture=dnc", "--no-model.sharp-links"], "test")
+
+    improvements = make_cell(settings).heads.sizes.improvements
+
+    assert improvements == Improvements(masked_lookup=True, deallocation=True, sharp_links=False)
+
+
+@pytest.mark.parametrize(
+    ("flag", "wanted"),
+    [
+        ("--model.num-write-heads=2", "needs num_write_heads 1, not 2"),
+        ("--model.initial-memory=learned", "needs initial_memory constant, not learned"),
+        ("--model.initial-attention=learned", "needs initial_attention constant, not learned"),
+    ],
+)
+def test_what_a_dnc_does_not_have_is_refused(flag, wanted):
+    with pytest.raises(SettingsError, match=wanted):
+        read_settings(COPY, ["--model.architecture=dnc", flag], "test")

@@ -146,3 +146,23 @@ def test_a_folder_without_runs_is_refused(capsys, tmp_path):
 
 def test_the_heading_says_what_the_sequence_is():
     assert plots.heading(CopyTask(), (20,)) == "copy, length 20"
+
+
+def test_a_dnc_is_drawn_with_its_usage_and_its_gates(tiny_settings, tmp_path, monkeypatch):
+    settings = tiny_settings("--model.architecture=dnc", "--model.num-read-heads=2")
+    torch.manual_seed(0)
+    cell = make_cell(settings)
+    drawn = []
+    monkeypatch.setattr(plots, "_image", lambda _axes, name, values, *_: drawn.append((name, values.shape)))
+
+    traced = plots.trace(cell, settings.task, (4,))
+    plots.plot_machine(traced, "DNC", tmp_path / "machine.png")
+
+    with torch.no_grad():
+        _, final = unroll(cell, settings.task.draw(1, (4,), torch.Generator().manual_seed(0)).inputs)
+    np.testing.assert_array_equal(traced.usage[:, -1], final.usage[0])
+    modes = ["free", "backward", "content", "forward"]
+    gates = ["write", "allocate", *(f"{mode} {head}" for head in (1, 2) for mode in modes)]
+    assert list(traced.gates) == gates
+    assert dict(drawn)["usage"] == (8, 9)
+    assert dict(drawn)["gates and read modes"] == (10, 9)

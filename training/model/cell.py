@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from training.model.access import Accessed, access_memory
 from training.model.controller import Controller, ControllerKind
+from training.model.dnc.cell import DNCCell
 from training.model.heads import Heads, HeadSizes
 from training.model.state import NTMState
 
@@ -160,15 +161,17 @@ class NTMCell(nn.Module):
         )
 
 
-def with_memory_rows(cell: NTMCell, memory_rows: int) -> NTMCell:
+def with_memory_rows(cell: NTMCell | DNCCell, memory_rows: int) -> NTMCell | DNCCell:
     """The same machine over a memory of another size; a copy.
 
     Nothing that it has learned says how many rows there are: keys, shifts and gates come from the controller. Only
-    the start is given row by row, and can be given for any number of rows if all are alike.
+    the start of an NTM is given row by row, and can be given for any number of rows if all are alike.
 
     Raises:
         ValueError: the start has values for each row, or the memory is too small for the heads' shifts.
     """
+    if isinstance(cell, DNCCell):
+        return cell.with_memory_rows(memory_rows)
     least = cell.heads.sizes.num_shifts
     if memory_rows < least:
         raise ValueError(f"heads that reach so far need at least {least} rows")

@@ -11,11 +11,11 @@ P numbers that the heads ask for, Z = R M + C.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from training.model import kernel
@@ -27,8 +27,10 @@ from training.model.plain import PlainCell
 from training.model.state import LSTMState, NTMState, PlainState
 
 
-def can_fuse(cell: NTMCell | PlainCell) -> bool:
-    """Whether there is an operation for this cell: a machine with one LSTM layer, or any number of them alone."""
+def can_fuse(cell: nn.Module) -> TypeGuard[NTMCell | PlainCell]:
+    """Whether there is an operation for this cell: an NTM with one LSTM layer, or any number of them alone."""
+    if not isinstance(cell, NTMCell | PlainCell):
+        return False
     layers = cell.controller.layers
     are_lstm = all(isinstance(layer, LSTMLayer) for layer in layers)
     return are_lstm and (isinstance(cell, PlainCell) or len(layers) == 1)

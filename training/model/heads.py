@@ -100,6 +100,10 @@ class Heads(nn.Linear):
         nn.init.xavier_uniform_(self.weight, gain=1.4)
         nn.init.normal_(self.bias, std=0.01)
 
+    def added(self, requested: Tensor) -> Tensor:
+        """[B, P] to what the write heads add together, [B, M]."""
+        return split(requested, self.sizes)[1].add.sum(dim=-1)
+
 
 def split(requested: Tensor, sizes: HeadSizes) -> tuple[AddressRequest, WriteRequest]:
     """Requests of all heads, each quantity in its range.

@@ -48,13 +48,36 @@ class NTMState(NamedTuple):
     controller: ControllerState
 
 
+class DNCState(NamedTuple):
+    """The whole state of a Differentiable Neural Computer between two steps."""
+
+    memory: Tensor
+    """[B, M, N]: the memory rows are the last axis."""
+    usage: Tensor
+    """[B, N], in [0, 1]: 0 is free."""
+    write_weightings: Tensor
+    """[B, 1, N], in [0, 1], summing to at most 1."""
+    precedence: Tensor
+    """[B, N], in [0, 1], summing to at most 1: how far each row was the last one written."""
+    links: Tensor
+    """[B, N, N], in [0, 1]: element i, j says how far row i was written right after row j."""
+    read_weightings: Tensor
+    """[B, R, N], in [0, 1], each row summing to at most 1."""
+    read_vectors: Tensor
+    """[B, R, M], what the read heads read at the last step."""
+    controller: ControllerState
+
+
 class PlainState(NamedTuple):
     """The whole state of a controller that works alone."""
 
     controller: ControllerState
 
 
-def named_tensors(state: NTMState | PlainState) -> dict[str, Tensor]:
+State = NTMState | DNCState | PlainState
+
+
+def named_tensors(state: State) -> dict[str, Tensor]:
     """Every tensor of the state under a flat name; the controller's begin with `controller_`."""
     named = {name: value for name, value in state._asdict().items() if name != "controller"}
     for prefix, layer in zip(_prefixes(state.controller), state.controller, strict=True):

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from training.model import fused_unroll, kernel
 from training.model.cell import NTMCell
+from training.model.dnc import kernel as dnc_kernel
+from training.model.dnc.cell import DNCCell
 from training.model.plain import PlainCell
 from training.model.state import named_tensors
 
-Cell = NTMCell | PlainCell
+Cell = NTMCell | DNCCell | PlainCell
+_COMPILED: dict[type, Any] = {NTMCell: kernel.compiled_access, DNCCell: dnc_kernel.compiled_access}
 
 
 def unroll(cell: Cell, inputs: Tensor, state: Any = None, *, is_compiled: bool = False) -> tuple[Tensor, Any]:
@@ -44,7 +47,7 @@ def unroll(cell: Cell, inputs: Tensor, state: Any = None, *, is_compiled: bool =
         _check_compilable(inputs)
         if fused_unroll.can_fuse(cell):
             return fused_unroll.unroll_fused(cell, inputs, state)
-    access = {"access": kernel.compiled_access} if is_compiled and isinstance(cell, NTMCell) else {}
+    access = {"access": _COMPILED[type(cell)]} if is_compiled and type(cell) in _COMPILED else {}
     first, state = cell.step(inputs[0], state, **access)
     if torch.is_grad_enabled():
         outputs = [first]

@@ -58,6 +58,22 @@ def main(arguments: Sequence[str]) -> int:
     except TrainingError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return DIVERGED if isinstance(error, NonFiniteError) else 1
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if not _is_too_large(error):
+            raise
+        console.print(
+            "error: this needs more memory than there is: make the batch, the sizes or the number of sequences smaller",
+            style="red",
+            soft_wrap=True,
+        )
+        return 1
+
+
+def _is_too_large(error: Exception) -> bool:
+    """Whether there is too little memory for what was asked for, or its size cannot even be counted."""
+    said = str(error).lower()
+    words = ("allocate memory", "out of memory", "overflow", "invalid shape dimension", "too large")
+    return isinstance(error, MemoryError | OverflowError) or any(word in said for word in words)
 
 
 def _train(arguments: Sequence[str], console: Console) -> int:

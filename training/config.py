@@ -57,17 +57,17 @@ class ModelSettings(_Section):
     """Which network decides: "lstm", "gru", "mgu" (minimal gated unit) or "feedforward"."""
     controller_size: int = Field(default=100, ge=1)
     """Units in a layer of the controller."""
-    controller_layers: int = Field(default=1, ge=1)
+    controller_layers: int = Field(default=1, ge=1, le=100)
     """Layers of the controller, each fed by the one below."""
     controller_scale: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """Recurrent weights start even in ± this over √(inputs + units)."""
     forget_bias: float = Field(default=0.0, allow_inf_nan=False)
     """Of an LSTM's forget gates at the start; less than 0 lets it forget soon, and leaves remembering to the memory."""
-    num_read_heads: int = Field(default=1, ge=1)
+    num_read_heads: int = Field(default=1, ge=1, le=1000)
     """Read heads."""
-    num_write_heads: int = Field(default=1, ge=1)
+    num_write_heads: int = Field(default=1, ge=1, le=1000)
     """Write heads."""
-    shift_reach: int = Field(default=1, ge=0)
+    shift_reach: int = Field(default=1, ge=0, le=1000)
     """How far a head can move its attention in one step, in rows."""
     initial_memory: InitialMemory = "constant"
     """What a sequence finds in the memory: "constant", "learned", or "random" (drawn once for the model)."""
@@ -195,8 +195,8 @@ class Settings(BaseSettings):
     """Processor cores that a process uses."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute. On "cpu" in full precision the memory is accessed by a compiled kernel."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Of the arithmetic: all in float32, or matrix products in a smaller format."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Of the arithmetic: all in float32, or matrix products in bfloat16 and the memory in float32."""
     task: Task
     """What to learn."""
     model: ModelSettings = ModelSettings()
@@ -261,7 +261,9 @@ def parse_sizes(texts: Sequence[str], task: Task, where: str) -> list[Size]:
         SettingsError: one of them is not a size of the task; it says `where` it was found.
     """
     for text in texts:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text) or text.count("x") + 1 != len(task.size_names):
+        if not re.fullmatch(r"[1-9]\d{0,6}(x[1-9]\d{0,6})*", text) or text.count("x") + 1 != len(
+            task.size_names
+        ):
             names = " x ".join(task.size_names)
             example = size_text(max(task.sizes()))
             raise SettingsError(f"{where}: {text!r} is not a size of {task.name}: {names}, such as {example}")

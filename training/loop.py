@@ -33,7 +33,7 @@ from training.config import OptimizerSettings, Settings, make_cell, write_settin
 from training.errors import CheckpointError, NonFiniteError, RunDirectoryError, SettingsError
 from training.evaluate import evaluate, is_solved, total
 from training.losses import Scores, mean
-from training.model import Cell, RecurrentLayer
+from training.model import Cell, RecurrentLayer, named_tensors
 from training.records import METRICS, Records
 from training.tasks import Sequences
 
@@ -65,6 +65,7 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
         NonFiniteError: the loss or a gradient stays no number, or the weights are none; the last good checkpoint is
             kept.
     """
+    _check_machine(settings)
     fabric = _fabric(settings)
     is_first = fabric.global_rank == 0
     run_dir = settings.run_dir
@@ -80,6 +81,7 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
         if not is_first:
             run.update_until_over(None, None, stop, Console(quiet=True))
             return None
+        _tell_what_export_refuses(settings, console)
         is_begun = resume
         try:
             write_settings(settings, run_dir / SETTINGS)
@@ -403,6 +405,46 @@ class _Run:
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+
+
+def _check_machine(settings: Settings) -> None:
+    """Refuse what this machine cannot hold or do, before anything is made of it."""
+    num_cores = os.cpu_count() or 1
+    if settings.num_threads > num_cores:
+        raise SettingsError(
+            f"num_threads {settings.num_threads} is more than the {num_cores} processor cores of this machine"
+        )
+    if settings.device != "cpu":
+        return
+    needed = _least_bytes(settings)
+    there_is = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there_is:
+        raise SettingsError(
+            f"a step needs at least {needed / 2**30:.3g} GiB of memory, this machine has {there_is / 2**30:.3g}: make "
+            "batch_size, the model's sizes or the task's smaller"
+        )
+
+
+def _least_bytes(settings: Settings) -> float:
+    """Of the weights with their gradients, running mean and moments, and of a batch's state before and after a step."""
+    try:
+        with torch.device("meta"):  # Shapes alone.
+            cell = make_cell(settings)
+            weights = sum(weight.numel() for weight in cell.parameters())
+            state = sum(tensor.numel() for tensor in named_tensors(cell.initial_state(1)).values())
+    except (OverflowError, RuntimeError, TypeError):  # More numbers than can be counted.
+        return math.inf
+    return 4.0 * (4 * weights + 2 * settings.batch_size * state)
+
+
+def _tell_what_export_refuses(settings: Settings, console: Console) -> None:
+    rows = settings.model.memory_rows
+    if settings.model.architecture != "plain" and rows % 4:
+        console.print(
+            f"note: export will refuse this model, whose memory_rows {rows} is no multiple of 4: batches would not be "
+            "exact to the bit",
+            soft_wrap=True,
+        )
 
 
 def _fabric(settings: Settings) -> Fabric:

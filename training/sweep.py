@@ -27,6 +27,7 @@ from training.loop import end_reason
 from training.records import as_json
 
 SUMMARY = "summary.json"
+_MOST_SEEDS = 10_000
 
 
 def variations(seeds: str, vary: Sequence[str]) -> list[dict[str, str]]:
@@ -176,10 +177,13 @@ def _name(varied: dict[str, str]) -> str:
 def _numbers(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
-        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        bounds = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part.strip())
         if bounds is None or int(bounds[1]) > int(bounds[2] or bounds[1]):
             raise SettingsError(f"--seeds {text!r} is not a list such as 0-9 or 3,5,8")
-        numbers += range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1)
+        first, last = int(bounds[1]), int(bounds[2] or bounds[1])
+        if len(numbers) + last - first >= _MOST_SEEDS:
+            raise SettingsError(f"--seeds {text!r} are more than {_MOST_SEEDS}")
+        numbers += range(first, last + 1)
     return numbers
 
 

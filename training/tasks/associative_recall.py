@@ -27,13 +27,13 @@ class AssociativeRecallTask(Task):
 
     name: Literal["associative-recall"] = "associative-recall"
     """The task."""
-    num_bits: int = Field(default=6, ge=1)
+    num_bits: int = Field(default=6, ge=1, le=10_000)
     """Bits in a vector."""
-    vectors_per_item: int = Field(default=3, ge=1)
+    vectors_per_item: int = Field(default=3, ge=1, le=10_000)
     """Vectors in an item."""
-    min_items: int = Field(default=2, ge=2)
+    min_items: int = Field(default=2, ge=2, le=100_000)
     """Items in the shortest training sequence."""
-    max_items: int = Field(default=6, ge=2)
+    max_items: int = Field(default=6, ge=2, le=100_000)
     """Items in the longest training sequence."""
 
     @model_validator(mode="after")

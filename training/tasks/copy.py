@@ -25,11 +25,11 @@ class CopyTask(Task):
 
     name: Literal["copy"] = "copy"
     """The task."""
-    num_bits: int = Field(default=8, ge=1)
+    num_bits: int = Field(default=8, ge=1, le=10_000)
     """Bits in a vector."""
-    min_length: int = Field(default=1, ge=1)
+    min_length: int = Field(default=1, ge=1, le=100_000)
     """Vectors in the shortest training sequence."""
-    max_length: int = Field(default=20, ge=1)
+    max_length: int = Field(default=20, ge=1, le=100_000)
     """Vectors in the longest training sequence."""
 
     @model_validator(mode="after")

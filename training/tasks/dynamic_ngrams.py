@@ -30,7 +30,7 @@ class DynamicNGramsTask(Task):
     """The task."""
     order: int = Field(default=6, ge=1, le=16)
     """N: a bit depends on the N - 1 before it."""
-    num_bits: int = Field(default=200, ge=2)
+    num_bits: int = Field(default=200, ge=2, le=1_000_000)
     """Bits in a sequence."""
 
     @model_validator(mode="after")

@@ -26,11 +26,11 @@ class PrioritySortTask(Task):
 
     name: Literal["priority-sort"] = "priority-sort"
     """The task."""
-    num_bits: int = Field(default=8, ge=1)
+    num_bits: int = Field(default=8, ge=1, le=10_000)
     """Bits in a vector."""
-    num_vectors: int = Field(default=20, ge=1)
+    num_vectors: int = Field(default=20, ge=1, le=100_000)
     """Vectors in a sequence."""
-    num_sorted: int = Field(default=16, ge=1)
+    num_sorted: int = Field(default=16, ge=1, le=100_000)
     """How many of them are due."""
 
     @model_validator(mode="after")

@@ -28,15 +28,15 @@ class RepeatCopyTask(Task):
 
     name: Literal["repeat-copy"] = "repeat-copy"
     """The task."""
-    num_bits: int = Field(default=8, ge=1)
+    num_bits: int = Field(default=8, ge=1, le=10_000)
     """Bits in a vector."""
-    min_length: int = Field(default=1, ge=1)
+    min_length: int = Field(default=1, ge=1, le=1000)
     """Vectors in the shortest training sequence."""
-    max_length: int = Field(default=10, ge=1)
+    max_length: int = Field(default=10, ge=1, le=1000)
     """Vectors in the longest training sequence."""
-    min_repeats: int = Field(default=1, ge=1)
+    min_repeats: int = Field(default=1, ge=1, le=1000)
     """Fewest repeats in training."""
-    max_repeats: int = Field(default=10, ge=1)
+    max_repeats: int = Field(default=10, ge=1, le=1000)
     """Most repeats in training."""
     blank_share: float = Field(default=0.0, ge=0, lt=1)
     """In training alone, this share of the vectors is blank, beside the one in 2^num_bits that is by chance: too few to

@@ -205,3 +205,20 @@ def test_a_start_that_is_given_row_by_row_has_no_other_rows(kind, rows, message)
 
     with pytest.raises(ValueError, match=message):
         with_memory_rows(cell, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_the_memory_is_addressed_in_full_precision(dtype):
+    """In float16 the floors under norms and attention are 0, and loss and gradients were NaN."""
+    torch.manual_seed(0)
+    cell = NTMCell(input_size=3, output_size=2, initial_memory="constant", initial_attention="constant")
+    inputs = torch.randn(6, 2, 3)
+
+    with torch.autocast("cpu", dtype=dtype):
+        outputs, end = unroll(cell, inputs)
+    loss = outputs.float().square().mean()
+    loss.backward()
+
+    assert end.memory.dtype == end.read_weightings.dtype == end.read_vectors.dtype == torch.float32
+    torch.testing.assert_close(outputs.float(), unroll(cell, inputs)[0], atol=0.05, rtol=0.05)
+    assert all(weight.grad.isfinite().all() for weight in cell.parameters() if weight.grad is not None)

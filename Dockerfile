@@ -31,9 +31,11 @@ WORKDIR /src
 RUN python -m venv --without-pip /opt/venv
 COPY pyproject.toml constraints.txt constraints-gpu.txt ./
 COPY clients/python/pyproject.toml clients/python/
-# Stand-ins for what the pyproject.tomls name.
+# Empty stand-ins for the packages and files that the pyproject.tomls name.
 RUN touch README.md clients/python/README.md \
-    && mkdir -p clients/python/ntm/v1 export inspector server/engine server/model server/rpc server/runtime server/security server/sessions server/storage training/model training/tasks
+    && python -c 'import pathlib, tomllib; [(at / package.replace(".", "/")).mkdir(parents=True, exist_ok=True) \
+        for at in map(pathlib.Path, (".", "clients/python")) \
+        for package in tomllib.loads((at / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]]'
 
 
 FROM build AS build-server

@@ -15,7 +15,22 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from ntm import Client
+from ntm.v1 import model_service_pb2_grpc, session_service_pb2_grpc
+
 PACKAGE = "ntm.v1"
+
+
+def intercept(client: Client, interceptor: Any) -> None:
+    """Have a client make its calls through an interceptor."""
+    call_on(client, grpc.intercept_channel(client._connection.newest.channel, interceptor))
+
+
+def call_on(client: Client, channel: grpc.Channel) -> None:
+    """Have a client make its calls on another channel than its own."""
+    connection = client._connection.newest
+    connection.sessions = session_service_pb2_grpc.SessionServiceStub(channel)
+    connection.models = model_service_pb2_grpc.ModelServiceStub(channel)
 
 
 class BreakingLine:

@@ -15,10 +15,7 @@ import pytest
 
 import ntm
 from ntm import AsyncClient, Client
-from ntm.v1 import (
-    model_service_pb2_grpc,
-    session_service_pb2_grpc,
-)
+from tests.client.helpers import intercept
 from tests.conftest import ServerProcess
 from tests.server.helpers import accumulated, random_inputs
 
@@ -189,9 +186,7 @@ def test_every_call_takes_effect_once_when_its_answer_is_lost(address: str) -> N
     inputs = random_inputs(30)
 
     with Client(address) as c:
-        channel = grpc.intercept_channel(c._channel, LosesAnswers())
-        c._sessions = session_service_pb2_grpc.SessionServiceStub(channel)
-        c._models_stub = model_service_pb2_grpc.ModelServiceStub(channel)
+        intercept(c, LosesAnswers())
         with c.session("accumulator") as session:
             outputs = session.run(inputs)
             with session.fork() as fork:
@@ -233,9 +228,7 @@ def test_a_run_that_failed_in_the_middle_can_be_made_again_as_it_was(address: st
     inputs = random_inputs(50)
 
     with Client(address) as c, c.session("accumulator") as session:
-        session._stub = session_service_pb2_grpc.SessionServiceStub(
-            grpc.intercept_channel(c._channel, TimesOutOnce())
-        )
+        intercept(c, TimesOutOnce())
         with pytest.raises(ntm.DeadlineError):
             session.run(inputs)
         assert session.next_step == 0
@@ -262,7 +255,7 @@ async def test_the_asyncio_client_also_can_repeat_a_run_and_retries_what_was_una
                 raise codes.pop(0)
             return answer
 
-        session._stub.Step = losing
+        c._sessions.Step = losing
         with pytest.raises(ntm.DeadlineError):
             await session.run(inputs)
         outputs = await session.run(inputs)
@@ -276,9 +269,7 @@ def test_a_batch_whose_answer_was_lost_takes_effect_once(address: str) -> None:
 
     with Client(address) as c:
         sessions = [c.session("accumulator") for _ in range(2)]
-        c._sessions = session_service_pb2_grpc.SessionServiceStub(
-            grpc.intercept_channel(c._channel, LosesAnswers())
-        )
+        intercept(c, LosesAnswers())
         result = c.batch_step(sessions, inputs)
 
     for row, outputs in zip(inputs, result.outputs, strict=True):

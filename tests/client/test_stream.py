@@ -16,8 +16,7 @@ import ntm
 from ntm import AsyncClient, Client
 from ntm._errors import from_status
 from ntm._flow import Flow
-from ntm.v1 import session_service_pb2_grpc
-from tests.client.helpers import BreakingLine, Router
+from tests.client.helpers import BreakingLine, Router, call_on
 from tests.server.helpers import accumulated, random_inputs
 
 BROKEN = [grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN]
@@ -446,10 +445,11 @@ def test_an_answer_that_does_not_come_in_time_is_an_error(address: str, silent_a
         c.session("accumulator") as session,
         grpc.insecure_channel(silent_address) as channel,
     ):
-        session._stub = session_service_pb2_grpc.SessionServiceStub(channel)
+        own = c._connection.newest.channel
+        call_on(c, channel)
         with pytest.raises(ntm.DeadlineError):
             next(session.stream([random_inputs(2)]))
-        session._stub = c._sessions
+        call_on(c, own)
 
 
 def test_a_consumer_slower_than_the_time_for_an_answer_is_no_error(address: str) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from ntm._routing import Address, Options, Target, target
+
 Token = str | Callable[[], str]
 """A bearer token, or what gives one: it is called before each call, and has to be quick."""
-
-Options = Sequence[tuple[str, Any]]
 
 # The server keeps its answers below its own limit, so the client sets none.
 # gRPC waits before it connects again, by default up to two minutes; the client's own pauses are enough.
@@ -44,9 +45,9 @@ class Tls:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key go together: give both or neither")
 
-    @property
+    @cached_property
     def credentials(self) -> grpc.ChannelCredentials:
-        """As gRPC takes them.
+        """As gRPC takes them; always the same, so that channels can share connections.
 
         Raises:
             OSError: a file cannot be read.
@@ -64,64 +65,72 @@ class Tls:
         return [*options, ("grpc.ssl_target_name_override", self.server_name)]
 
 
-def channel(address: str, tls: bool | Tls, token: Token | None, options: Options = OPTIONS) -> grpc.Channel:
+def channel(
+    address: Address | Target, tls: bool | Tls, token: Token | None, options: Options = OPTIONS
+) -> grpc.Channel:
     """A synchronous channel; see `Client` for the arguments."""
-    interceptors = [_SyncToken(token)] if _is_given(token, tls, address) else []
-    settings = _settings(tls)
+    where, settings, options = _checked(address, tls, token, options)
     plain = (
-        grpc.insecure_channel(address, options=options)
+        grpc.insecure_channel(where.name, options=options)
         if settings is None
-        else grpc.secure_channel(address, settings.credentials, settings.options(options))
+        else grpc.secure_channel(where.name, settings.credentials, options)
     )
-    return grpc.intercept_channel(plain, *interceptors) if interceptors else plain
+    return plain if token is None else grpc.intercept_channel(plain, _SyncToken(token))
 
 
 def aio_channel(
-    address: str, tls: bool | Tls, token: Token | None, options: Options = OPTIONS
+    address: Address | Target, tls: bool | Tls, token: Token | None, options: Options = OPTIONS
 ) -> grpc.aio.Channel:
     """An asynchronous channel; see `Client` for the arguments."""
-    interceptors: list[Any] = (
-        [_AsyncUnaryToken(token), _AsyncStreamToken(token)] if _is_given(token, tls, address) else []
-    )
-    settings = _settings(tls)
+    where, settings, options = _checked(address, tls, token, options)
+    interceptors: list[Any] = [] if token is None else [_AsyncUnaryToken(token), _AsyncStreamToken(token)]
     if settings is None:
-        return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
+        return grpc.aio.insecure_channel(where.name, options=options, interceptors=interceptors)
     return grpc.aio.secure_channel(
-        address, settings.credentials, settings.options(options), interceptors=interceptors
+        where.name, settings.credentials, options=options, interceptors=interceptors
     )
 
 
-def _settings(tls: bool | Tls) -> Tls | None:
+def tls_settings(tls: bool | Tls) -> Tls | None:
+    """How to encrypt; None: not."""
     if isinstance(tls, Tls):
         return tls
     return Tls() if tls else None
 
 
-def _is_given(token: Token | None, tls: bool | Tls, address: str) -> bool:
-    """Whether there is a token, which must not travel where others can read it."""
-    if token is None:
-        return False
-    if not tls and not _is_loopback(address):
-        raise ValueError(f"a token would go to {address} in plain sight: give tls=True, or tls=Tls(...)")
-    return True
+def _checked(
+    address: Address | Target, tls: bool | Tls, token: Token | None, options: Options
+) -> tuple[Target, Tls | None, Options]:
+    """What a channel is made of, if it may be made."""
+    where = address if isinstance(address, Target) else target(address)
+    settings = tls_settings(tls)
+    if settings is None:
+        if token is not None and not all(map(_is_loopback, where.hosts)):
+            told = ", ".join(where.hosts)
+            raise ValueError(f"a token would go to {told} in plain sight: give tls=True, or tls=Tls(...)")
+        return where, None, [*options, *where.options, *where.authority]
+    if where.is_routed and not where.is_looked_up and settings.server_name is None:
+        raise ValueError(
+            "the servers of a list have no common name: give the one in their certificates, "
+            "as tls=Tls(server_name=...)"
+        )
+    return where, settings, settings.options([*options, *where.options])
 
 
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost" or address.startswith(("unix:", "unix-abstract:"))
+        return host == "localhost"
 
 
 class _TokenHeader:
     """Puts the token into a call's metadata."""
 
-    def __init__(self, token: Token | None) -> None:
+    def __init__(self, token: Token) -> None:
         self._token = token
 
     def _with_token(self, metadata: Any) -> list[tuple[str, Any]]:
-        assert self._token is not None
         token = self._token if isinstance(self._token, str) else self._token()
         return [*(metadata or ()), (_AUTHORIZATION_KEY, f"Bearer {token}")]
 

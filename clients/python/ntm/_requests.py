@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 
+from ntm._routing import ROUTING_KEY
 from ntm.tensor import Array, to_message
 from ntm.v1 import model_service_pb2, session_service_pb2
 
@@ -65,7 +66,7 @@ def import_session(snapshot: bytes, session_id: str | None) -> session_service_p
 def metadata(session_id: str) -> tuple[tuple[str, str], ...]:
     """What routers need to know: that the call may be sent again, and where the session lives, if it has one."""
     safe = (("ntm-retry-safe", "1"),)
-    return (("ntm-routing-key", session_id), *safe) if session_id else safe
+    return ((ROUTING_KEY, session_id), *safe) if session_id else safe
 
 
 def _new_id() -> str:

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy.typing as npt
 import tenacity
 
 from ntm import _requests as requests
+from ntm._async.connection import AsyncConnection
 from ntm._async.session import AsyncSession
 from ntm._batch import Batch, batch_inputs
-from ntm._channel import Tls, Token, aio_channel
+from ntm._channel import Tls, Token, tls_settings
 from ntm._concurrency import AsyncFunction, async_begin, async_result
 from ntm._errors import ClientError, UnavailableError, translated
 from ntm._model import Model
 from ntm._results import BatchResult
 from ntm._retries import retrying
-from ntm.v1 import (
-    model_service_pb2,
-    model_service_pb2_grpc,
-    session_pb2,
-    session_service_pb2,
-    session_service_pb2_grpc,
-)
+from ntm._routing import LOOKUP_INTERVAL_S, Address, Renewed, target
+from ntm.v1 import model_service_pb2, session_pb2, session_service_pb2
+
+if TYPE_CHECKING:
+    from ntm.v1.model_service_pb2_grpc import ModelServiceAsyncStub
+    from ntm.v1.session_service_pb2_grpc import SessionServiceAsyncStub
 
 T = TypeVar("T")
 
 
 class AsyncClient:
-    """A connection to a server.
+    """A connection to a server, or to several replicas.
 
     Threads may share a `Client`; an `AsyncClient` belongs to the event loop that it was made in.
     """
 
     def __init__(
         self,
-        address: str,
+        address: Address,
         *,
         tls: bool | Tls = False,
         token: Token | None = None,
@@ -47,7 +47,9 @@ class AsyncClient:
         """Connect when first used.
 
         Args:
-            address: HOST:PORT of the server.
+            address: HOST:PORT of the server, or of what routes calls to several. To choose the replica of each session
+                itself, the client takes dns:///NAME:PORT, whose addresses are all replicas and may change, or a list
+                of HOST:PORT. Names in a list are looked up once.
             tls: whether to encrypt and to verify the server; `Tls` says by which files.
             token: the bearer token that says who calls, or a function that gives it before each call. It is not sent
                 to another machine without `tls`.
@@ -56,11 +58,16 @@ class AsyncClient:
             timeout_s: how long to wait for one answer, in seconds; after that a call fails and is not repeated.
 
         Raises:
-            ValueError: a token without `tls`. OSError: a file of `tls` cannot be read.
+            ValueError: an address that names no server, or a token without `tls`. OSError: a file of `tls` cannot be
+                read, or a name in a list cannot be looked up.
         """
-        self._channel = aio_channel(address, tls, token)
-        self._sessions = session_service_pb2_grpc.SessionServiceStub(self._channel)
-        self._models_stub = model_service_pb2_grpc.ModelServiceStub(self._channel)
+        where, settings = target(address), tls_settings(tls)
+        self._connection = Renewed(
+            lambda: AsyncConnection(where, settings, token),
+            AsyncConnection.close_soon,
+            interval_s=LOOKUP_INTERVAL_S if where.is_looked_up else None,
+            keep_s=retry_for_s + timeout_s,
+        )
         self._is_closed = False
         self._retrying = retrying(retry_for_s, lambda: self._is_closed)
         self._timeout_s = timeout_s
@@ -80,11 +87,12 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connection; sessions stay on the server."""
         self._is_closed = True
-        await self._channel.close()
+        for connection in self._connection.take_all():
+            await connection.channel.close()
 
     async def models(self) -> list[model_service_pb2.ModelVersion]:
         """The models in service."""
-        answer = await self._call(self._models_stub.ListModels, model_service_pb2.ListModelsRequest())
+        answer = await self._call(self._model_service.ListModels, model_service_pb2.ListModelsRequest())
         return list(answer.models)
 
     async def model(self, name: str, version: int | None = None) -> model_service_pb2.GetModelResponse:
@@ -93,7 +101,7 @@ class AsyncClient:
         Raises:
             NotFoundError: there is none of this name or version.
         """
-        return await self._call(self._models_stub.GetModel, requests.get_model(name, version))
+        return await self._call(self._model_service.GetModel, requests.get_model(name, version))
 
     async def session(
         self, model_name: str, *, version: int | None = None, session_id: str | None = None
@@ -177,6 +185,14 @@ class AsyncClient:
         request = requests.import_session(snapshot, session_id)
         answer = await self._call(self._sessions.ImportSession, request, request.session_id)
         return await self._session(answer.session)
+
+    @property
+    def _sessions(self) -> SessionServiceAsyncStub:
+        return self._connection.newest.sessions
+
+    @property
+    def _model_service(self) -> ModelServiceAsyncStub:
+        return self._connection.newest.models
 
     async def _session(self, created: session_pb2.Session) -> AsyncSession:
         key = (created.model_name, created.model_version)

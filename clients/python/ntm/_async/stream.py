@@ -82,7 +82,7 @@ class AsyncStream:
 
     def _open(self) -> None:
         self._requests = AsyncRequestQueue()
-        self._call = self._session._stub.StreamSteps(
+        self._call = self._session._client._sessions.StreamSteps(
             self._requests,
             timeout=self._session._client._timeout_s,
             metadata=metadata(self._session.session_id),

@@ -33,7 +33,6 @@ class Session(SessionProgress):
         """Made by the client's `session`, `attach` and `import_session`, and by `fork`."""
         super().__init__(model, described)
         self._client = client
-        self._stub = client._sessions
         self._open_stream: Stream | None = None
 
     def __enter__(self) -> Session:
@@ -146,7 +145,7 @@ class Session(SessionProgress):
         """The state as it is, by name: the tensors named, or all."""
         self._begin()
         request = session_service_pb2.GetStateRequest(session_id=self.session_id, names=names)
-        answer = self._client._call(self._stub.GetState, request, self.session_id)
+        answer = self._client._call(self._client._sessions.GetState, request, self.session_id)
         self.approximate = answer.approximate
         return state_arrays(answer.state)
 
@@ -154,28 +153,28 @@ class Session(SessionProgress):
         """Go back to the initial state; the step counter goes on."""
         self._begin()
         request = requests.reset_session(self.session_id, self.next_step)
-        answer = self._client._call(self._stub.ResetSession, request, self.session_id)
+        answer = self._client._call(self._client._sessions.ResetSession, request, self.session_id)
         self.approximate = answer.session.approximate
 
     def fork(self, session_id: str | None = None) -> Session:
         """A new session that is an exact copy of this one, and independent from then on."""
         self._begin()
         request = requests.fork_session(self.session_id, self.next_step, session_id)
-        answer = self._client._call(self._stub.ForkSession, request, self.session_id)
+        answer = self._client._call(self._client._sessions.ForkSession, request, self.session_id)
         return Session(self._client, self.model, answer.session)
 
     def export(self) -> bytes:
         """The whole state and the step counter as a safetensors file, for the client's `import_session`."""
         self._begin()
         request = session_service_pb2.ExportSessionRequest(session_id=self.session_id)
-        answer = self._client._call(self._stub.ExportSession, request, self.session_id)
+        answer = self._client._call(self._client._sessions.ExportSession, request, self.session_id)
         return answer.snapshot
 
     def delete(self) -> None:
         """End the session; one that has ended already is no error."""
         self._end_stream()
         request = session_service_pb2.DeleteSessionRequest(session_id=self.session_id, allow_missing=True)
-        self._client._call(self._stub.DeleteSession, request, self.session_id)
+        self._client._call(self._client._sessions.DeleteSession, request, self.session_id)
 
     def _begin(self, inputs: Array | None = None) -> None:
         """Before a call: end a stream that was left open, and run what it sent ahead, unless inputs repeat it."""
@@ -192,6 +191,6 @@ class Session(SessionProgress):
 
     def _step(self, inputs: Array, names: Sequence[str] = ()) -> session_service_pb2.StepResponse:
         request = requests.step(self.session_id, self.next_step, inputs, names)
-        answer = self._client._call(self._stub.Step, request, self.session_id)
+        answer = self._client._call(self._client._sessions.Step, request, self.session_id)
         self.next_step, self.approximate = answer.next_step, answer.approximate
         return answer

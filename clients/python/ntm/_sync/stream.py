@@ -83,7 +83,7 @@ class Stream:
 
     def _open(self) -> None:
         self._requests = RequestQueue()
-        self._call = self._session._stub.StreamSteps(
+        self._call = self._session._client._sessions.StreamSteps(
             self._requests,
             timeout=self._session._client._timeout_s,
             metadata=metadata(self._session.session_id),

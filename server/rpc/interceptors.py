@@ -67,6 +67,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if not method.startswith("/ntm."):
             return self._cut_when_stopping(handler)
         rpc = method.rpartition("/")[2]
+        if handler.unary_stream is not None:
+            return self._cut_when_stopping(self._counted(rpc, handler))
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
                 self._around(rpc, handler.stream_stream),
@@ -104,6 +106,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 response_serializer=handler.response_serializer,
             )
         return handler
+
+    def _counted(self, rpc: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """For a call that lasts as long as its client likes: as `_around`, but stopping does not wait for it."""
+
+        async def around(request: Any, context: _Context) -> None:
+            call = _Call(rpc)
+            try:
+                if self._is_stopping:
+                    raise ServerStoppingError
+                handle: Any = handler.unary_stream
+                await handle(request, context)
+                call.code = grpc.StatusCode.OK
+            except Exception as error:
+                await call.abort(error, context)
+            finally:
+                self._metrics.count_call(call.rpc, call.code.name, perf_counter() - call.start_s)
+
+        return grpc.unary_stream_rpc_method_handler(
+            around,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
 
     def _around(self, rpc: str, handle: Any) -> Any:
         async def around(request: Any, context: _Context) -> Any:

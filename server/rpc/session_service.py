@@ -27,6 +27,7 @@ from server.rpc import status
 from server.rpc import validation as requests
 from server.rpc.streaming import EnteredStep, ReadAhead
 from server.rpc.validation import RequestLimits
+from server.rpc.watching import watch
 from server.sessions.manager import SessionInfo, SessionManager
 from server.sessions.session import Batch, BatchResult, Session, StepResult
 
@@ -157,6 +158,15 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             state=_state_messages(names, result.state, spec),
             approximate=session.about.is_approximate,
         )
+
+    async def WatchSession(  # type: ignore[override]  # gRPC takes this form too, its stubs do not
+        self, request: session_service_pb2.WatchSessionRequest, context: _Context
+    ) -> None:
+        session = await self._find(request.session_id)
+        model = session.model.model
+        names = requests.check_state_names("include_state", request.include_state, model.spec)
+        requests.check_answer_size("include_state", 0, names, model, self._limits)
+        await watch(self._sessions, session, names, self._limits.max_message_bytes, context)
 
     async def ForkSession(
         self, request: session_service_pb2.ForkSessionRequest, context: _Context

@@ -32,6 +32,7 @@ from server.runtime.runner import INITIAL_SLOT, Rows
 from server.sessions.queues import Change, Lines, move, queue_full
 from server.sessions.served_model import ServedModel
 from server.sessions.session import Batch, Call, CallsTogether, Company, Group, Session, StepResult
+from server.sessions.watching import Frame
 from server.storage.codec import Failure, digest_of, encode_record, encode_snapshot
 from server.storage.commit_writer import CommitWriter
 from server.storage.interface import Write
@@ -74,6 +75,7 @@ class Steps:
         self._journal = journal
         self._snapshot_every_steps = snapshot_every_steps
         self._is_durable = journal.store.keeps_steps
+        self._watching = lines.watching
         self._begun: list[_Begun] = []
         """Calls whose turn came in this turn of the event loop."""
 
@@ -210,6 +212,7 @@ class Steps:
         if self._is_durable:
             num_steps_since = session.next_step + len(inputs) - session.about.snapshot_step
             is_due = num_steps_since >= self._snapshot_every_steps
+        wants_state = wants_state or bool(self._watching.of and self._watching.want_state(session.session_id))
         if not self._begun:
             session.model.loop.call_soon(self._run_begun)
         self._begun.append(_Begun(call, inputs, known_outputs, wants_state, is_due))
@@ -299,6 +302,9 @@ class Steps:
             else:
                 joined = np.concatenate([known_outputs, outputs]) if len(known_outputs) else outputs
                 next_step = first_step + len(inputs)
+                if self._watching.of:
+                    frame = Frame(first_step, inputs, outputs, next_step, state if wants_state else {})
+                    self._watching.offer(session.session_id, frame)
                 self._lines.end(call, StepResult(joined, next_step, state if wants_state else {}))
             self._lines.serve(session)
 
@@ -404,7 +410,9 @@ class Steps:
         def answer(outputs: Array, errors: Mapping[int, ServingError], _state: Mapping[str, Array]) -> None:
             self._answer_group(group, outputs, errors)
 
-        group.served.submit(self._run_company(group, wants_state=False, answer=answer))
+        watching = self._watching
+        wants_state = bool(watching.of) and any(map(watching.want_state, group.session_ids))
+        group.served.submit(self._run_company(group, wants_state, answer))
 
     def _run_company(self, company: Company, wants_state: bool, answer: _Answer) -> Message:
         """A message for sessions whose steps run together; `answer` is called when what ended well is theirs."""
@@ -418,6 +426,11 @@ class Steps:
             are_due = num_steps_since >= self._snapshot_every_steps
             due.update(company.sessions[row] for row in np.flatnonzero(are_due).tolist())
 
+        def end(outputs: Array, errors: Mapping[int, ServingError], state: Mapping[str, Array]) -> None:
+            if self._watching.of:
+                self._offer_each(company, outputs, errors, state)
+            answer(outputs, errors, state)
+
         def on_ended(message: Message) -> None:
             sessions, inputs, outputs = company.sessions, company.inputs, message.outputs
             slots, state = np.asarray(message.write_slots), message.state or {}
@@ -426,7 +439,7 @@ class Steps:
                 errors |= {row: session.loss for row, session in enumerate(sessions) if session.loss}
             if not errors and not self._is_durable:
                 _take_on_each(served, company.places, np.asarray(message.slots), slots, inputs, outputs)
-                return answer(outputs, errors, state if wants_state else {})
+                return end(outputs, errors, state if wants_state else {})
             served.slots.release_many(slots[[*errors]])
             rows = [row for row in range(len(sessions)) if row not in errors]
             num_left = len(errors) + 1
@@ -440,7 +453,7 @@ class Steps:
                 nonlocal num_left
                 num_left -= 1
                 if not num_left:
-                    answer(outputs, errors, state if wants_state else {})
+                    end(outputs, errors, state if wants_state else {})
 
             def committed(outcomes: list[ServingError | None]) -> None:
                 errors.update(
@@ -469,6 +482,24 @@ class Steps:
             on_ended=on_ended,
         )
         return company.message
+
+    def _offer_each(
+        self,
+        company: Company,
+        outputs: Array,
+        errors: Mapping[int, ServingError],
+        state: Mapping[str, Array],
+    ) -> None:
+        """Tell the watchers of sessions whose steps ran together; what they are told is theirs."""
+        next_steps = company.served.histories.next_step.each[company.places].tolist()
+        for row, session_id in enumerate(company.session_ids):
+            if session_id in self._watching.of and row not in errors:
+                inputs, next_step = company.inputs[row], next_steps[row]
+                its_state = {name: values[row].copy() for name, values in state.items()}
+                frame = Frame(
+                    next_step - len(inputs), inputs.copy(), outputs[row].copy(), next_step, its_state
+                )
+                self._watching.offer(session_id, frame)
 
     def _answer_group(self, group: Group, outputs: Array, errors: Mapping[int, ServingError]) -> None:
         if not self._journal.holds_lease:

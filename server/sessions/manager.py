@@ -47,6 +47,7 @@ from server.sessions.pager import Residence, end_error
 from server.sessions.queues import Lines, move
 from server.sessions.served_model import ServedModel
 from server.sessions.session import Batch, Call, Session, StepResult
+from server.sessions.watching import Frame
 from server.storage.codec import (
     About,
     DamagedError,
@@ -108,6 +109,7 @@ class SessionManager:
         self.models = {(served.model.name, served.model.version): served for served in models}
         self.journal = journal
         self._lines = Lines(journal)
+        self.watching = self._lines.watching
         self._steps = Steps(self._lines, journal, snapshot_every_steps)
         self._residence = Residence(
             journal,
@@ -285,6 +287,8 @@ class SessionManager:
             def apply() -> None:
                 move(session, INITIAL_SLOT)
                 histories.add_reset(place)
+                if self.watching.of:
+                    self.watching.offer(session.session_id, Frame(step, None, None, step, {}))
 
             return self._change(call, about, apply, snapshot=b"")
 

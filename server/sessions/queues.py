@@ -28,6 +28,7 @@ from server.errors import (
 from server.runtime.runner import Rows
 from server.sessions.served_model import ServedModel
 from server.sessions.session import Batch, Call, CallsTogether, Company, Group, Session
+from server.sessions.watching import Watching
 from server.storage.codec import About
 from server.storage.commit_writer import CommitWriter, Outcome
 from server.storage.interface import Write
@@ -63,6 +64,7 @@ class Lines:
         """Commit to a journal."""
         self._journal = journal
         self.keeper: Keeper
+        self.watching = Watching()
 
     # Entering and leaving.
 
@@ -208,6 +210,8 @@ class Lines:
             room.needs_care.one[session.place], room.is_idle.one[session.place] = True, False
             room.num_lost += 1
             self.keeper.lost(session)
+            if self.watching.of:
+                self.watching.end(session.session_id, loss)
 
     def commit(self, changes: Sequence[Change], then: Callable[[list[ServingError | None]], None]) -> None:
         """Commit changes, then make them part of their sessions; `then` is told what became of each.

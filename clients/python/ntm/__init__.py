@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         UnavailableError,
         UnimplementedError,
     )
-    from ntm._results import BatchResult, Trace
+    from ntm._results import BatchResult, Trace, Watched
     from ntm._sync import Client, Session
 else:
     import importlib
@@ -51,6 +51,7 @@ else:
         "Session": "ntm._sync",
         "Tls": "ntm._channel",
         "Trace": "ntm._results",
+        "Watched": "ntm._results",
     }
 
     def __getattr__(name: str) -> object:
@@ -86,4 +87,5 @@ __all__ = [
     "TransientError",
     "UnavailableError",
     "UnimplementedError",
+    "Watched",
 ]

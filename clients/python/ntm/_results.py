@@ -27,6 +27,26 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What a watched session did: the steps of one message, or a reset; the first of all is the state it was in."""
+
+    first_step: int
+    """Index of the first of the steps."""
+    inputs: Array | None
+    """[T, ...input shape]; None where there are no steps."""
+    outputs: Array | None
+    """[T, ...output shape]; None where there are no steps."""
+    next_step: int
+    """Index of the step after the last."""
+    state: dict[str, Array]
+    """After the last step, by name; empty for a reset, after which it is the initial one."""
+    num_lost_messages: int
+    """How many messages came just before this one and were not sent, since this watcher was behind."""
+    is_reset: bool
+    """The session was put back to its initial state."""
+
+
+@dataclass(frozen=True)
 class BatchResult:
     """Outputs of many sessions."""
 
@@ -34,6 +54,20 @@ class BatchResult:
     """[S, T, ...output shape]; the rows of sessions that failed are zero."""
     errors: dict[int, ClientError]
     """Why sessions failed, by index."""
+
+
+def watched(answer: session_service_pb2.WatchSessionResponse) -> Watched:
+    """One answer of a watch."""
+    has_steps = answer.HasField("inputs")
+    return Watched(
+        answer.first_step,
+        to_array(answer.inputs) if has_steps else None,
+        to_array(answer.step.outputs) if has_steps else None,
+        answer.step.next_step,
+        state_arrays(answer.step.state),
+        answer.num_lost_messages,
+        answer.is_reset,
+    )
 
 
 def state_arrays(tensors: Iterable[session_pb2.StateTensor]) -> dict[str, Array]:

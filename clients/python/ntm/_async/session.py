@@ -13,11 +13,11 @@ import numpy.typing as npt
 from ntm import _requests as requests
 from ntm._async.stream import AsyncStream
 from ntm._concurrency import END, AsyncChunkIterator, AsyncChunks, async_chunk_iterator, async_next_chunk
-from ntm._errors import ClientError
+from ntm._errors import ClientError, translated
 from ntm._flow import Flow, check_in_flight
 from ntm._model import Model
 from ntm._progress import REFUSALS, Ahead, SessionProgress, all_or_back
-from ntm._results import Trace, state_arrays, trace_of
+from ntm._results import Trace, Watched, state_arrays, trace_of, watched
 from ntm.tensor import Array, to_array
 from ntm.v1 import session_pb2, session_service_pb2
 
@@ -149,6 +149,29 @@ class AsyncSession(SessionProgress):
         answer = await self._client._call(self._client._sessions.GetState, request, self.session_id)
         self.approximate = answer.approximate
         return state_arrays(answer.state)
+
+    async def watch(self, *names: str) -> AsyncGenerator[Watched, None]:
+        """What happens in the session from now on, whoever steps it, without disturbing it.
+
+        The first that comes is the state as it is, and then each message that was applied. Who takes them slowly loses
+        some, and is told how many. Another thread or task may use the session meanwhile, which its `next_step` does
+        not follow.
+
+        Args:
+            names: names of state tensors to have after each message; none by default.
+
+        Raises:
+            NotFoundError: the session has ended. UnavailableError: it has left the server's memory, or the connection
+                broke: watch again.
+        """
+        request = session_service_pb2.WatchSessionRequest(session_id=self.session_id, include_state=names)
+        call = self._stub.WatchSession(request, metadata=requests.metadata(self.session_id))
+        try:
+            with translated():
+                async for answer in call:
+                    yield watched(answer)
+        finally:
+            call.cancel()
 
     async def reset(self) -> None:
         """Go back to the initial state; the step counter goes on."""

@@ -615,6 +615,78 @@ class GetStateResponse(_message.Message):
 Global___GetStateResponse: _TypeAlias = GetStateResponse  # noqa: Y015
 
 @_typing.final
+class WatchSessionRequest(_message.Message):
+    """Asks to be told what happens in a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    INCLUDE_STATE_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Id of the session."""
+    @_builtins.property
+    def include_state(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of state tensors to return as they are after each message. Empty: none, which costs the session nothing."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        include_state: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_state", b"include_state", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchSessionRequest: _TypeAlias = WatchSessionRequest  # noqa: Y015
+
+@_typing.final
+class WatchSessionResponse(_message.Message):
+    """One message that was applied to the session; the first answer of a stream has none, only the state of now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    NUM_LOST_MESSAGES_FIELD_NUMBER: _builtins.int
+    IS_RESET_FIELD_NUMBER: _builtins.int
+    first_step: _builtins.int
+    """Index of the first of its steps."""
+    num_lost_messages: _builtins.int
+    """Messages that came just before this one and were not sent, since this watcher was behind."""
+    is_reset: _builtins.bool
+    """True: the session was put back to its initial state at `first_step`; there are no steps."""
+    @_builtins.property
+    def inputs(self) -> _tensor_pb2.Tensor:
+        """Its inputs [T, ...input shape]. Absent in the first answer and for a reset."""
+
+    @_builtins.property
+    def step(self) -> Global___StepResponse:
+        """Its outputs [T, ...output shape], the index of the step after its last, and the state asked for. For a reset
+        there is no state: it is the initial one.
+        """
+
+    def __init__(
+        self,
+        *,
+        first_step: _builtins.int = ...,
+        inputs: _tensor_pb2.Tensor | None = ...,
+        step: Global___StepResponse | None = ...,
+        num_lost_messages: _builtins.int = ...,
+        is_reset: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_step", b"first_step", "inputs", b"inputs", "is_reset", b"is_reset", "num_lost_messages", b"num_lost_messages", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchSessionResponse: _TypeAlias = WatchSessionResponse  # noqa: Y015
+
+@_typing.final
 class ForkSessionRequest(_message.Message):
     """Asks for a copy of a session."""
 

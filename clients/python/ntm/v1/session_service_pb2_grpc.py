@@ -101,6 +101,11 @@ class SessionServiceStub:
                 request_serializer=ntm_dot_v1_dot_session__service__pb2.GetStateRequest.SerializeToString,
                 response_deserializer=ntm_dot_v1_dot_session__service__pb2.GetStateResponse.FromString,
                 _registered_method=True)
+        self.WatchSession = channel.unary_stream(
+                '/ntm.v1.SessionService/WatchSession',
+                request_serializer=ntm_dot_v1_dot_session__service__pb2.WatchSessionRequest.SerializeToString,
+                response_deserializer=ntm_dot_v1_dot_session__service__pb2.WatchSessionResponse.FromString,
+                _registered_method=True)
         self.ForkSession = channel.unary_unary(
                 '/ntm.v1.SessionService/ForkSession',
                 request_serializer=ntm_dot_v1_dot_session__service__pb2.ForkSessionRequest.SerializeToString,
@@ -232,6 +237,18 @@ class SessionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchSession(self, request, context):
+        """Streams what happens in a session, without disturbing it: at once its state of now, and then each message that was
+        applied, from whatever call, with its inputs, its outputs and the state after its last step. Watching does not keep a
+        session from its idle limit. A watcher that reads slowly loses messages, and is told how many; it never holds the
+        session up. The stream ends when the session does, with the code of a call on it, and with UNAVAILABLE when the
+        session leaves this server's memory: watch again, which brings it back.
+        INVALID_ARGUMENT: an unknown state name. NOT_FOUND: no such session.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ForkSession(self, request, context):
         """Makes a new session that is an exact copy of another at its present step, and independent of it from
         then on. Codes of CreateSession; NOT_FOUND also when the source does not exist; FAILED_PRECONDITION
@@ -304,6 +321,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.GetState,
                     request_deserializer=ntm_dot_v1_dot_session__service__pb2.GetStateRequest.FromString,
                     response_serializer=ntm_dot_v1_dot_session__service__pb2.GetStateResponse.SerializeToString,
+            ),
+            'WatchSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchSession,
+                    request_deserializer=ntm_dot_v1_dot_session__service__pb2.WatchSessionRequest.FromString,
+                    response_serializer=ntm_dot_v1_dot_session__service__pb2.WatchSessionResponse.SerializeToString,
             ),
             'ForkSession': grpc.unary_unary_rpc_method_handler(
                     servicer.ForkSession,
@@ -586,6 +608,33 @@ class SessionService:
             '/ntm.v1.SessionService/GetState',
             ntm_dot_v1_dot_session__service__pb2.GetStateRequest.SerializeToString,
             ntm_dot_v1_dot_session__service__pb2.GetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ntm.v1.SessionService/WatchSession',
+            ntm_dot_v1_dot_session__service__pb2.WatchSessionRequest.SerializeToString,
+            ntm_dot_v1_dot_session__service__pb2.WatchSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -107,6 +107,14 @@ class SessionServiceStub:
     """Reads a session's state, after the calls that wait before this one.
     INVALID_ARGUMENT: an unknown state name. NOT_FOUND: no such session.
     """
+    WatchSession: _grpc.UnaryStreamMultiCallable[_session_service_pb2.WatchSessionRequest, _session_service_pb2.WatchSessionResponse]
+    """Streams what happens in a session, without disturbing it: at once its state of now, and then each message that was
+    applied, from whatever call, with its inputs, its outputs and the state after its last step. Watching does not keep a
+    session from its idle limit. A watcher that reads slowly loses messages, and is told how many; it never holds the
+    session up. The stream ends when the session does, with the code of a call on it, and with UNAVAILABLE when the
+    session leaves this server's memory: watch again, which brings it back.
+    INVALID_ARGUMENT: an unknown state name. NOT_FOUND: no such session.
+    """
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ForkSessionRequest, _session_service_pb2.ForkSessionResponse]
     """Makes a new session that is an exact copy of another at its present step, and independent of it from
     then on. Codes of CreateSession; NOT_FOUND also when the source does not exist; FAILED_PRECONDITION
@@ -197,6 +205,14 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """
     GetState: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetStateRequest, _session_service_pb2.GetStateResponse]  # type: ignore[assignment]
     """Reads a session's state, after the calls that wait before this one.
+    INVALID_ARGUMENT: an unknown state name. NOT_FOUND: no such session.
+    """
+    WatchSession: _aio.UnaryStreamMultiCallable[_session_service_pb2.WatchSessionRequest, _session_service_pb2.WatchSessionResponse]  # type: ignore[assignment]
+    """Streams what happens in a session, without disturbing it: at once its state of now, and then each message that was
+    applied, from whatever call, with its inputs, its outputs and the state after its last step. Watching does not keep a
+    session from its idle limit. A watcher that reads slowly loses messages, and is told how many; it never holds the
+    session up. The stream ends when the session does, with the code of a call on it, and with UNAVAILABLE when the
+    session leaves this server's memory: watch again, which brings it back.
     INVALID_ARGUMENT: an unknown state name. NOT_FOUND: no such session.
     """
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ForkSessionRequest, _session_service_pb2.ForkSessionResponse]  # type: ignore[assignment]
@@ -340,6 +356,20 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.GetStateResponse, _abc.Awaitable[_session_service_pb2.GetStateResponse]]:
         """Reads a session's state, after the calls that wait before this one.
+        INVALID_ARGUMENT: an unknown state name. NOT_FOUND: no such session.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchSession(
+        self,
+        request: _session_service_pb2.WatchSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_session_service_pb2.WatchSessionResponse], _abc.AsyncIterator[_session_service_pb2.WatchSessionResponse]]:
+        """Streams what happens in a session, without disturbing it: at once its state of now, and then each message that was
+        applied, from whatever call, with its inputs, its outputs and the state after its last step. Watching does not keep a
+        session from its idle limit. A watcher that reads slowly loses messages, and is told how many; it never holds the
+        session up. The stream ends when the session does, with the code of a call on it, and with UNAVAILABLE when the
+        session leaves this server's memory: watch again, which brings it back.
         INVALID_ARGUMENT: an unknown state name. NOT_FOUND: no such session.
         """
 

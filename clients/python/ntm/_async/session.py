@@ -165,7 +165,7 @@ class AsyncSession(SessionProgress):
                 broke: watch again.
         """
         request = session_service_pb2.WatchSessionRequest(session_id=self.session_id, include_state=names)
-        call = self._stub.WatchSession(request, metadata=requests.metadata(self.session_id))
+        call = self._client._sessions.WatchSession(request, metadata=requests.metadata(self.session_id))
         try:
             with translated():
                 async for answer in call:

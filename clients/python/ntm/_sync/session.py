@@ -164,7 +164,7 @@ class Session(SessionProgress):
                 broke: watch again.
         """
         request = session_service_pb2.WatchSessionRequest(session_id=self.session_id, include_state=names)
-        call = self._stub.WatchSession(request, metadata=requests.metadata(self.session_id))
+        call = self._client._sessions.WatchSession(request, metadata=requests.metadata(self.session_id))
         try:
             with translated():
                 for answer in call:

@@ -146,9 +146,9 @@ class EvaluationSettings(_Section):
     long_sizes: tuple[str, ...] = ()
     """Sizes beyond training, such as 120 or 20x10, at which to measure whether the model generalises; it is kept where
     it does best."""
-    long_memory_rows: int | None = Field(default=None, ge=1)
-    """Rows of the memory at those sizes, for a model that is to be used with other rows than it is trained with. Not
-    set: as many as in training."""
+    long_memory_rows: tuple[int, ...] = ()
+    """Rows of the memory at those sizes, one number for each size or one for all, for a model that is to be used with
+    other rows than it is trained with. None: as many as in training."""
     enough: float | None = Field(default=None, ge=0)
     """The run ends early once the score by which models are kept is no more than this. Not set: it does not."""
 
@@ -189,6 +189,9 @@ class Settings(BaseSettings):
     restart_every_updates: int | None = Field(default=None, ge=1)
     """Updates after which the run begins again with other weights, keeping its best model, unless that is enough; see
     `evaluation.enough`. A multiple of `evaluation.every_updates`. Not set: it never does."""
+    settled_memory_rows: tuple[int, ...] = ()
+    """Once the task is solved, each update is made over one of these numbers of memory rows, at random, so that a model
+    which looks rows up learns to do so among more of them. None: always over those of the model."""
     cpu_minutes: float | None = Field(default=None, gt=0)
     """The run ends, and can be resumed, once its process has used this much processor time. Not set: no limit."""
     num_threads: int = Field(default=1, ge=1)
@@ -223,16 +226,25 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _rows_can_be_others(self) -> Settings:
-        model, rows = self.model, self.evaluation.long_memory_rows
-        if rows is not None and (
-            model.architecture == "plain"
-            or (model.initial_memory, model.initial_attention) != ("constant", "constant")
-            or rows < 2 * model.shift_reach + 1
-        ):
+        model, num_sizes = self.model, len(self.evaluation.long_sizes)
+        long_rows = self.evaluation.long_memory_rows
+        if len(long_rows) not in (0, 1, num_sizes):
             raise ValueError(
-                f"evaluation.long_memory_rows {rows} needs a memory, with initial_memory and initial_attention "
-                f"constant, and at least {2 * model.shift_reach + 1} rows for its shifts"
+                f"evaluation.long_memory_rows has {len(long_rows)} numbers: give one, or one for each of the "
+                f"{num_sizes} evaluation.long_sizes"
             )
+        least = 2 * model.shift_reach + 1
+        is_one_start = (model.initial_memory, model.initial_attention) == ("constant", "constant")
+        has_rows = model.architecture == "dnc" or (model.architecture == "ntm" and is_one_start)
+        for name, rows in (
+            ("evaluation.long_memory_rows", long_rows),
+            ("settled_memory_rows", self.settled_memory_rows),
+        ):
+            if rows and (min(rows) < least or not has_rows):
+                raise ValueError(
+                    f"{name} {min(rows)} needs a memory, with initial_memory and initial_attention constant, and at "
+                    f"least {least} rows for its shifts"
+                )
         return self
 
     @model_validator(mode="after")
@@ -244,6 +256,12 @@ class Settings(BaseSettings):
                 f"evaluation.every_updates {evaluation.every_updates}"
             )
         return self
+
+    @property
+    def long_memory_rows(self) -> list[int | None]:
+        """Rows of the memory at each of the sizes beyond training; None where they are those of training."""
+        rows, num_sizes = self.evaluation.long_memory_rows, len(self.evaluation.long_sizes)
+        return list(rows) if len(rows) == num_sizes else [*(rows or [None])] * num_sizes
 
     @property
     def long_sizes(self) -> list[Size]:

@@ -104,9 +104,10 @@ def evaluate(cell: Cell, settings: Settings) -> Scores:
     optimal = scores.pop("optimal_bits")
     if optimal:
         scores["cost_over_optimal"] = scores["cost_bits"] / optimal
-    rows = evaluation.long_memory_rows
-    long_cell = with_memory_rows(cell, rows) if rows is not None and not isinstance(cell, PlainCell) else cell
-    for size in settings.long_sizes:
+    for size, rows in zip(settings.long_sizes, settings.long_memory_rows, strict=True):
+        long_cell = (
+            with_memory_rows(cell, rows) if rows is not None and not isinstance(cell, PlainCell) else cell
+        )
         scores[f"{task.goal.measure}_at_{size_text(size)}"] = _long_score(long_cell, settings, size)
     return scores
 

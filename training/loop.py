@@ -33,7 +33,7 @@ from training.config import OptimizerSettings, Settings, make_cell, write_settin
 from training.errors import CheckpointError, NonFiniteError, RunDirectoryError, SettingsError
 from training.evaluate import evaluate, is_solved, total
 from training.losses import Scores, mean
-from training.model import Cell, RecurrentLayer, named_tensors
+from training.model import Cell, PlainCell, RecurrentLayer, named_tensors
 from training.records import METRICS, Records
 from training.tasks import Sequences
 
@@ -258,7 +258,7 @@ class _Run:
         task = settings.task
         drawn = task.check(task.draw_for_training(batch_size, size, self.sequence_generator), batch_size)
         sequences, targets, mask = self._own(drawn), drawn.targets, drawn.mask
-        answers = self.layer(sequences.inputs)[0][-len(targets) :].float()
+        answers = self.layer(sequences.inputs, self._start())[0][-len(targets) :].float()
         # An answer weighs as much in whichever process it is: their means are averaged.
         num_counted = None if mask is None else float(mask.sum()) / fabric.world_size
         loss = mean(task.loss.costs(answers, sequences.targets), sequences.mask, num_counted)
@@ -340,6 +340,14 @@ class _Run:
                 "as well, start again in another --run-dir with a lower one or a lower --optimizer.clip-norm"
             )
         return False
+
+    def _start(self) -> Any:
+        """Where the sequences of an update start, if not where those of the model do: see `settled_memory_rows`."""
+        rows = self.settings.settled_memory_rows
+        if not rows or not self.solved or isinstance(self.cell, PlainCell):
+            return None
+        drawn = rows[int(torch.randint(len(rows), (), generator=self.sequence_generator))]
+        return self.cell.initial_state(self.settings.batch_size, drawn)
 
     def _evaluate(self, records: Records | None, console: Console) -> Scores:
         """Judge the model, keep it if it is the best so far, and settle once it solves the task."""

@@ -132,6 +132,8 @@ def test_a_missing_toml_is_refused(tmp_path):
             "evaluation.long_memory_rows 256 needs a memory, with initial_memory and initial_attention constant",
         ),
         (["--evaluation.long-memory-rows", "2"], "evaluation.long_memory_rows 2 needs"),
+        (["--evaluation.long-memory-rows", "256,512"], "evaluation.long_memory_rows has 2 numbers: give one"),
+        (["--settled-memory-rows", "128,2"], "settled_memory_rows 2 needs a memory"),
         (["--seed", "-1"], "seed: "),
     ],
 )

@@ -97,14 +97,15 @@ def test_sequences_are_judged_one_by_one_however_many_run_side_by_side(
 
 
 def test_greater_sizes_are_measured_with_as_many_rows_as_are_asked_for(tiny_settings):
-    settings = tiny_settings("--evaluation.long-memory-rows=40", "--evaluation.long-sizes=30")
+    settings = tiny_settings("--evaluation.long-memory-rows=16,40", "--evaluation.long-sizes=30")
     torch.manual_seed(0)
     cell = make_cell(settings)
 
     scores = evaluate(cell, settings)
 
-    expected = measure(with_memory_rows(cell, 40), settings.task, (30,), 2)["wrong_bits"]
-    assert scores["wrong_bits_at_30"] == expected
+    for size, rows in ((5, 16), (30, 40)):  # 5 is of every tiny run.
+        expected = measure(with_memory_rows(cell, rows), settings.task, (size,), 2)["wrong_bits"]
+        assert scores[f"wrong_bits_at_{size}"] == expected
     assert scores["wrong_bits"] == evaluate(cell, tiny_settings())["wrong_bits"]
 
 

@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training import checkpoint
+from training import checkpoint, loop
 from training.__main__ import main
 from training.checkpoint import BEST, LAST
 from training.config import make_cell, read_settings
 from training.errors import CheckpointError, NonFiniteError, RunDirectoryError, SettingsError
 from training.loop import SETTINGS, train
+from training.model import NTMCell
 from training.records import METRICS, Records
 
 ROOT = Path(__file__).parents[2]
@@ -685,3 +686,32 @@ def test_a_run_that_ends_early_has_no_time_left_to_show(tiny_settings):
 
     assert "5/5" in screen.getvalue()
     assert re.findall(r"\d:\d\d:\d\d", screen.getvalue())[-1] == "0:00:00"
+
+
+def test_once_it_is_solved_updates_are_made_over_other_memory_rows_as_well(tiny_settings, monkeypatch):
+    settings = tiny_settings("--settled-memory-rows=8,20", "--num-updates=40")
+    monkeypatch.setattr(loop, "is_solved", lambda _scores, _task: True)  # From the first evaluation on, at 5.
+    started, initial_state = [], NTMCell.initial_state
+    monkeypatch.setattr(
+        NTMCell,
+        "initial_state",
+        lambda cell, batch_size, rows=None: started.append(rows) or initial_state(cell, batch_size, rows),
+    )
+
+    run(settings)
+
+    drawn = [rows for rows in started if rows in (8, 20) and rows is not None]
+    assert set(drawn) == {8, 20}
+    assert checkpoint.load(settings.run_dir / LAST).cell["initial_memory"].shape == (8, 4)
+
+
+def test_a_run_over_several_numbers_of_rows_is_resumed_to_the_bit(tiny_settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "is_solved", lambda _scores, _task: True)
+    settings = ["--settled-memory-rows=8,20", "--num-updates=14"]
+    run(tiny_settings(*settings, f"--run-dir={tmp_path / 'unbroken'}"))
+    first = tiny_settings(*settings, f"--run-dir={tmp_path / 'broken'}")
+    run(first.model_copy(update={"num_updates": 10}))
+
+    run(first, resume=True)
+
+    assert_same_weights(tmp_path / "unbroken", tmp_path / "broken")

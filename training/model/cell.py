@@ -112,19 +112,54 @@ class NTMCell(nn.Module):
         )
         self.initial_read_vectors = _start(vectors, is_learned)
 
-    def initial_state(self, batch_size: int) -> NTMState:
-        """The state every sequence starts from, the same in every row of the batch."""
-        weightings = torch.softmax(self.initial_attention_logits, dim=-1)
+    def initial_state(self, batch_size: int, memory_rows: int | None = None) -> NTMState:
+        """The state every sequence starts from, the same in every row of the batch.
+
+        Nothing that the machine has learned says how many rows there are: keys, shifts and gates come from the
+        controller. Only the start is given row by row, and can be given for any number of rows if all are alike; the
+        steps then go on with as many.
+
+        Args:
+            batch_size: sequences.
+            memory_rows: of the memory; N if not given.
+
+        Raises:
+            ValueError: the start has values for each row, or the memory is too small for the heads' shifts.
+        """
+        memory, logits = self.start(len(self.initial_memory) if memory_rows is None else memory_rows)
+        weightings = torch.softmax(logits, dim=-1)
         read_weightings, write_weightings = torch.split(
             weightings, [self.num_read_heads, self.num_write_heads]
         )
         return NTMState(
-            memory=self.initial_memory.mT.expand(batch_size, -1, -1),
+            memory=memory.mT.expand(batch_size, -1, -1),
             read_weightings=read_weightings.expand(batch_size, -1, -1),
             write_weightings=write_weightings.expand(batch_size, -1, -1),
             read_vectors=self.initial_read_vectors.expand(batch_size, -1, -1),
             controller=self.controller.initial_state(batch_size),
         )
+
+    def start(self, memory_rows: int) -> tuple[Tensor, Tensor]:
+        """The first memory [N, M] and the logits [H, N] of the first attention, for any N; see `initial_state`."""
+        memory, logits = self.initial_memory, self.initial_attention_logits
+        if memory_rows == len(memory):
+            return memory, logits
+        least = self.heads.sizes.num_shifts
+        if memory_rows < least:
+            raise ValueError(f"heads that reach so far need at least {least} rows")
+        if isinstance(memory, nn.Parameter):
+            raise ValueError(
+                "the memory at the start is learned for each row; train with initial_memory constant"
+            )
+        if not (memory == memory[:1]).all():
+            raise ValueError(
+                "the memory at the start is drawn for each row; train with initial_memory constant"
+            )
+        if isinstance(logits, nn.Parameter):
+            raise ValueError(
+                "the first attention is learned for each row; train with initial_attention constant"
+            )
+        return memory[:1].repeat(memory_rows, 1), _on_row_0(len(logits), memory_rows).to(logits)
 
     def step(
         self, inputs: Tensor, state: NTMState, access: AccessMemory | None = None
@@ -162,31 +197,17 @@ class NTMCell(nn.Module):
 
 
 def with_memory_rows(cell: NTMCell | DNCCell, memory_rows: int) -> NTMCell | DNCCell:
-    """The same machine over a memory of another size; a copy.
-
-    Nothing that it has learned says how many rows there are: keys, shifts and gates come from the controller. Only
-    the start of an NTM is given row by row, and can be given for any number of rows if all are alike.
+    """A copy of the machine that starts over a memory of another size; see `NTMCell.initial_state`.
 
     Raises:
         ValueError: the start has values for each row, or the memory is too small for the heads' shifts.
     """
     if isinstance(cell, DNCCell):
         return cell.with_memory_rows(memory_rows)
-    least = cell.heads.sizes.num_shifts
-    if memory_rows < least:
-        raise ValueError(f"heads that reach so far need at least {least} rows")
-    memory, logits = cell.initial_memory, cell.initial_attention_logits
-    if isinstance(memory, nn.Parameter):
-        raise ValueError(
-            "the memory at the start is learned for each row; train with initial_memory constant"
-        )
-    if not (memory == memory[:1]).all():
-        raise ValueError("the memory at the start is drawn for each row; train with initial_memory constant")
-    if isinstance(logits, nn.Parameter):
-        raise ValueError("the first attention is learned for each row; train with initial_attention constant")
+    memory, logits = cell.start(memory_rows)
     resized = copy.deepcopy(cell)
-    resized.initial_memory = nn.Buffer(memory[:1].repeat(memory_rows, 1))
-    resized.initial_attention_logits = nn.Buffer(_on_row_0(len(logits), memory_rows).to(logits))
+    if memory_rows != len(cell.initial_memory):
+        resized.initial_memory, resized.initial_attention_logits = nn.Buffer(memory), nn.Buffer(logits)
     return resized
 
 

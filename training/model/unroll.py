@@ -15,7 +15,7 @@ from training.model.cell import NTMCell
 from training.model.dnc import kernel as dnc_kernel
 from training.model.dnc.cell import DNCCell
 from training.model.plain import PlainCell
-from training.model.state import named_tensors
+from training.model.state import DNCState, NTMState, named_tensors
 
 Cell = NTMCell | DNCCell | PlainCell
 _COMPILED: dict[type, Any] = {NTMCell: kernel.compiled_access, DNCCell: dnc_kernel.compiled_access}
@@ -78,7 +78,7 @@ def _check_inputs(cell: Cell, inputs: Tensor) -> None:
 
 
 def _check_state(cell: Cell, inputs: Tensor, state: Any) -> None:
-    expected = named_tensors(cell.initial_state(inputs.shape[1]))
+    expected = named_tensors(_start_like(cell, inputs.shape[1], state))
     for name, tensor in named_tensors(state).items():
         if name not in expected or tensor.shape != expected[name].shape:
             wanted = list(expected[name].shape) if name in expected else "no such tensor"
@@ -86,6 +86,16 @@ def _check_state(cell: Cell, inputs: Tensor, state: Any) -> None:
                 f"the state's {name} is {list(tensor.shape)}, and for inputs {list(inputs.shape)}, "
                 f"[steps, batch, size], the cell takes {wanted}"
             )
+
+
+def _start_like(cell: Cell, batch_size: int, state: Any) -> Any:
+    """A start over as many memory rows as a state has, where the cell can work with so many."""
+    if not isinstance(cell, PlainCell) and isinstance(state, NTMState | DNCState):
+        try:
+            return cell.initial_state(batch_size, state.memory.shape[-1])
+        except ValueError:
+            pass
+    return cell.initial_state(batch_size)
 
 
 def _check_compilable(inputs: Tensor) -> None:

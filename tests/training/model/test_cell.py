@@ -191,6 +191,18 @@ def test_with_other_rows_it_is_the_cell_made_with_so_many_and_the_same_weights()
     assert cell.initial_memory.shape == (8, 4)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_sequence_goes_on_over_as_many_rows_as_its_start_has(is_compiled):
+    cell = make_cell(initial_memory="constant", initial_attention="constant")
+    inputs = torch.randn(30, 2, 3)
+
+    outputs, state = unroll(cell, inputs, cell.initial_state(2, 24), is_compiled=is_compiled)
+
+    expected, _ = unroll(with_memory_rows(cell, 24), inputs, is_compiled=is_compiled)
+    assert torch.equal(outputs, expected)
+    assert state.memory.shape == (2, 4, 24)
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "message"),
     [

@@ -78,9 +78,9 @@ class DNCCell(nn.Module):
         resized.memory_rows = memory_rows
         return resized
 
-    def initial_state(self, batch_size: int) -> DNCState:
-        """The state every sequence starts from: nothing is written, all is free."""
-        sizes, rows = self.heads.sizes, self.memory_rows
+    def initial_state(self, batch_size: int, memory_rows: int | None = None) -> DNCState:
+        """The state every sequence starts from: nothing is written, all is free; over as many rows as are asked for."""
+        sizes, rows = self.heads.sizes, self.memory_rows if memory_rows is None else memory_rows
 
         def zeros(*shape: int) -> Tensor:
             return self.output.weight.new_zeros(batch_size, *shape)

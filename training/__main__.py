@@ -126,7 +126,7 @@ def _settings_to_resume(run_dir: Path, overrides: Sequence[str], prog: str) -> S
         raise SettingsError(
             f"num_updates {wanted.num_updates} is less than the {last.update} updates that the run has made"
         )
-    if wanted.num_updates != started_with.num_updates and wanted.optimizer.schedule == "linear":
+    if wanted.num_updates != started_with.num_updates and wanted.optimizer.schedule != "settle":
         raise SettingsError(
             "the step size falls to 0 at num_updates, so the run cannot be made longer: start another"
         )

@@ -65,6 +65,12 @@ class Checkpoint(NamedTuple):
     """The least score of any evaluation up to here; see `evaluate.py`."""
     solved: dict[str, float]
     """The first evaluation at which the task was solved: `update`, `seconds` and `cpu_seconds`. Empty before."""
+    learning_rate: float
+    """The step size, before warm-up and schedule."""
+    num_sizes: int
+    """Sizes of training that are open, the smallest ones."""
+    attempt_began: int
+    """The update after which the weights were last begun with."""
     num_averaged: int
     """Updates in the running mean; it begins anew with the weights."""
     num_diverged: int

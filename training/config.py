@@ -112,9 +112,11 @@ class OptimizerSettings(_Section):
     """"rmsprop" with momentum, "graves-rmsprop" (the same, centred, as in the paper), or "adam"."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Step size at the start."""
-    schedule: Literal["settle", "linear"] = "settle"
+    warmup_updates: int = Field(default=0, ge=0)
+    """Updates over which the step size grows to that, at the start and wherever the run begins again."""
+    schedule: Literal["settle", "linear", "cosine"] = "settle"
     """What becomes of the step size: "settle" changes it once, when an evaluation finds the task as good as solved;
-    "linear" lets it fall to 0 over the run."""
+    "linear" lets it fall to 0 over the run, "cosine" too, along half a cosine."""
     settle_below: float | None = Field(default=None, gt=0)
     """The score, of the kind that the task's goal is about, below which that is. Not set: the goal itself."""
     settled_learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
@@ -132,6 +134,17 @@ class OptimizerSettings(_Section):
     average_decay: float = Field(default=0.0, ge=0, lt=1)
     """The model that is evaluated and exported is a running mean of the weights; how much of it an update keeps. 0: the
     weights themselves."""
+
+
+class CurriculumSettings(_Section):
+    """Sizes of training that grow with what is mastered."""
+
+    first_sizes: int | None = Field(default=None, ge=1)
+    """How many of the task's sizes, from the smallest on, training begins with. Not set: with all of them."""
+    add_sizes: int = Field(default=1, ge=1)
+    """How many are added when an evaluation finds that the largest of them is mastered."""
+    mastered_below: float | None = Field(default=None, gt=0)
+    """The score, of the kind that the task's goal is about, below which that is. Not set: the goal itself."""
 
 
 class EvaluationSettings(_Section):
@@ -182,6 +195,9 @@ class Settings(BaseSettings):
     """Where all randomness of the run starts: weights and sequences."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences in an update, for each process."""
+    mix_sizes: bool = False
+    """Each sequence of a batch has a size of its own, and shorter ones are padded behind their end, where nothing
+    counts; else all of a batch have one size, and nothing is padded."""
     num_updates: int = Field(default=2000, ge=1)
     """Updates in the run."""
     checkpoint_every_updates: int = Field(default=100, ge=1)
@@ -200,10 +216,13 @@ class Settings(BaseSettings):
     """Where to compute. On "cpu" in full precision the memory is accessed by a compiled kernel."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Of the arithmetic: all in float32, or matrix products in bfloat16 and the memory in float32."""
+    init_from: Path | None = None
+    """A run whose best model the weights start from, or a checkpoint file of one. Not set: they are drawn."""
     task: Task
     """What to learn."""
     model: ModelSettings = ModelSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @classmethod
@@ -245,6 +264,16 @@ class Settings(BaseSettings):
                     f"{name} {min(rows)} needs a memory, with initial_memory and initial_attention constant, and at "
                     f"least {least} rows for its shifts"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_curriculum_has_sizes_to_add(self) -> Settings:
+        first = self.curriculum.first_sizes
+        if first is not None and first >= len(self.task.sizes()):
+            raise ValueError(
+                f"curriculum.first_sizes {first} is no less than the {len(self.task.sizes())} sizes of the task: "
+                "there are none to add"
+            )
         return self
 
     @model_validator(mode="after")

@@ -112,6 +112,15 @@ def evaluate(cell: Cell, settings: Settings) -> Scores:
     return scores
 
 
+def is_mastered(cell: Cell, settings: Settings, size: Size) -> bool:
+    """Whether a model does well enough at a size for a curriculum to go further."""
+    task, below = settings.task, settings.curriculum.mastered_below
+    measured = measure(cell, task, size, settings.evaluation.num_sequences)
+    if measured["optimal_bits"]:
+        measured["cost_over_optimal"] = measured["cost_bits"] / measured["optimal_bits"]
+    return measured[task.goal.measure] < (task.goal.below if below is None else below)
+
+
 def _long_score(cell: Cell, settings: Settings, size: Size) -> float:
     """What the goal is about, at a size beyond training. Once so much is wrong that the run cannot end by it, whatever
     the sequences that are left would say, it is the mean over those measured."""

@@ -29,13 +29,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from training import checkpoint as checkpoints
 from training.checkpoint import BEST, LAST, Checkpoint
-from training.config import OptimizerSettings, Settings, make_cell, write_settings
+from training.config import OptimizerSettings, Settings, make_cell, size_text, write_settings
 from training.errors import CheckpointError, NonFiniteError, RunDirectoryError, SettingsError
-from training.evaluate import evaluate, is_solved, total
+from training.evaluate import evaluate, is_mastered, is_solved, total
 from training.losses import Scores, mean
 from training.model import Cell, PlainCell, RecurrentLayer, named_tensors
 from training.records import METRICS, Records
-from training.tasks import Sequences
+from training.tasks import Sequences, Size
 
 SETTINGS = "settings.toml"
 LOCK = "lock"
@@ -71,7 +71,9 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
     run_dir = settings.run_dir
     with _locked(run_dir, resume) if is_first else nullcontext(), _stop_signals() as stop:
         run = _Run(settings, command, fabric)
-        if resume:
+        if not resume:
+            run.begin()
+        else:
             last = checkpoints.load(run_dir / LAST)
             run.restore(last)
             console.print(f"resuming after update {run.update}")
@@ -146,6 +148,10 @@ class _Run:
             RecurrentLayer(self.cell), _optimizer(self.cell, settings.optimizer)
         )
         self.sequence_generator = torch.Generator().manual_seed(settings.seed + 1)
+        self.learning_rate, self.attempt_began = settings.optimizer.learning_rate, 0
+        # From the smallest on: that many of them are open.
+        self.sizes = sorted(settings.task.sizes(), key=lambda size: (math.prod(size), size))
+        self.num_sizes = settings.curriculum.first_sizes or len(self.sizes)
         self.update, self.metrics, self.best_score = 0, Scores(), math.inf
         self.solved: dict[str, float] = {}
         self.num_diverged, self.num_skipped, self.num_skipped_in_a_row = 0, 0, 0
@@ -167,6 +173,14 @@ class _Run:
         """See the function."""
         return end_reason(self.settings, self.update, self.cpu_seconds, self.best_score)
 
+    def begin(self) -> None:
+        """Take the weights of the model that the settings name, if they do."""
+        path = self.settings.init_from
+        if path is not None:
+            weights = _weights_of(path, self.settings)
+            for cell in (self.cell, self.averaged):
+                checkpoints.load_weights(cell, weights)
+
     def restore(self, last: Checkpoint) -> None:
         """Go on where a checkpoint stands, with steps no larger than the settings now say."""
         checkpoints.load_weights(self.cell, last.cell)
@@ -181,10 +195,10 @@ class _Run:
                 f"{self.settings.run_dir / LAST} holds a state of the optimiser or of a generator that does not fit "
                 f"({error}): start another run"
             ) from None
+        self.learning_rate = last.learning_rate
         if self.settings.optimizer.learning_rate != last.settings["optimizer"]["learning_rate"]:
-            self._set_learning_rate(
-                min(self.optimizer.param_groups[0]["lr"], self.settings.optimizer.learning_rate)
-            )
+            self.learning_rate = min(self.learning_rate, self.settings.optimizer.learning_rate)
+        self.num_sizes, self.attempt_began = last.num_sizes, last.attempt_began
         if self._average is not None:
             self._average.n_averaged.fill_(last.num_averaged)
         self.command, self.update = last.command, last.update
@@ -211,6 +225,9 @@ class _Run:
                 metrics=self.metrics,
                 best_score=self.best_score,
                 solved=self.solved,
+                learning_rate=self.learning_rate,
+                num_sizes=self.num_sizes,
+                attempt_began=self.attempt_began,
                 num_averaged=0 if self._average is None else int(self._average.n_averaged),
                 num_diverged=self.num_diverged,
                 num_skipped=self.num_skipped,
@@ -253,10 +270,9 @@ class _Run:
     def _step(self, console: Console) -> dict[str, float]:
         """One update, or none where it would not be finite; returns what is recorded of it."""
         settings, fabric = self.settings, self.fabric
-        size = settings.task.draw_size(self.sequence_generator)
         batch_size = settings.batch_size * fabric.world_size
         task = settings.task
-        drawn = task.check(task.draw_for_training(batch_size, size, self.sequence_generator), batch_size)
+        drawn = task.check(self._draw(batch_size), batch_size)
         sequences, targets, mask = self._own(drawn), drawn.targets, drawn.mask
         answers = self.layer(sequences.inputs, self._start())[0][-len(targets) :].float()
         # An answer weighs as much in whichever process it is: their means are averaged.
@@ -266,10 +282,9 @@ class _Run:
         self.optimizer.zero_grad()
         fabric.backward(loss)
         norm = self._clip_gradients()
-        if settings.optimizer.schedule == "linear":
-            self._set_learning_rate(
-                settings.optimizer.learning_rate * (1 - self.update / settings.num_updates)
-            )
+        learning_rate = self._scheduled_learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.update += 1
         if self._agreed(not math.isfinite(norm) or not bool(loss.isfinite())):
             restarted = self._leave_out(loss.item(), norm, console)
@@ -294,10 +309,31 @@ class _Run:
             "loss": loss,
             f"{task.loss.error_name}_in_training": error,
             "gradient_norm": norm,
+            "learning_rate": learning_rate,
+            **({"open_sizes": self.num_sizes} if settings.curriculum.first_sizes else {}),
             **({"restarted": 1.0} if restarted else {}),
             **({"skipped_updates": self.num_skipped} if self.num_skipped else {}),
             **({"diverged_attempts": self.num_diverged} if self.num_diverged else {}),
         }
+
+    def _draw(self, batch_size: int) -> Sequences:
+        """Sequences of one of the sizes that are open or, where sizes are mixed, each of one of them."""
+        task, generator = self.settings.task, self.sequence_generator
+        if self.settings.mix_sizes:
+            return task.draw_mixed([self._draw_size() for _ in range(batch_size)], generator)
+        return task.draw_for_training(batch_size, self._draw_size(), generator)
+
+    def _draw_size(self) -> Size:
+        if self.num_sizes == len(self.sizes):
+            return self.settings.task.draw_size(self.sequence_generator)
+        return self.sizes[int(torch.randint(self.num_sizes, (), generator=self.sequence_generator))]
+
+    def _scheduled_learning_rate(self) -> float:
+        """Of the next update."""
+        optimizer, done = self.settings.optimizer, self.update / self.settings.num_updates
+        factors = {"settle": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        warm = (self.update + 1 - self.attempt_began) / max(1, optimizer.warmup_updates)
+        return self.learning_rate * factors[optimizer.schedule] * min(1.0, warm)
 
     def _clip_gradients(self) -> float:
         """Scale the gradients down to the norm that the settings allow; returns the norm that they had."""
@@ -364,6 +400,7 @@ class _Run:
         is_due = self.update % settings.evaluation.every_updates == 0
         if is_due:
             self._note_solved_and_lower_rate()
+            self._open_sizes(console)
         # Of two that do equally well the later one is surer of itself.
         score = total(self.metrics, settings.task)
         if math.isfinite(score) and score <= self.best_score:
@@ -382,10 +419,23 @@ class _Run:
         fresh = make_cell(self.settings)
         for cell in (self.cell, self.averaged):
             cell.load_state_dict(fresh.state_dict())
+        self.begin()
         if self._average is not None:
             self._average.n_averaged.zero_()
         self.optimizer.state.clear()
-        self._set_learning_rate(self.settings.optimizer.learning_rate)
+        self.learning_rate, self.attempt_began = self.settings.optimizer.learning_rate, self.update
+        self.num_sizes = self.settings.curriculum.first_sizes or len(self.sizes)
+
+    def _open_sizes(self, console: Console) -> None:
+        """Go on with more sizes of training once the largest of them is mastered."""
+        if self.num_sizes == len(self.sizes):
+            return
+        is_first = self.fabric.global_rank == 0
+        largest = self.sizes[self.num_sizes - 1]
+        if self._agreed(is_first and is_mastered(self.averaged, self.settings, largest)):
+            self.num_sizes = min(len(self.sizes), self.num_sizes + self.settings.curriculum.add_sizes)
+            opened = size_text(self.sizes[self.num_sizes - 1])
+            console.print(f"size {size_text(largest)} is mastered: training goes up to {opened}")
 
     def _note_solved_and_lower_rate(self) -> None:
         """Note when the task is first solved, and from where the schedule says on take smaller steps."""
@@ -394,7 +444,7 @@ class _Run:
             self.solved = {"update": self.update, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         settle_below = optimizer.settle_below or task.goal.below
         if optimizer.schedule == "settle" and self.metrics[task.goal.measure] < settle_below:
-            self._set_learning_rate(optimizer.settled_learning_rate)
+            self.learning_rate = optimizer.settled_learning_rate
 
     def _own(self, sequences: Sequences) -> Sequences:
         """This process's part of a batch, on its device."""
@@ -410,9 +460,14 @@ class _Run:
         """Whether any process wishes to stop: they must stop after the same update."""
         return wish if self.fabric.world_size == 1 else bool(self._mean(torch.tensor(float(wish))) > 0)
 
-    def _set_learning_rate(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+
+def _weights_of(path: Path, settings: Settings) -> dict[str, Any]:
+    """The best weights of a run, or those of a checkpoint file, for a machine with as many rows as the settings say."""
+    content = checkpoints.load(path / BEST if path.is_dir() else path)
+    rows, own = content.settings["model"].get("memory_rows"), settings.model.memory_rows
+    if settings.model.architecture == "ntm" and rows != own:
+        return checkpoints.restore_cell(content, own)[0].state_dict()
+    return content.averaged
 
 
 def _check_machine(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `python -m export runs/copy models/copy/1`."""
+"""The command line: `python -m export runs/copy models/copy/1`, and back by `python -m export restore`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,43 @@ from rich.table import Table
 
 from export.errors import ExportError
 from export.publish import MODEL_FILE, publish
+from export.restore import restore
 from export.verification import LARGEST_INVARIANT_BATCH, Report
 from training.errors import TrainingError
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
+    command = _restore if arguments[:1] == ["restore"] else _export
+    # A second thread brings nothing to tensors so small, and waits for its core when another process has it:
+    # measured on two cores with one taken, 46 s for an export instead of 15.
+    torch.set_num_threads(1)
+    try:
+        command(arguments)
+    except (ExportError, TrainingError) as error:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def _restore(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m export restore",
+        description="Make a run directory of a model file, to evaluate the model, draw it, or train on from it.",
+    )
+    parser.add_argument("model", type=Path, help="version directory of a model, such as models/copy/1")
+    parser.add_argument("run", type=Path, help="new run directory, such as runs/shipped-copy")
+    options = parser.parse_args(arguments[1:])
+    checkpoint = restore(options.model / MODEL_FILE, options.run)
+    Console(highlight=False).print(
+        f"{options.run} has the weights of {options.model}, after update {checkpoint.update}: evaluate it, plot it, or "
+        "start from it by --init-from",
+        soft_wrap=True,
+    )
+
+
+def _export(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m export",
         description="Write a trained model's step as an ONNX file that carries its own description, verify it, "
@@ -33,21 +64,12 @@ def main(arguments: Sequence[str]) -> int:
         "training",
     )
     options = parser.parse_args(arguments)
-    # A second thread brings nothing to tensors so small, and waits for its core when another process has it:
-    # measured on two cores with one taken, 46 s for an export instead of 15.
-    torch.set_num_threads(1)
-    try:
-        checkpoint, report = publish(options.run, options.target, options.memory_rows)
-    except (ExportError, TrainingError) as error:
-        console = Console(stderr=True, highlight=False)
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
+    checkpoint, report = publish(options.run, options.target, options.memory_rows)
     scores = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in checkpoint.metrics.items())
     Console(highlight=False).print(
         f"the best checkpoint of {options.run}, after update {checkpoint.update}: {scores}", soft_wrap=True
     )
     _show(report, options.target / MODEL_FILE)
-    return 0
 
 
 def _positive(text: str) -> int:

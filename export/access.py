@@ -125,8 +125,24 @@ def _num_of_each(sizes: HeadSizes) -> list[int]:
 @torch.no_grad()
 def _spread(heads: Heads) -> None:
     """Have the heads' linear map give [B, Q] in place of [B, P], in the order of `_num_of_each`."""
-    rows = rows_of(heads.sizes)
-    nothing = torch.full_like(rows.strength, len(heads.bias))  # a row of zeros behind the others
+    order, constants, signs = _arrangement(heads.sizes)
+    heads.weight = nn.Parameter(F.pad(heads.weight, (0, 0, 0, 1))[order] * signs.unsqueeze(1))
+    heads.bias = nn.Parameter((F.pad(heads.bias, (0, 1))[order] + constants) * signs)
+    heads.out_features = len(order)
+
+
+def gather(weight: Tensor, bias: Tensor, sizes: HeadSizes) -> tuple[Tensor, Tensor]:
+    """The linear map of heads as it was before it was spread: the inverse, within rounding."""
+    order, constants, signs = _arrangement(sizes)
+    places = torch.stack([(order == row).nonzero()[0, 0] for row in range(sizes.num_requested)])
+    signs, constants = signs[places], constants[places]
+    return weight[places] * signs.unsqueeze(1), bias[places] * signs - constants
+
+
+def _arrangement(sizes: HeadSizes) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the P numbers each of the Q is (the last one, P, is 0), what is added to it, and its sign: [Q] each."""
+    rows = rows_of(sizes)
+    nothing = torch.full_like(rows.strength, sizes.num_requested)  # a row of zeros behind the others
     parts = [
         (rows.key, 0),
         (rows.kernel, 0),
@@ -138,12 +154,10 @@ def _spread(heads: Heads) -> None:
     ]
     order = torch.cat([part.flatten() for part, _ in parts])
     constants = torch.cat([torch.full([part.numel()], float(constant)) for part, constant in parts])
-    heads.weight = nn.Parameter(F.pad(heads.weight, (0, 0, 0, 1))[order])
-    heads.bias = nn.Parameter(F.pad(heads.bias, (0, 1))[order] + constants)
-    heads.out_features = len(order)
-    if heads.sizes.num_write_heads == 1:  # -a in place of a
-        heads.weight[-heads.sizes.row_width :] *= -1
-        heads.bias[-heads.sizes.row_width :] *= -1
+    signs = torch.ones(len(order))
+    if sizes.num_write_heads == 1:  # -a in place of a
+        signs[-sizes.row_width :] = -1
+    return order, constants, signs
 
 
 def _with_row_of(number: float, row: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
     ExportError
     ├── TargetError            the target is not <name>/<version>, or exists already
+    ├── RestoreError           no run can be made of a model file
     └── VerificationError      the written file does not do what the cell does
         (a checkpoint that is missing or truncated is a training.errors.CheckpointError)
 
@@ -17,6 +18,10 @@ class ExportError(Exception):
 
 class TargetError(ExportError):
     """The target is not a version directory, or it exists already."""
+
+
+class RestoreError(ExportError):
+    """No run can be made of a model file."""
 
 
 class VerificationError(ExportError):

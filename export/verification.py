@@ -92,6 +92,26 @@ def verify(path: Path, step: Step, task: Task, long_sizes: list[Size]) -> Report
     return Report(len(model.graph.node), path.stat().st_size, len(inputs), differences)
 
 
+@torch.no_grad()
+def follow(path: Path, step: Step, inputs: Array) -> float:
+    """How far a file's outputs are at most from a step's in torch, each feeding back its own state.
+
+    Args:
+        path: of the file.
+        step: of the cell.
+        inputs: [T, B, I].
+    """
+    spec, session = read_spec(onnx.load(path)), _session(path)
+    initial = {state.input_name: initial_value(state) for state in spec.states}
+    theirs, ours = _start(initial, inputs.shape[1]), list(step.initial_state(inputs.shape[1]).values())
+    apart = []
+    for step_inputs in inputs:
+        output, theirs = _run(session, spec, step_inputs, theirs)
+        expected, *ours = step(torch.from_numpy(step_inputs), *ours)
+        apart.append(_apart(output, expected))
+    return float(np.max(apart))
+
+
 def _session(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

@@ -209,6 +209,8 @@ def _runs_in(path: Path) -> list[Path]:
     """The run directory itself, or the runs in a folder."""
     runs = [path] if (path / LAST).exists() else sorted(last.parent for last in path.glob(f"*/{LAST}"))
     if not runs:
+        if (path / "model.onnx").exists():
+            checkpoint.load(path / LAST)  # It says what to do with a model.
         raise SettingsError(f"{path} is not a run, and holds none: train there first")
     return runs
 

@@ -144,6 +144,11 @@ def load(path: Path) -> Checkpoint:
     except PermissionError:
         raise CheckpointError(f"{path} may not be read by you: change its permissions") from None
     except (FileNotFoundError, NotADirectoryError):
+        if (path.parent / "model.onnx").exists():
+            raise CheckpointError(
+                f"{path.parent} is a model and not a run: `python -m export restore {path.parent} RUN` makes a run of "
+                "it"
+            ) from None
         raise CheckpointError(f"{path.parent} has no checkpoint {path.name}: train there first") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): use another, or train again") from None

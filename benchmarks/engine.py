@@ -20,7 +20,8 @@ from ntm.tensor import Array
 from server.engine.engine import Engine
 from server.engine.request import Message
 from server.model.spec import load
-from server.runtime.runner import NUM_RESERVED_SLOTS, ModelRunner
+from server.runtime.probe import load_runner
+from server.runtime.runner import NUM_RESERVED_SLOTS
 from server.settings import ServerSettings
 
 # As many as a server has by default: with few there is room for one table only, and batches that take turns are copied.
@@ -39,7 +40,7 @@ class EngineAlone:
             num_steps: T.
             together: the sessions share a message, as those of a BatchStep do; else each has its own.
         """
-        self._runner = ModelRunner(load(model, "copy", 1), CPU, _NUM_SLOTS, num_sessions)
+        self._runner = load_runner(load(model, "copy", 1), CPU, _NUM_SLOTS, num_sessions)
         self._groups = (
             [range(num_sessions)] if together else [range(row, row + 1) for row in range(num_sessions)]
         )

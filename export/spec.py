@@ -42,12 +42,16 @@ def model_spec(name: str, step: Step, checkpoint: Checkpoint, settings: Settings
     return model_pb2.ModelSpec(
         name=name,
         task=task.name,
-        input=model_pb2.TensorSpec(
-            name=INPUT, dtype=fp32, shape=[step.cell.input_size], description=task.input_description
-        ),
-        output=model_pb2.TensorSpec(
-            name=OUTPUT, dtype=fp32, shape=[step.cell.output_size], description=task.output_description
-        ),
+        inputs=[
+            model_pb2.TensorSpec(
+                name=INPUT, dtype=fp32, shape=[step.cell.input_size], description=task.input_description
+            )
+        ],
+        outputs=[
+            model_pb2.TensorSpec(
+                name=OUTPUT, dtype=fp32, shape=[step.cell.output_size], description=task.output_description
+            )
+        ],
         states=[_state_spec(name, tensor) for name, tensor in step.initial_state(1).items()],
         provenance=_provenance(checkpoint, settings),
     )

@@ -123,8 +123,8 @@ def _run(
     session: ort.InferenceSession, spec: model_pb2.ModelSpec, inputs: Array, state: Tensors
 ) -> tuple[Array, Tensors]:
     """One step by the names that the file's own spec gives, as the server does it."""
-    names = [spec.output.name, *(state_spec.output_name for state_spec in spec.states)]
-    output, *next_state = session.run(names, {spec.input.name: inputs, **state})
+    names = [spec.outputs[0].name, *(state_spec.output_name for state_spec in spec.states)]
+    output, *next_state = session.run(names, {spec.inputs[0].name: inputs, **state})
     return output, {
         state_spec.input_name: value for state_spec, value in zip(spec.states, next_state, strict=True)
     }
@@ -234,7 +234,7 @@ def _check_invariance(
             )
             differing = [name for name in part if part[name].tobytes() != next_state[name][rows].tobytes()]
             if part_output.tobytes() != output[rows].tobytes():
-                differing.insert(0, spec.output.name)
+                differing.insert(0, spec.outputs[0].name)
             if differing:
                 raise VerificationError(
                     f"at batch {size}, rows {first} to {first + size - 1} of {', '.join(differing)} have other "

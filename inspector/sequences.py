@@ -128,7 +128,7 @@ def from_file(content: bytes, name: str, spec: model_pb2.ModelSpec) -> Sequence:
         python = f"inputs = np.loadtxt({name!r}, delimiter=',', ndmin=2)"
     if array.size == 0:
         raise BadRequestError(f"{name} has no numbers in it")
-    shape = tuple(spec.input.shape)
+    shape = tuple(spec.inputs[0].shape)
     wanted = f"[T, {', '.join(map(str, shape))}]" if shape else "[T]"
     if array.ndim == 0 or array.size % math.prod(shape) or (array.ndim > 2 and array.shape[1:] != shape):
         raise BadRequestError(f"{name} has shape {list(array.shape)}, the model takes {wanted}")
@@ -141,7 +141,7 @@ def from_file(content: bytes, name: str, spec: model_pb2.ModelSpec) -> Sequence:
         raise BadRequestError(f"{name} has values that are not finite")
     if len(array) > MAX_STEPS:
         raise BadRequestError(f"{name} has {len(array)} steps: send {MAX_STEPS} at most")
-    dtype = numpy_dtype(spec.input.dtype)
+    dtype = numpy_dtype(spec.inputs[0].dtype)
     python += f".astype(np.{dtype.name}).reshape{(-1, *shape)}"
     return Sequence(name, array.astype(dtype), None, False, python)
 
@@ -152,7 +152,7 @@ def by_hand(values: Any, spec: model_pb2.ModelSpec) -> Sequence:
     Raises:
         BadRequestError: they are not numbers, or not as many as a step takes.
     """
-    dtype, shape = numpy_dtype(spec.input.dtype), tuple(spec.input.shape)
+    dtype, shape = numpy_dtype(spec.inputs[0].dtype), tuple(spec.inputs[0].shape)
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError) as error:
@@ -303,7 +303,7 @@ inputs[:{vectors}, {bits}] = generator.uniform(-1, 1, {vectors})  # the prioriti
 
 
 def _random(spec: model_pb2.ModelSpec) -> Kind:
-    dtype, shape = numpy_dtype(spec.input.dtype), tuple(spec.input.shape)
+    dtype, shape = numpy_dtype(spec.inputs[0].dtype), tuple(spec.inputs[0].shape)
 
     def make(steps: int, seed: int) -> Sequence:
         generator = np.random.default_rng(seed)
@@ -321,7 +321,7 @@ def _random(spec: model_pb2.ModelSpec) -> Kind:
 
 
 def _zeros(spec: model_pb2.ModelSpec) -> Kind:
-    dtype, shape = numpy_dtype(spec.input.dtype), tuple(spec.input.shape)
+    dtype, shape = numpy_dtype(spec.inputs[0].dtype), tuple(spec.inputs[0].shape)
 
     def make(steps: int) -> Sequence:
         inputs = np.zeros((steps, *shape), dtype)

@@ -186,8 +186,8 @@ def model(
     """A model with input x [B, WIDTH] and output y [B, WIDTH], and its spec."""
     spec = model_pb2.ModelSpec(
         name="test",
-        input=model_pb2.TensorSpec(name="x", dtype=FP32, shape=[WIDTH]),
-        output=model_pb2.TensorSpec(name="y", dtype=FP32, shape=[WIDTH]),
+        inputs=[model_pb2.TensorSpec(name="x", dtype=FP32, shape=[WIDTH])],
+        outputs=[model_pb2.TensorSpec(name="y", dtype=FP32, shape=[WIDTH])],
         states=states,
         constants=[
             model_pb2.ConstantSpec(name=name, value=to_message(np.asarray(value)))
@@ -204,14 +204,16 @@ def graph_of(
     extra_outputs: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The ONNX model that a spec describes, without the spec."""
-    inputs, outputs = [_value(spec.input.name, spec.input)], [_value(spec.output.name, spec.output)]
+    inputs, outputs = [], []
+    inputs += [_value(tensor.name, tensor) for tensor in spec.inputs]
+    outputs += [_value(tensor.name, tensor) for tensor in spec.outputs]
     inputs += [_value(state.input_name, state) for state in spec.states]
-    outputs += [_value(state.output_name, state) for state in spec.states]
+    outputs += [_value(state.output_name, state) for state in spec.states if state.output_name]
     inputs += [
         helper.make_tensor_value_info(constant.name, TensorProto.FLOAT, list(constant.value.shape))
         for constant in spec.constants
     ]
-    outputs += [_value(name, spec.output) for name in extra_outputs]
+    outputs += [_value(name, spec.outputs[0]) for name in extra_outputs]
     initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     graph = helper.make_graph(list(nodes), "step", inputs, outputs, initializers)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
@@ -221,6 +223,13 @@ def with_spec(step: onnx.ModelProto, spec: model_pb2.ModelSpec) -> bytes:
     """The model with its spec in the metadata."""
     helper.set_model_props(step, {"ntm.v1.ModelSpec": json_format.MessageToJson(spec)})
     return step.SerializeToString()
+
+
+def read_back(content: bytes) -> tuple[onnx.ModelProto, model_pb2.ModelSpec]:
+    """A model and the spec in its metadata."""
+    step = onnx.load_from_string(content)
+    text = next(entry.value for entry in step.metadata_props if entry.key == "ntm.v1.ModelSpec")
+    return step, json_format.Parse(text, model_pb2.ModelSpec())
 
 
 def write(models: Path, content: bytes, name: str = "test", version: int = 1) -> Path:

@@ -194,7 +194,7 @@ def _write_repository(repository: Path, model: Path, num_sequences: int) -> None
     shutil.copy(model, version / "model.onnx")
     shutil.copy(Path(__file__).with_name("triton_model.py"), version / "model.py")
     config = _CONFIG.format(
-        num_sequences=num_sequences, input_size=spec.input.shape[0], output_size=spec.output.shape[0]
+        num_sequences=num_sequences, input_size=spec.inputs[0].shape[0], output_size=spec.outputs[0].shape[0]
     )
     (version.parent / "config.pbtxt").write_text(config, encoding="utf-8")
 

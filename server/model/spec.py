@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,12 +47,12 @@ class StepModel:
     @property
     def input_tensors(self) -> Sequence[model_pb2.TensorSpec]:
         """What a step takes."""
-        return [self.spec.input]
+        return self.spec.inputs
 
     @property
     def output_tensors(self) -> Sequence[model_pb2.TensorSpec]:
         """What a step gives."""
-        return [self.spec.output]
+        return self.spec.outputs
 
     @cached_property
     def inputs(self) -> StepLayout:
@@ -66,17 +67,19 @@ class StepModel:
     @cached_property
     def no_inputs(self) -> Array:
         """The inputs of no steps, [0, ...input shape]."""
-        return np.empty((0, *self.spec.input.shape), numpy_dtype(self.spec.input.dtype))
+        [tensor] = self.spec.inputs
+        return np.empty((0, *tensor.shape), numpy_dtype(tensor.dtype))
 
     @cached_property
     def no_outputs(self) -> Array:
         """The outputs of no steps, [0, ...output shape]."""
-        return np.empty((0, *self.spec.output.shape), numpy_dtype(self.spec.output.dtype))
+        [tensor] = self.spec.outputs
+        return np.empty((0, *tensor.shape), numpy_dtype(tensor.dtype))
 
     @cached_property
     def output_bytes(self) -> int:
         """Bytes of output of one step."""
-        return math.prod(self.no_outputs.shape[1:]) * self.no_outputs.itemsize
+        return sum(math.prod(t.shape) * numpy_dtype(t.dtype).itemsize for t in self.output_tensors)
 
     @property
     def state_bytes(self) -> int:
@@ -105,10 +108,15 @@ def load(path: Path, name: str, version: int) -> StepModel:
 
 
 def initial_value(state: model_pb2.StateSpec) -> Array:
-    """The value a new session starts from, [shape] of a checked spec."""
+    """The value a new session starts from, [shape] of a checked spec; 0 for a session input that has none."""
     if state.WhichOneof("initial") == "values":
         return to_array(state.values)
     return np.full(tuple(state.shape), state.fill, dtype=numpy_dtype(state.dtype))
+
+
+def is_session_input(state: model_pb2.StateSpec) -> bool:
+    """Whether no step changes it."""
+    return not state.output_name
 
 
 def api_shape(state: model_pb2.StateSpec) -> tuple[int, ...]:
@@ -148,7 +156,13 @@ def _read_spec(path: Path, step: onnx.ModelProto) -> model_pb2.ModelSpec:
     try:
         return json_format.Parse(text, model_pb2.ModelSpec())
     except json_format.ParseError as error:
-        raise ModelFileError(str(path), [f"{source} is not a ModelSpec: {_first_line(error)}"]) from error
+        problem = f"{source} is not a ModelSpec: {_first_line(error)}"
+        if re.search(r'no field named "(input|output)"', str(error)):
+            problem = (
+                f"{source} is of an older version, which knew one `input` and one `output`: export the model anew, or "
+                'write "inputs": [{...}] and "outputs": [{...}]'
+            )
+        raise ModelFileError(str(path), [problem]) from error
 
 
 def differences(spec: model_pb2.ModelSpec, graph: onnx.GraphProto) -> Iterator[str]:
@@ -157,23 +171,31 @@ def differences(spec: model_pb2.ModelSpec, graph: onnx.GraphProto) -> Iterator[s
     inputs = {value.name: value for value in graph.input if value.name not in initializers}
     outputs = {value.name: value for value in graph.output}
 
-    yield from _tensor_differences("input", spec.input.name, spec.input, inputs)
-    yield from _tensor_differences("output", spec.output.name, spec.output, outputs)
-    if not spec.states:
-        yield "the spec has no states: without any, each step stands alone and needs no session"
+    for tensors, kind, values in ((spec.inputs, "input", inputs), (spec.outputs, "output", outputs)):
+        if not tensors:
+            yield f"the spec has no {kind}s: a step takes at least one and gives at least one"
+        for tensor in tensors:
+            yield from _tensor_differences(kind, tensor.name, tensor, values)
+    if not any(state.output_name for state in spec.states):
+        yield "the spec has no states that a step changes: without any, each step stands alone and needs no session"
     for state in spec.states:
         yield from _tensor_differences("input", state.input_name, state, inputs)
-        yield from _tensor_differences("output", state.output_name, state, outputs)
+        if state.output_name:
+            yield from _tensor_differences("output", state.output_name, state, outputs)
+            yield from _growth(state, inputs, outputs)
         yield from _state_problems(state)
     for constant in spec.constants:
         yield from _constant_differences(constant, inputs)
 
     declared_inputs = [
-        spec.input.name,
+        *(tensor.name for tensor in spec.inputs),
         *(state.input_name for state in spec.states),
         *(constant.name for constant in spec.constants),
     ]
-    declared_outputs = [spec.output.name, *(state.output_name for state in spec.states)]
+    state_outputs = [state.output_name for state in spec.states if state.output_name]
+    for name in sorted({name for name in state_outputs if state_outputs.count(name) > 1}):
+        yield f"the spec declares output {name!r} as the next value of more than one state"
+    declared_outputs = [tensor.name for tensor in spec.outputs]
     for names, kind in ((declared_inputs, "input"), (declared_outputs, "output")):
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"the spec declares {kind} {name!r} more than once"
@@ -198,14 +220,20 @@ def _tensor_differences(
     except TensorError as error:
         yield f"{where}: {error}"
         return
-    rank = len(tensor.shape) + 1
-    if not 0 <= tensor.batch_axis < rank:
-        yield f"{where}: batch_axis {tensor.batch_axis} is outside its {rank} axes"
+    rank = graph_rank(tensor)
+    if not -1 <= tensor.batch_axis <= len(tensor.shape):
+        yield (
+            f"{where}: batch_axis {tensor.batch_axis} is outside its {rank} axes; where the graph has no batch axis, "
+            "say -1"
+        )
         return
     if any(length < 1 for length in tensor.shape):
         yield f"{where}: shape {list(tensor.shape)} has an axis below 1"
     if name not in values:
         yield f"{where} is in the spec but not in the graph, which has {', '.join(sorted(values)) or 'none'}"
+        return
+    if values[name].type.WhichOneof("value") != "tensor_type":
+        yield f"{where} is no tensor in the graph"
         return
     tensor_type = values[name].type.tensor_type
     if tensor_type.elem_type != helper.np_dtype_to_tensor_dtype(dtype):
@@ -213,20 +241,62 @@ def _tensor_differences(
             f"{where} is {type_name(tensor.dtype)} in the spec and "
             f"{_graph_type_name(tensor_type.elem_type)} in the graph"
         )
+    if not tensor_type.HasField("shape"):
+        return  # the graph leaves it all open
     axes = list(tensor_type.shape.dim)
     if len(axes) != rank:
-        yield f"{where} has {rank} axes in the spec, batch included, and {len(axes)} in the graph"
+        has_batch = ", batch included," if tensor.batch_axis >= 0 else ""
+        yield f"{where} has {rank} axes in the spec{has_batch} and {len(axes)} in the graph"
         return
-    batch = axes.pop(tensor.batch_axis)
-    if batch.HasField("dim_value"):
-        yield (
-            f"{where}: the graph fixes its batch axis to {batch.dim_value}; export the step with a dynamic batch axis"
-        )
-    shape: list[int | str] = [
-        axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in axes
-    ]
-    if shape != list(tensor.shape):
+    if tensor.batch_axis >= 0:
+        batch = axes.pop(tensor.batch_axis)
+        if batch.HasField("dim_value") and batch.dim_value != 1:
+            yield (
+                f"{where}: the graph fixes its batch axis {tensor.batch_axis} to {batch.dim_value}; name another "
+                "axis, export the step for a batch of 1 or any, or say batch_axis -1 where the graph has none"
+            )
+    shape = [axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in axes]
+    # What the graph leaves open takes its length from the spec.
+    if any(isinstance(a, int) and a != b for a, b in zip(shape, tensor.shape, strict=True)):
         yield f"{where} has shape {list(tensor.shape)} in the spec and {shape} in the graph, batch left out"
+
+
+def graph_rank(tensor: model_pb2.TensorSpec | model_pb2.StateSpec) -> int:
+    """How many axes the graph has for a tensor."""
+    return len(tensor.shape) + (tensor.batch_axis >= 0)
+
+
+def graph_shape(tensor: model_pb2.TensorSpec | model_pb2.StateSpec) -> tuple[int, ...]:
+    """Its shape in the graph for one session."""
+    shape = list(tensor.shape)
+    if tensor.batch_axis >= 0:
+        shape.insert(tensor.batch_axis, 1)
+    return tuple(shape)
+
+
+def _growth(
+    state: model_pb2.StateSpec,
+    inputs: dict[str, onnx.ValueInfoProto],
+    outputs: dict[str, onnx.ValueInfoProto],
+) -> Iterator[str]:
+    """Whether the graph says that a state's next value is of another size."""
+    if state.input_name not in inputs or state.output_name not in outputs:
+        return
+    old, new = (
+        [axis.dim_value if axis.HasField("dim_value") else -1 for axis in value.type.tensor_type.shape.dim]
+        for value in (inputs[state.input_name], outputs[state.output_name])
+    )
+    if len(old) == len(new) and any(a != b and -1 not in (a, b) for a, b in zip(old, new, strict=True)):
+        yield growing(state, old, new)
+
+
+def growing(state: model_pb2.StateSpec, old: Sequence[int], new: Sequence[int]) -> str:
+    """That a state does not keep its size, as a problem."""
+    return (
+        f"state {state.input_name!r} is growing: it goes in as {list(old)} and its next value {state.output_name!r} "
+        f"comes out as {list(new)}; a session's state has one size from its beginning to its end, so export a step "
+        "whose caches have a fixed length"
+    )
 
 
 def _state_problems(state: model_pb2.StateSpec) -> Iterator[str]:
@@ -236,7 +306,7 @@ def _state_problems(state: model_pb2.StateSpec) -> Iterator[str]:
     if state.api_axes and sorted(state.api_axes) != list(range(len(state.shape))):
         yield f"{where}: api_axes {list(state.api_axes)} is not an order of its {len(state.shape)} axes"
     initial = state.WhichOneof("initial")
-    if initial is None:
+    if initial is None and state.output_name:
         yield f"{where} has no initial value: give fill or values"
     if initial == "values":
         try:

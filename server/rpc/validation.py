@@ -48,7 +48,7 @@ def check_id(field: str, value: str, may_be_empty: bool = False) -> str:
 
 def step_inputs(tensor: tensor_pb2.Tensor, model: StepModel, limits: RequestLimits) -> Array:
     """The inputs of one session, [T, ...input shape]."""
-    array, spec = _array(tensor), model.spec.input
+    array, spec = _array(tensor), model.spec.inputs[0]
     if array.dtype != model.no_inputs.dtype:
         raise InvalidInputError(
             "inputs.dtype",
@@ -64,16 +64,12 @@ def step_inputs(tensor: tensor_pb2.Tensor, model: StepModel, limits: RequestLimi
     return array
 
 
-def check_num_sessions(num_sessions: int, limits: RequestLimits) -> None:
-    """That a batch has some sessions, and not too many."""
+def batch_inputs(tensor: tensor_pb2.Tensor, num_sessions: int, limits: RequestLimits) -> Array:
+    """The inputs of S sessions, [S, T, ...input shape]; `check_fits` holds them against each session's model."""
     if not 1 <= num_sessions <= limits.max_sessions_per_batch:
         raise InvalidInputError(
             "session_ids", f"{num_sessions} sessions in one batch: send 1 to {limits.max_sessions_per_batch}"
         )
-
-
-def batch_inputs(tensor: tensor_pb2.Tensor, num_sessions: int, limits: RequestLimits) -> Array:
-    """The inputs of S sessions, [S, T, ...input shape]; `check_fits` holds them against each session's model."""
     array = _array(tensor)
     if array.ndim < 2 or array.shape[0] != num_sessions:
         raise InvalidInputError(
@@ -90,18 +86,24 @@ def check_batch_fits(inputs: Array, model: StepModel, limits: RequestLimits) -> 
     num_sessions, num_steps = inputs.shape[:2]
     spec = model.spec
     if inputs.dtype != model.no_inputs.dtype:
-        raise InvalidInputError("inputs.dtype", f"the sessions' model takes {type_name(spec.input.dtype)}")
+        raise InvalidInputError(
+            "inputs.dtype", f"the sessions' model takes {type_name(spec.inputs[0].dtype)}"
+        )
     if inputs.shape[2:] != model.no_inputs.shape[1:]:
         raise InvalidInputError(
             "inputs.shape",
-            f"{list(inputs.shape)} must be [S, T, {_join(spec.input.shape)}]: T steps of input {spec.input.name!r}",
+            f"{list(inputs.shape)} must be [S, T, {_join(spec.inputs[0].shape)}]: "
+            f"T steps of input {spec.inputs[0].name!r}",
         )
     check_answer_size("inputs.shape", num_sessions * num_steps, [], model, limits, num_items=num_sessions)
 
 
 def check_alike(field: str, spec: model_pb2.ModelSpec, others: model_pb2.ModelSpec) -> None:
     """That a session's model takes and gives what the models of the other sessions of its batch do."""
-    for kind, mine, theirs in (("takes", spec.input, others.input), ("gives", spec.output, others.output)):
+    for kind, mine, theirs in (
+        ("takes", spec.inputs[0], others.inputs[0]),
+        ("gives", spec.outputs[0], others.outputs[0]),
+    ):
         if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
             raise InvalidInputError(
                 field,

@@ -1,5 +1,7 @@
 """Model runner: one model on one device, with the state of every session in pools that stay there.
 
+`probe.py` makes one, after measuring how its rows are best run.
+
 A pool `[num_rows, ...]` for each state tensor. Row 0 holds the model's initial state and is never written. Then
 come the slots, whose owners are `sessions.py`'s business. The last rows are the seats, at tables that seat the largest
 batch each. Every table has an area of rows, and one more is spare: a run reads the first seats of its table's area and
@@ -15,23 +17,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-import structlog
 
 from ntm.tensor import Array, numpy_dtype
 from ntm.v1 import model_pb2
 from server.errors import ModelFileError, ServingError
 from server.model.layout import Steps
-from server.model.spec import StepModel, initial_value
+from server.model.spec import StepModel, growing, initial_value
 from server.runtime import graphs
 from server.runtime.provider import Device
-
-log = structlog.get_logger()
 
 INITIAL_SLOT = 0
 NUM_RESERVED_SLOTS = 1
@@ -43,8 +41,6 @@ _SLOTS_BY_SEATS = 4
 
 # What runs are bound to is kept for the next of as many steps and rows, but not without end where inputs are large.
 _MOST_BOUND_BYTES = 256 * 2**20
-
-_NUM_TIMED_TURNS = 3
 
 # What vector code likes; also where a tensor's bits could depend on its address.
 _ALIGNMENT_BYTES = 64
@@ -83,14 +79,24 @@ class _BoundMove:
 class ModelRunner:
     """Runs steps of one model on pools of state. Not thread-safe: one thread owns it."""
 
-    def __init__(self, model: StepModel, device: Device, num_slots: int, max_batch_size: int) -> None:
-        """Load the graphs, make the pools, and measure batch invariance.
+    padded_batch_size: int | None = None
+    """What every batch is padded to, or None."""
+    is_batch_invariant = False
+    """Whether a session's bits are known not to depend on what else is in its batch."""
+    can_scan = False
+    """Whether steps may be run several at once, with the same results."""
+
+    def __init__(
+        self, model: StepModel, device: Device, num_slots: int, max_batch_size: int, row_by_row: bool = False
+    ) -> None:
+        """Load the graphs and make the pools.
 
         Args:
             model: the model, checked.
             device: where to run it.
             num_slots: how many slots to have.
             max_batch_size: rows of one step at most.
+            row_by_row: whether rows are run one after another, since the graph takes one session at a time.
 
         Raises:
             DeviceError: the device cannot be had.
@@ -98,11 +104,14 @@ class ModelRunner:
         """
         self.model = model
         self.device = device
+        self.num_slots = num_slots
         self.max_batch_size = max_batch_size
+        self.row_by_row = row_by_row
         spec = model.spec
-        derived = graphs.derive(model.step, spec)
         try:
+            derived = graphs.derive(model.step, spec, row_by_row)
             self._run = device.session(derived.run)
+            self._refuse_other_shapes()
             self._scan = device.session(derived.scan)
             self._move = device.session(derived.move)
             self._read = device.session(derived.read)
@@ -136,17 +145,12 @@ class ModelRunner:
         self._steps: dict[tuple[int, int], _Steps] = {}
         self._runs: dict[tuple[int, int, int, int], _BoundRun] = {}
         self._moves: dict[int, _BoundMove] = {}
-        self.padded_batch_size: int | None = None
-        """What every batch is padded to, or None: see `_ensure_batch_invariance`."""
+        self.turn_times_s: dict[int, float] = {}
+        """How long a step of so many rows takes, for a few numbers of rows; empty if it was not measured."""
         self.write(
             np.array([INITIAL_SLOT]),
             {state.input_name: initial_value(state)[np.newaxis] for state in spec.states},
         )
-        self.is_batch_invariant = self._ensure_batch_invariance(min(num_slots, max_batch_size))
-        self.can_scan = self._gives_the_same_at_once(min(num_slots, max_batch_size))
-        """Whether steps may be run several at once, with the same results."""
-        self.turn_times_s = self._measure_turns()
-        """How long a step of so many rows takes, for the largest batch and half of it; empty if it fails."""
 
     def first_seat(self, table: int) -> int:
         """The row that the table's next run reads first; every run there that succeeds changes it."""
@@ -303,6 +307,42 @@ class ModelRunner:
         self._pools.clear()
         del self._run, self._scan, self._move, self._read, self._write
 
+    def _refuse_other_shapes(self) -> None:
+        """Hold what a step gives against the spec: what the graph leaves open is known only when it runs.
+
+        Raises:
+            ModelFileError: some shape differs, or a state grows.
+        """
+        spec = self.model.spec
+        feeds = {
+            graphs.given(tensor): np.zeros((1, *self._row_shape(tensor)), numpy_dtype(tensor.dtype))
+            for tensor in spec.inputs
+        }
+        for state in spec.states:
+            feeds[graphs.content(state)] = initial_value(state).reshape(1, *self._row_shape(state))
+        names = [*map(graphs.taken, spec.outputs), *map(graphs.next_content, spec.states)]
+        try:
+            values = self._run.run(names, feeds)
+        except (
+            Exception
+        ):  # it fails on zeros, which need not be what callers send; a run checks the shapes as well
+            return
+        shapes = {name: value.shape[1:] for name, value in zip(names, values, strict=True)}
+        problems = [
+            growing(state, self._row_shape(state), shapes[graphs.next_content(state)])
+            for state in spec.states
+            if shapes[graphs.next_content(state)] != self._row_shape(state)
+        ]
+        for tensor in spec.outputs:
+            shape = self._row_shape(tensor)
+            if shapes[graphs.taken(tensor)] != shape:
+                problems.append(
+                    f"output {tensor.name!r} is {list(shape)} by the spec, and a step gives "
+                    f"{list(shapes[graphs.taken(tensor)])}"
+                )
+        if problems:
+            raise ModelFileError(self.model.label, problems)
+
     def _make_steps(self, num_steps: int, size: int) -> _Steps:
         """Make what runs of as many steps and rows take and give, once."""
         model, axes = self.model, (num_steps, size)
@@ -330,6 +370,9 @@ class ModelRunner:
         self._steps[axes] = steps
         return steps
 
+    def _row_shape(self, tensor: graphs.TensorLike) -> tuple[int, ...]:
+        return graphs.row_shape(tensor, self.row_by_row)
+
     def _bind_run(self, area: int, next_area: int, num_steps: int, size: int) -> _BoundRun:
         """Bind every buffer for runs of as many steps and rows from one area to another, once."""
         model = self.model
@@ -339,16 +382,21 @@ class ModelRunner:
         axes = (size,) if num_steps == 1 else (num_steps, size)
         for tensor in model.input_tensors:
             value = steps.inputs[tensor.name]
-            content = (numpy_dtype(tensor.dtype), (*axes, *tensor.shape))
+            content = (numpy_dtype(tensor.dtype), (*axes, *self._row_shape(tensor)))
             binding.bind_input(graphs.given(tensor), *where, *content, value.data_ptr())
         for tensor in model.output_tensors:
             values = steps.outputs[tensor.name]
             binding.bind_output(
-                graphs.taken(tensor), "cpu", 0, values.dtype, (*axes, *tensor.shape), values.ctypes.data
+                graphs.taken(tensor),
+                "cpu",
+                0,
+                values.dtype,
+                (*axes, *self._row_shape(tensor)),
+                values.ctypes.data,
             )
         for state in model.spec.states:
             pool, row_bytes = self._pools[state.input_name].data_ptr(), _row_bytes(state)
-            rows = (*where, numpy_dtype(state.dtype), (size, *state.shape))
+            rows = (*where, numpy_dtype(state.dtype), (size, *self._row_shape(state)))
             here, there = self._first_of(area) * row_bytes, self._first_of(next_area) * row_bytes
             binding.bind_input(graphs.content(state), *rows, pool + here)
             binding.bind_output(graphs.next_content(state), *rows, pool + there)
@@ -378,106 +426,6 @@ class ModelRunner:
 
     def _on_device(self, array: Array) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(array, self.device.kind, self.device.device_id)
-
-    def _ensure_batch_invariance(self, largest: int) -> bool:
-        """Measure whether rows depend on their batch; if they do, pad every batch to one size, measure again."""
-        try:
-            if self._differing_batch_size(largest) is None:
-                return True
-            self.padded_batch_size = self.max_batch_size
-            differing = self._differing_batch_size(largest)
-        except Exception as error:  # ONNX Runtime raises types of its own for what a model does
-            log.warning(
-                "batch invariance could not be measured: the step fails on random inputs",
-                model=self.model.label,
-                error=str(error).split("\n", 1)[0],
-            )
-            return False
-        log.warning(
-            "the step's results depend on the batch's size, so every batch is padded to the largest",
-            model=self.model.label,
-            batch_size=self.padded_batch_size,
-            is_batch_invariant=differing is None,
-            cost="a single step costs as much as a full batch; `python -m export` writes steps that need no padding",
-        )
-        return differing is None
-
-    def _gives_the_same_at_once(self, largest: int) -> bool:
-        """Measure whether two steps at once give what one after the other does."""
-        slots, inputs = self._probe(largest)
-        try:
-            one_by_one = self._two_steps(slots, inputs, largest)
-            at_once = self._two_steps(slots, inputs, largest, at_once=True)
-            if _are_equal(one_by_one, at_once):
-                return True
-            reason = "their results differ from those of one at a time"
-        except Exception as error:  # as above
-            reason = str(error).split("\n", 1)[0]
-        log.warning(
-            "several steps cannot be run at once, so each is run by itself",
-            model=self.model.label,
-            reason=reason,
-        )
-        return False
-
-    def _measure_turns(self) -> dict[int, float]:
-        times_s: dict[int, float] = {}
-        for size in {self.max_batch_size, self.max_batch_size // 2} - {0}:
-            _, inputs = self._probe(size)
-            seats = self.first_seat(0) + np.arange(size)
-            self.move(np.full_like(seats, INITIAL_SLOT), seats)
-            for _ in range(_NUM_TIMED_TURNS):
-                start_s = perf_counter()
-                try:
-                    self.run(inputs[:1])
-                except Exception:  # ONNX Runtime raises types of its own; the invariance check has told of it
-                    return {}
-                time_s = perf_counter() - start_s
-                times_s[size] = min(time_s, times_s.get(size, time_s))
-        return times_s
-
-    def _differing_batch_size(self, largest: int) -> int | None:
-        """The first batch size at which some row's output or state differs from a batch of one, or None."""
-        slots, inputs = self._probe(largest)
-        alone = self._two_steps(slots, inputs, batch_size=1)
-        for batch_size in _probe_sizes(largest):
-            if not _are_equal(alone, self._two_steps(slots, inputs, batch_size)):
-                return batch_size
-        return None
-
-    def _probe(self, num_slots: int) -> tuple[Rows, Steps]:
-        """Some slots and random inputs of two steps [2, slots], always the same."""
-        generator = np.random.default_rng(0)
-        inputs = {}
-        for tensor in self.model.input_tensors:
-            shape, dtype = (2, num_slots, *tensor.shape), numpy_dtype(tensor.dtype)
-            values = generator.uniform(-1, 1, shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
-            inputs[tensor.name] = values.astype(dtype)
-        return np.arange(num_slots) + NUM_RESERVED_SLOTS, self.model.inputs.pack(inputs)
-
-    def _two_steps(self, slots: Rows, inputs: Steps, batch_size: int, at_once: bool = False) -> list[Array]:
-        """Two steps of every slot from the initial state, in batches of one size: outputs and final state."""
-        outputs = self.model.outputs.none(*inputs.shape)
-        for start in range(0, len(slots), batch_size):
-            rows = slice(start, start + batch_size)
-            seats = np.arange(len(slots[rows]))
-            self.move(np.full_like(seats, INITIAL_SLOT), self.first_seat(0) + seats)
-            for steps in [slice(0, 2)] if at_once else [slice(0, 1), slice(1, 2)]:
-                outputs[steps, rows] = self.run(np.ascontiguousarray(inputs[steps, rows]))
-            self.move(self.first_seat(0) + seats, slots[rows])
-        return [*self.model.outputs.unpack(outputs).values(), *self.read(slots).values()]
-
-
-def _are_equal(some: list[Array], others: list[Array]) -> bool:
-    """Bit for bit."""
-    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(some, others, strict=True))
-
-
-def _probe_sizes(largest: int) -> list[int]:
-    """Every size up to 9, the powers of two and their neighbours: where kernels change their way of working."""
-    powers = [2**i for i in range(4, math.ceil(math.log2(largest + 1)) + 1)]
-    near_powers = {size + offset for size in powers for offset in (-1, 0, 1)}
-    return sorted(size for size in {*range(2, 10), *near_powers, largest} if 2 <= size <= largest)
 
 
 def _power_of_two(number: int) -> int:

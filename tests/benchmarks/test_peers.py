@@ -171,8 +171,8 @@ def plain_run(model: Path, inputs: np.ndarray) -> np.ndarray:
     outputs = []
     for row in inputs:
         output, *values = session.run(
-            [spec.output.name, *(state.output_name for state in spec.states)],
-            {spec.input.name: row[None], **states},
+            [spec.outputs[0].name, *(state.output_name for state in spec.states)],
+            {spec.inputs[0].name: row[None], **states},
         )
         states = dict(zip(states, values, strict=True))
         outputs.append(output[0])

@@ -55,7 +55,7 @@ class Load:
     def __init__(self, client: AsyncClient, sessions: list[AsyncSession]) -> None:
         self._client = client
         self._sessions = sessions
-        width = sessions[0].model.spec.input.shape[0]
+        width = sessions[0].model.spec.inputs[0].shape[0]
         generator = np.random.default_rng(7)
         self._inputs = generator.integers(0, 2, (len(sessions), MAX_STEPS, width)).astype(np.float32)
         self._sizes = generator.integers(1, 4, (len(sessions), MAX_STEPS))

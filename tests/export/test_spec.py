@@ -27,10 +27,10 @@ def test_the_spec_describes_each_input_and_output_of_the_graph(spec, model_file)
 
     inputs = {value.name: shape(value) for value in graph.input}
     outputs = {value.name: shape(value) for value in graph.output}
-    assert inputs == {spec.input.name: spec.input.shape} | {
+    assert inputs == {spec.inputs[0].name: spec.inputs[0].shape} | {
         state.input_name: state.shape for state in spec.states
     }
-    assert outputs == {spec.output.name: spec.output.shape} | {
+    assert outputs == {spec.outputs[0].name: spec.outputs[0].shape} | {
         state.output_name: state.shape for state in spec.states
     }
     assert all(state.dtype == tensor_pb2.DATA_TYPE_FP32 and state.batch_axis == 0 for state in spec.states)

@@ -423,7 +423,7 @@ def test_nothing_of_a_model_is_markup(
     markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     step = onnx.load_from_string(step_models.accumulator())
     spec = json_format.Parse(step.metadata_props[0].value, model_pb2.ModelSpec())
-    spec.task = spec.input.description = spec.output.description = markup
+    spec.task = spec.inputs[0].description = spec.outputs[0].description = markup
     step_models.write(tmp_path / "models", step_models.with_spec(step, spec), "hostile")
 
     with inspecting(start_server(tmp_path / "models").address) as inspector:
@@ -437,30 +437,6 @@ def test_nothing_of_a_model_is_markup(
         assert markup in page.page.locator("#hand-label").inner_text()
         assert page.page.locator("img").count() == 0
         assert page.page.locator("script").count() == 1
-
-
-def test_what_others_do_in_a_session_is_followed(page: Page, served: str) -> None:
-    session_id = page.create()
-    page.page.check("#follow")
-    inputs = np.random.default_rng(0).integers(0, 2, (6, 9)).astype(np.float32)
-    with Client(served) as client:
-        other = client.attach(session_id)
-        page.until(f"document.documentElement.dataset.following === {session_id!r}")
-        memories = [other.state("memory")["memory"]]
-        for step in inputs[:4]:
-            other.step(step)
-            memories.append(other.state("memory")["memory"])
-        page.drawn(4)
-        farthest = float(np.abs(memories).max())
-        drawn = shown_memory(page, memories[-1], -farthest, farthest)
-        np.testing.assert_allclose(drawn, memories[-1], atol=farthest / 100)
-
-        page.load("zeros", steps=2)
-        page.run(6)
-        assert client.attach(session_id).next_step == 6
-        other.delete()
-    page.until("!document.getElementById('alert').hidden")
-    assert not page.page.is_checked("#follow")
 
 
 def test_a_failure_is_said_and_can_be_dismissed(page: Page, served: str) -> None:

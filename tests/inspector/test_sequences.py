@@ -28,7 +28,7 @@ SIZES = {
 def spec_of(task: str) -> model_pb2.ModelSpec:
     made = TASKS[task]()
     spec = model_pb2.ModelSpec(task=task)
-    spec.input.CopyFrom(model_pb2.TensorSpec(dtype=tensor_pb2.DATA_TYPE_FP32, shape=[made.input_size]))
+    spec.inputs[0].CopyFrom(model_pb2.TensorSpec(dtype=tensor_pb2.DATA_TYPE_FP32, shape=[made.input_size]))
     json_format.ParseDict({"task": made.model_dump()}, spec.provenance.training_config)
     return spec
 
@@ -105,7 +105,7 @@ def test_a_model_of_no_known_task_takes_random_numbers_and_zeros() -> None:
 
     assert [kind.name for kind in sequences.kinds(spec)] == ["random", "zeros"]
     assert all(one.inputs.shape == (4, 2, 3) and one.inputs.dtype == np.int64 for one in made)
-    assert sequences.kinds(model_pb2.ModelSpec(task="copy", input=spec.input))[0].name == "random"
+    assert sequences.kinds(model_pb2.ModelSpec(task="copy", input=spec.inputs[0]))[0].name == "random"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class Batch:
         self._sessions = sessions
         self._inputs = inputs
         model = sessions[0].model
-        self._outputs = np.zeros((*inputs.shape[:2], *model.spec.output.shape), model.output_dtype)
+        self._outputs = np.zeros((*inputs.shape[:2], *model.spec.outputs[0].shape), model.output_dtype)
         self._errors: dict[int, ClientError] = {}
         self._were_misplaced: set[int] = set()
 

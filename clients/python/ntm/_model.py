@@ -21,8 +21,8 @@ class Model:
     def __init__(self, info: model_service_pb2.GetModelResponse) -> None:
         self.info = info
         self.spec: model_pb2.ModelSpec = info.spec
-        self.input_dtype = numpy_dtype(info.spec.input.dtype)
-        self.output_dtype = numpy_dtype(info.spec.output.dtype)
+        self.input_dtype = numpy_dtype(info.spec.inputs[0].dtype)
+        self.output_dtype = numpy_dtype(info.spec.outputs[0].dtype)
 
     def inputs(self, values: npt.ArrayLike, num_leading_axes: int = 1) -> Array:
         """Values as an array of the input's dtype, [T, ...input shape] with one leading axis.
@@ -31,7 +31,7 @@ class Model:
             ValueError: they have another shape, a type of another kind, or integers that do not fit.
         """
         array = np.asarray(values)
-        shape = tuple(self.spec.input.shape)
+        shape = tuple(self.spec.inputs[0].shape)
         if array.ndim != num_leading_axes + len(shape) or array.shape[num_leading_axes:] != shape:
             leading = ["T"] if num_leading_axes == 1 else ["S", "T"]
             wanted = ", ".join([*leading, *map(str, shape)])
@@ -47,8 +47,8 @@ class Model:
     def chunks(self, inputs: Array) -> Iterator[Array]:
         """Inputs cut into as few messages as the server's limits allow."""
         limits = self.info.limits
-        input_bytes = math.prod(self.spec.input.shape) * self.input_dtype.itemsize
-        output_bytes = math.prod(self.spec.output.shape) * self.output_dtype.itemsize
+        input_bytes = math.prod(self.spec.inputs[0].shape) * self.input_dtype.itemsize
+        output_bytes = math.prod(self.spec.outputs[0].shape) * self.output_dtype.itemsize
         fitting = (limits.max_message_bytes - _ENVELOPE_BYTES) // max(input_bytes, output_bytes)
         size = max(1, min(limits.max_steps_per_message, fitting))
         for start in range(0, len(inputs), size):
@@ -56,7 +56,7 @@ class Model:
 
     def join(self, outputs: Sequence[Array]) -> Array:
         """The outputs of several messages as one array, [T, ...output shape]."""
-        empty = np.empty((0, *self.spec.output.shape), self.output_dtype)
+        empty = np.empty((0, *self.spec.outputs[0].shape), self.output_dtype)
         return np.concatenate([empty, *outputs])
 
     def state_names(self, names: Sequence[str]) -> list[str]:

@@ -17,7 +17,8 @@ from server.engine.request import Message
 from server.errors import OutputNotFiniteError, StepFailedError
 from server.model import spec
 from server.runtime import provider as device
-from server.runtime.runner import INITIAL_SLOT, ModelRunner
+from server.runtime.probe import load_runner
+from server.runtime.runner import INITIAL_SLOT
 from server.runtime.slots import SlotPool
 from server.runtime.state_cache import StateCache
 from tests import step_models
@@ -29,7 +30,7 @@ class Harness:
 
     def __init__(self, directory: Path, content: bytes, max_batch_size: int) -> None:
         model = spec.load(step_models.write(directory, content), "test", 1)
-        self.runner = ModelRunner(model, device.choose("cpu", 0), 64, max_batch_size)
+        self.runner = load_runner(model, device.choose("cpu", 0), 64, max_batch_size)
         self.reports: list[BatchReport] = []
         self._ended = threading.Semaphore(0)
         self.engine = Engine(self.runner, lambda ended: self._ended.release(len(ended)), self.reports.append)
@@ -120,7 +121,7 @@ def test_who_arrives_amid_the_turns_of_another_waits_for_the_end_of_its_quantum(
 def test_a_batch_is_halved_where_one_half_can_be_answered_while_the_other_runs_and_that_is_worth_it(
     turn_times_s: dict[int, float], num_rows: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ModelRunner, "_measure_turns", lambda _: turn_times_s)
+    monkeypatch.setattr("server.runtime.probe.measure_turns", lambda _: turn_times_s)
     harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=4)
 
     harness.run(*(harness.message(number, random_inputs(32, seed=number)) for number in range(4)))
@@ -132,7 +133,7 @@ def test_a_batch_is_halved_where_one_half_can_be_answered_while_the_other_runs_a
 def test_a_quantum_of_as_many_rows_as_never_ran_is_guessed_from_the_most_similar_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ModelRunner, "_measure_turns", lambda _: {4: 1e-3, 2: 5e-4})
+    monkeypatch.setattr("server.runtime.probe.measure_turns", lambda _: {4: 1e-3, 2: 5e-4})
     harness = Harness(tmp_path, step_models.accumulator(), max_batch_size=4)
     harness.engine.close()
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from google.protobuf import json_format
 from onnx import helper
@@ -19,12 +18,6 @@ from server.model import spec
 from tests import step_models
 
 Change = Callable[[model_pb2.ModelSpec], object]
-
-
-def read_back(content: bytes) -> tuple[onnx.ModelProto, model_pb2.ModelSpec]:
-    step = onnx.load_from_string(content)
-    text = next(entry.value for entry in step.metadata_props if entry.key == spec.METADATA_KEY)
-    return step, json_format.Parse(text, model_pb2.ModelSpec())
 
 
 def problems_of(tmp_path: Path, content: bytes) -> tuple[str, ...]:
@@ -46,7 +39,7 @@ def test_a_model_is_read_with_its_digest(tmp_path: Path) -> None:
 
 
 def test_a_model_without_metadata_is_described_by_the_file_beside_it(tmp_path: Path) -> None:
-    step, declared = read_back(step_models.accumulator())
+    step, declared = step_models.read_back(step_models.accumulator())
     del step.metadata_props[:]
     path = step_models.write(tmp_path, step.SerializeToString())
     path.with_name("model_spec.json").write_text(json_format.MessageToJson(declared))
@@ -55,7 +48,7 @@ def test_a_model_without_metadata_is_described_by_the_file_beside_it(tmp_path: P
 
 
 def test_a_model_without_any_spec_is_refused(tmp_path: Path) -> None:
-    step, _ = read_back(step_models.accumulator())
+    step, _ = step_models.read_back(step_models.accumulator())
     del step.metadata_props[:]
 
     (problem,) = problems_of(tmp_path, step.SerializeToString())
@@ -72,7 +65,7 @@ def test_a_corrupt_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_graph_that_computes_other_shapes_than_it_declares_is_refused(tmp_path: Path) -> None:
-    step, declared = read_back(step_models.accumulator())
+    step, declared = step_models.read_back(step_models.accumulator())
     step.graph.node.add().CopyFrom(helper.make_node("Concat", ["next_sum", "next_sum"], ["twice"], axis=1))
     step.graph.node[2].input[0] = "twice"
     step.graph.node.insert(2, step.graph.node.pop())
@@ -83,7 +76,7 @@ def test_a_graph_that_computes_other_shapes_than_it_declares_is_refused(tmp_path
 
 
 def test_a_sidecar_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    step, _ = read_back(step_models.accumulator())
+    step, _ = step_models.read_back(step_models.accumulator())
     del step.metadata_props[:]
     path = step_models.write(tmp_path, step.SerializeToString())
     path.with_name("model_spec.json").write_bytes(b"\xff\xfe")
@@ -93,7 +86,7 @@ def test_a_sidecar_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_spec_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    step, _ = read_back(step_models.accumulator())
+    step, _ = step_models.read_back(step_models.accumulator())
     helper.set_model_props(step, {spec.METADATA_KEY: "{"})
 
     (problem,) = problems_of(tmp_path, step.SerializeToString())
@@ -104,15 +97,15 @@ def test_a_spec_that_is_no_json_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda s: setattr(s.input, "name", "z"), "input 'z' is in the spec but not in the graph"),
-        (lambda s: setattr(s.input, "name", "z"), "graph input 'x' is not in the spec"),
-        (lambda s: setattr(s.output, "dtype", tensor_pb2.DATA_TYPE_FP64), "FP64 in the spec and FP32"),
-        (lambda s: setattr(s.output, "dtype", 0), "unknown"),
-        (lambda s: s.input.shape.append(2), "has 3 axes in the spec, batch included, and 2 in the graph"),
-        (lambda s: s.input.shape.__setitem__(0, 4), "shape [4] in the spec and [3] in the graph"),
-        (lambda s: s.input.shape.__setitem__(0, 0), "axis below 1"),
-        (lambda s: setattr(s.input, "batch_axis", 1), "fixes its batch axis to 3"),
-        (lambda s: setattr(s.input, "batch_axis", 2), "outside its 2 axes"),
+        (lambda s: setattr(s.inputs[0], "name", "z"), "input 'z' is in the spec but not in the graph"),
+        (lambda s: setattr(s.inputs[0], "name", "z"), "graph input 'x' is not in the spec"),
+        (lambda s: setattr(s.outputs[0], "dtype", tensor_pb2.DATA_TYPE_FP64), "FP64 in the spec and FP32"),
+        (lambda s: setattr(s.outputs[0], "dtype", 0), "unknown"),
+        (lambda s: s.inputs[0].shape.append(2), "has 3 axes in the spec, batch included, and 2 in the graph"),
+        (lambda s: s.inputs[0].shape.__setitem__(0, 4), "shape [4] in the spec and [3] in the graph"),
+        (lambda s: s.inputs[0].shape.__setitem__(0, 0), "axis below 1"),
+        (lambda s: setattr(s.inputs[0], "batch_axis", 1), "fixes its batch axis 1 to 3"),
+        (lambda s: setattr(s.inputs[0], "batch_axis", 2), "outside its 2 axes"),
         (lambda s: s.states.pop(), "graph input 'sum' is not in the spec"),
         (lambda s: s.states.pop(), "has no states"),
         (lambda s: s.states.add().CopyFrom(s.states[0]), "declares input 'sum' more than once"),
@@ -130,7 +123,7 @@ def test_a_spec_that_is_no_json_is_refused(tmp_path: Path) -> None:
 def test_a_spec_that_disagrees_with_its_graph_is_refused(
     tmp_path: Path, change: Change, complaint: str
 ) -> None:
-    step, declared = read_back(step_models.accumulator())
+    step, declared = step_models.read_back(step_models.accumulator())
     change(declared)
 
     problems = problems_of(tmp_path, step_models.with_spec(step, declared))
@@ -139,9 +132,9 @@ def test_a_spec_that_disagrees_with_its_graph_is_refused(
 
 
 def test_every_difference_is_listed(tmp_path: Path) -> None:
-    step, declared = read_back(step_models.accumulator())
-    declared.input.name = "z"
-    declared.output.shape[0] = 9
+    step, declared = step_models.read_back(step_models.accumulator())
+    declared.inputs[0].name = "z"
+    declared.outputs[0].shape[0] = 9
     declared.states[0].role = model_pb2.STATE_ROLE_UNSPECIFIED
 
     problems = problems_of(tmp_path, step_models.with_spec(step, declared))
@@ -150,7 +143,7 @@ def test_every_difference_is_listed(tmp_path: Path) -> None:
 
 
 def test_a_constant_of_another_type_is_refused(tmp_path: Path) -> None:
-    step, declared = read_back(step_models.many_layouts())
+    step, declared = step_models.read_back(step_models.many_layouts())
     declared.constants[0].value.CopyFrom(to_message(np.zeros(2, np.int64)))
 
     problems = problems_of(tmp_path, step_models.with_spec(step, declared))

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from ntm.v1 import tensor_pb2 as ntm_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12ntm/v1/model.proto\x12\x06ntm.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13ntm/v1/tensor.proto\"\xe2\x01\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12!\n\x05input\x18\x03 \x01(\x0b\x32\x12.ntm.v1.TensorSpec\x12\"\n\x06output\x18\x04 \x01(\x0b\x32\x12.ntm.v1.TensorSpec\x12!\n\x06states\x18\x05 \x03(\x0b\x32\x11.ntm.v1.StateSpec\x12\'\n\tconstants\x18\x06 \x03(\x0b\x32\x14.ntm.v1.ConstantSpec\x12&\n\nprovenance\x18\x07 \x01(\x0b\x32\x12.ntm.v1.Provenance\"s\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.ntm.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x12\n\nbatch_axis\x18\x04 \x01(\x05\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\"\xe8\x01\n\tStateSpec\x12\x12\n\ninput_name\x18\x01 \x01(\t\x12\x13\n\x0boutput_name\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.ntm.v1.StateRole\x12\x1f\n\x05\x64type\x18\x04 \x01(\x0e\x32\x10.ntm.v1.DataType\x12\r\n\x05shape\x18\x05 \x03(\x03\x12\x12\n\nbatch_axis\x18\x06 \x01(\x05\x12\x0e\n\x04\x66ill\x18\x07 \x01(\x01H\x00\x12 \n\x06values\x18\x08 \x01(\x0b\x32\x0e.ntm.v1.TensorH\x00\x12\x10\n\x08\x61pi_axes\x18\t \x03(\x05\x42\t\n\x07initial\";\n\x0c\x43onstantSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x05value\x18\x02 \x01(\x0b\x32\x0e.ntm.v1.Tensor\"\x82\x03\n\nProvenance\x12/\n\x0b\x65xport_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10training_command\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x30\n\x0ftraining_config\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x30\n\x07metrics\x18\x05 \x03(\x0b\x32\x1f.ntm.v1.Provenance.MetricsEntry\x12\x41\n\x10library_versions\x18\x06 \x03(\x0b\x32\'.ntm.v1.Provenance.LibraryVersionsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_seed*\xca\x01\n\tStateRole\x12\x1a\n\x16STATE_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11STATE_ROLE_MEMORY\x10\x01\x12\x1d\n\x19STATE_ROLE_READ_WEIGHTING\x10\x02\x12\x1e\n\x1aSTATE_ROLE_WRITE_WEIGHTING\x10\x03\x12\x1a\n\x16STATE_ROLE_READ_VECTOR\x10\x04\x12\x19\n\x15STATE_ROLE_CONTROLLER\x10\x05\x12\x14\n\x10STATE_ROLE_OTHER\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12ntm/v1/model.proto\x12\x06ntm.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13ntm/v1/tensor.proto\"\xff\x01\n\tModelSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\"\n\x06inputs\x18\x08 \x03(\x0b\x32\x12.ntm.v1.TensorSpec\x12#\n\x07outputs\x18\t \x03(\x0b\x32\x12.ntm.v1.TensorSpec\x12!\n\x06states\x18\x05 \x03(\x0b\x32\x11.ntm.v1.StateSpec\x12\'\n\tconstants\x18\x06 \x03(\x0b\x32\x14.ntm.v1.ConstantSpec\x12&\n\nprovenance\x18\x07 \x01(\x0b\x32\x12.ntm.v1.ProvenanceJ\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05R\x05inputR\x06output\"s\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x05\x64type\x18\x02 \x01(\x0e\x32\x10.ntm.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x12\n\nbatch_axis\x18\x04 \x01(\x05\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\"\xe8\x01\n\tStateSpec\x12\x12\n\ninput_name\x18\x01 \x01(\t\x12\x13\n\x0boutput_name\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.ntm.v1.StateRole\x12\x1f\n\x05\x64type\x18\x04 \x01(\x0e\x32\x10.ntm.v1.DataType\x12\r\n\x05shape\x18\x05 \x03(\x03\x12\x12\n\nbatch_axis\x18\x06 \x01(\x05\x12\x0e\n\x04\x66ill\x18\x07 \x01(\x01H\x00\x12 \n\x06values\x18\x08 \x01(\x0b\x32\x0e.ntm.v1.TensorH\x00\x12\x10\n\x08\x61pi_axes\x18\t \x03(\x05\x42\t\n\x07initial\";\n\x0c\x43onstantSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x05value\x18\x02 \x01(\x0b\x32\x0e.ntm.v1.Tensor\"\x82\x03\n\nProvenance\x12/\n\x0b\x65xport_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10training_command\x18\x02 \x01(\t\x12\x11\n\x04seed\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x30\n\x0ftraining_config\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x30\n\x07metrics\x18\x05 \x03(\x0b\x32\x1f.ntm.v1.Provenance.MetricsEntry\x12\x41\n\x10library_versions\x18\x06 \x03(\x0b\x32\'.ntm.v1.Provenance.LibraryVersionsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_seed*\xca\x01\n\tStateRole\x12\x1a\n\x16STATE_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11STATE_ROLE_MEMORY\x10\x01\x12\x1d\n\x19STATE_ROLE_READ_WEIGHTING\x10\x02\x12\x1e\n\x1aSTATE_ROLE_WRITE_WEIGHTING\x10\x03\x12\x1a\n\x16STATE_ROLE_READ_VECTOR\x10\x04\x12\x19\n\x15STATE_ROLE_CONTROLLER\x10\x05\x12\x14\n\x10STATE_ROLE_OTHER\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,20 +38,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROVENANCE_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_PROVENANCE_LIBRARYVERSIONSENTRY']._loaded_options = None
   _globals['_PROVENANCE_LIBRARYVERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_STATEROLE']._serialized_start=1146
-  _globals['_STATEROLE']._serialized_end=1348
+  _globals['_STATEROLE']._serialized_start=1175
+  _globals['_STATEROLE']._serialized_end=1377
   _globals['_MODELSPEC']._serialized_start=115
-  _globals['_MODELSPEC']._serialized_end=341
-  _globals['_TENSORSPEC']._serialized_start=343
-  _globals['_TENSORSPEC']._serialized_end=458
-  _globals['_STATESPEC']._serialized_start=461
-  _globals['_STATESPEC']._serialized_end=693
-  _globals['_CONSTANTSPEC']._serialized_start=695
-  _globals['_CONSTANTSPEC']._serialized_end=754
-  _globals['_PROVENANCE']._serialized_start=757
-  _globals['_PROVENANCE']._serialized_end=1143
-  _globals['_PROVENANCE_METRICSENTRY']._serialized_start=1032
-  _globals['_PROVENANCE_METRICSENTRY']._serialized_end=1078
-  _globals['_PROVENANCE_LIBRARYVERSIONSENTRY']._serialized_start=1080
-  _globals['_PROVENANCE_LIBRARYVERSIONSENTRY']._serialized_end=1134
+  _globals['_MODELSPEC']._serialized_end=370
+  _globals['_TENSORSPEC']._serialized_start=372
+  _globals['_TENSORSPEC']._serialized_end=487
+  _globals['_STATESPEC']._serialized_start=490
+  _globals['_STATESPEC']._serialized_end=722
+  _globals['_CONSTANTSPEC']._serialized_start=724
+  _globals['_CONSTANTSPEC']._serialized_end=783
+  _globals['_PROVENANCE']._serialized_start=786
+  _globals['_PROVENANCE']._serialized_end=1172
+  _globals['_PROVENANCE_METRICSENTRY']._serialized_start=1061
+  _globals['_PROVENANCE_METRICSENTRY']._serialized_end=1107
+  _globals['_PROVENANCE_LIBRARYVERSIONSENTRY']._serialized_start=1109
+  _globals['_PROVENANCE_LIBRARYVERSIONSENTRY']._serialized_end=1163
 # @@protoc_insertion_point(module_scope)

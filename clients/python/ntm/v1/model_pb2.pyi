@@ -66,7 +66,8 @@ Global___StateRole: _TypeAlias = StateRole  # noqa: Y015
 class ModelSpec(_message.Message):
     """What a step-wise model is: the contract between the exporter, which writes it into the model file,
     and the server, which checks it against the graph and serves by it. Nothing here is specific to a
-    Neural Turing Machine: any ONNX step whose state tensors go in and come out can be described.
+    Neural Turing Machine: any ONNX step whose state tensors go in and come out can be described. What the graph
+    leaves open, an axis with a name or with nothing, takes its length from the spec; what it fixes must agree.
 
     In an ONNX file it stands, in protobuf's JSON form, in the metadata under the key `ntm.v1.ModelSpec`.
     A file without that key is described by a `model_spec.json` beside it.
@@ -76,8 +77,8 @@ class ModelSpec(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
-    INPUT_FIELD_NUMBER: _builtins.int
-    OUTPUT_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     CONSTANTS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
@@ -86,12 +87,12 @@ class ModelSpec(_message.Message):
     task: _builtins.str
     """What it was trained to do, in a word or a sentence. Empty: not stated."""
     @_builtins.property
-    def input(self) -> Global___TensorSpec:
-        """What a caller sends for one step."""
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """What a caller sends for one step; at least one."""
 
     @_builtins.property
-    def output(self) -> Global___TensorSpec:
-        """What a caller receives for one step."""
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """What a caller receives for one step; at least one. Outputs of the graph that nobody declares are dropped."""
 
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___StateSpec]:
@@ -110,15 +111,15 @@ class ModelSpec(_message.Message):
         *,
         name: _builtins.str = ...,
         task: _builtins.str = ...,
-        input: Global___TensorSpec | None = ...,
-        output: Global___TensorSpec | None = ...,
+        inputs: _abc.Iterable[Global___TensorSpec] | None = ...,
+        outputs: _abc.Iterable[Global___TensorSpec] | None = ...,
         states: _abc.Iterable[Global___StateSpec] | None = ...,
         constants: _abc.Iterable[Global___ConstantSpec] | None = ...,
         provenance: Global___Provenance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "output", b"output", "provenance", b"provenance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["constants", b"constants", "input", b"input", "name", b"name", "output", b"output", "provenance", b"provenance", "states", b"states", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constants", b"constants", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "provenance", b"provenance", "states", b"states", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -140,7 +141,9 @@ class TensorSpec(_message.Message):
     dtype: _tensor_pb2.DataType.ValueType
     """Type of the elements."""
     batch_axis: _builtins.int
-    """Where the graph has the batch axis, 0 to the number of entries in `shape`."""
+    """Where the graph has the batch axis, 0 to the number of entries in `shape`. It may be fixed to 1 there.
+    -1: the graph has none for this tensor.
+    """
     description: _builtins.str
     """What the elements mean, for people, such as "8 bits, then the delimiter". Empty: not stated."""
     @_builtins.property
@@ -166,7 +169,9 @@ Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
 class StateSpec(_message.Message):
-    """A tensor that is an output of one step and an input of the next."""
+    """A tensor that is an output of one step and an input of the next, or stays what it is from a session's beginning to
+    its end.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -182,13 +187,15 @@ class StateSpec(_message.Message):
     input_name: _builtins.str
     """Its name among the graph's inputs; the API calls the state by this name."""
     output_name: _builtins.str
-    """Its name among the graph's outputs."""
+    """Its name among the graph's outputs. Empty: it has none, and every step is given the session's value: a
+    session input, such as a speaker's embedding.
+    """
     role: Global___StateRole.ValueType
     """What it is for."""
     dtype: _tensor_pb2.DataType.ValueType
     """Type of the elements."""
     batch_axis: _builtins.int
-    """Where the graph has the batch axis, 0 to the number of entries in `shape`."""
+    """Where the graph has the batch axis, as in TensorSpec."""
     fill: _builtins.float
     """Every element has this value."""
     @_builtins.property

@@ -25,17 +25,19 @@ _sym_db = _symbol_database.Default()
 from ntm.v1 import model_pb2 as ntm_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1antm/v1/model_service.proto\x12\x06ntm.v1\x1a\x12ntm/v1/model.proto\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.ntm.v1.ModelVersion\"`\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12!\n\x05state\x18\x04 \x01(\x0e\x32\x12.ntm.v1.ModelState\"S\n\x0fGetModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x1a\n\rmodel_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_model_version\"\xd9\x01\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.ntm.v1.ModelVersion\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.ntm.v1.ModelSpec\x12$\n\texecution\x18\x03 \x01(\x0b\x32\x11.ntm.v1.Execution\x12\x1e\n\x06limits\x18\x04 \x01(\x0b\x32\x0e.ntm.v1.Limits\x12&\n\ndurability\x18\x05 \x01(\x0b\x32\x12.ntm.v1.Durability\x12\x11\n\ttransport\x18\x06 \x01(\t\"\xb5\x01\n\tExecution\x12\x18\n\x10requested_device\x18\x01 \x01(\t\x12\x10\n\x08provider\x18\x02 \x01(\t\x12\x11\n\tdevice_id\x18\x03 \x01(\x05\x12\x18\n\x10\x66\x65ll_back_to_cpu\x18\x04 \x01(\x08\x12\x17\n\x0f\x62\x61tch_invariant\x18\x05 \x01(\x08\x12\x1b\n\x13onnxruntime_version\x18\x06 \x01(\t\x12\x19\n\x11padded_batch_size\x18\x07 \x01(\x05\"\xf4\x01\n\x06Limits\x12\x1d\n\x15max_resident_sessions\x18\x01 \x01(\x03\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\x05\x12\x1d\n\x15max_steps_per_message\x18\x03 \x01(\x05\x12\x1e\n\x16max_sessions_per_batch\x18\x04 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x03\x12\x1c\n\x14max_pending_messages\x18\x06 \x01(\x05\x12\x1a\n\x12retry_window_steps\x18\x07 \x01(\x05\x12\x1f\n\x17state_bytes_per_session\x18\x08 \x01(\x03\"C\n\nDurability\x12\r\n\x05store\x18\x01 \x01(\t\x12&\n\x05level\x18\x02 \x01(\x0e\x32\x17.ntm.v1.DurabilityLevel*Y\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_STATE_READY\x10\x01\x12\x17\n\x13MODEL_STATE_LEAVING\x10\x02*\x8c\x01\n\x0f\x44urabilityLevel\x12 \n\x1c\x44URABILITY_LEVEL_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44URABILITY_LEVEL_VOLATILE\x10\x01\x12\x1c\n\x18\x44URABILITY_LEVEL_PROCESS\x10\x02\x12\x1a\n\x16\x44URABILITY_LEVEL_POWER\x10\x03\x32\x92\x01\n\x0cModelService\x12\x43\n\nListModels\x12\x19.ntm.v1.ListModelsRequest\x1a\x1a.ntm.v1.ListModelsResponse\x12=\n\x08GetModel\x12\x17.ntm.v1.GetModelRequest\x1a\x18.ntm.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1antm/v1/model_service.proto\x12\x06ntm.v1\x1a\x12ntm/v1/model.proto\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.ntm.v1.ModelVersion\"`\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12!\n\x05state\x18\x04 \x01(\x0e\x32\x12.ntm.v1.ModelState\"S\n\x0fGetModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x1a\n\rmodel_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_model_version\"\xd9\x01\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.ntm.v1.ModelVersion\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.ntm.v1.ModelSpec\x12$\n\texecution\x18\x03 \x01(\x0b\x32\x11.ntm.v1.Execution\x12\x1e\n\x06limits\x18\x04 \x01(\x0b\x32\x0e.ntm.v1.Limits\x12&\n\ndurability\x18\x05 \x01(\x0b\x32\x12.ntm.v1.Durability\x12\x11\n\ttransport\x18\x06 \x01(\t\"\x8d\x02\n\tExecution\x12\x18\n\x10requested_device\x18\x01 \x01(\t\x12\x10\n\x08provider\x18\x02 \x01(\t\x12\x11\n\tdevice_id\x18\x03 \x01(\x05\x12\x18\n\x10\x66\x65ll_back_to_cpu\x18\x04 \x01(\x08\x12\x17\n\x0f\x62\x61tch_invariant\x18\x05 \x01(\x08\x12\x1b\n\x13onnxruntime_version\x18\x06 \x01(\t\x12\x19\n\x11padded_batch_size\x18\x07 \x01(\x05\x12\"\n\x08\x62\x61tching\x18\x08 \x01(\x0e\x32\x10.ntm.v1.Batching\x12\x14\n\x0cstep_alone_s\x18\t \x01(\x01\x12\x1c\n\x14step_of_full_batch_s\x18\n \x01(\x01\"\xf4\x01\n\x06Limits\x12\x1d\n\x15max_resident_sessions\x18\x01 \x01(\x03\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\x05\x12\x1d\n\x15max_steps_per_message\x18\x03 \x01(\x05\x12\x1e\n\x16max_sessions_per_batch\x18\x04 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x03\x12\x1c\n\x14max_pending_messages\x18\x06 \x01(\x05\x12\x1a\n\x12retry_window_steps\x18\x07 \x01(\x05\x12\x1f\n\x17state_bytes_per_session\x18\x08 \x01(\x03\"C\n\nDurability\x12\r\n\x05store\x18\x01 \x01(\t\x12&\n\x05level\x18\x02 \x01(\x0e\x32\x17.ntm.v1.DurabilityLevel*Y\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_STATE_READY\x10\x01\x12\x17\n\x13MODEL_STATE_LEAVING\x10\x02*T\n\x08\x42\x61tching\x12\x18\n\x14\x42\x41TCHING_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42\x41TCHING_TOGETHER\x10\x01\x12\x17\n\x13\x42\x41TCHING_ROW_BY_ROW\x10\x02*\x8c\x01\n\x0f\x44urabilityLevel\x12 \n\x1c\x44URABILITY_LEVEL_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44URABILITY_LEVEL_VOLATILE\x10\x01\x12\x1c\n\x18\x44URABILITY_LEVEL_PROCESS\x10\x02\x12\x1a\n\x16\x44URABILITY_LEVEL_POWER\x10\x03\x32\x92\x01\n\x0cModelService\x12\x43\n\nListModels\x12\x19.ntm.v1.ListModelsRequest\x1a\x1a.ntm.v1.ListModelsResponse\x12=\n\x08GetModel\x12\x17.ntm.v1.GetModelRequest\x1a\x18.ntm.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ntm.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=1042
-  _globals['_MODELSTATE']._serialized_end=1131
-  _globals['_DURABILITYLEVEL']._serialized_start=1134
-  _globals['_DURABILITYLEVEL']._serialized_end=1274
+  _globals['_MODELSTATE']._serialized_start=1130
+  _globals['_MODELSTATE']._serialized_end=1219
+  _globals['_BATCHING']._serialized_start=1221
+  _globals['_BATCHING']._serialized_end=1305
+  _globals['_DURABILITYLEVEL']._serialized_start=1308
+  _globals['_DURABILITYLEVEL']._serialized_end=1448
   _globals['_LISTMODELSREQUEST']._serialized_start=58
   _globals['_LISTMODELSREQUEST']._serialized_end=77
   _globals['_LISTMODELSRESPONSE']._serialized_start=79
@@ -47,11 +49,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELRESPONSE']._serialized_start=323
   _globals['_GETMODELRESPONSE']._serialized_end=540
   _globals['_EXECUTION']._serialized_start=543
-  _globals['_EXECUTION']._serialized_end=724
-  _globals['_LIMITS']._serialized_start=727
-  _globals['_LIMITS']._serialized_end=971
-  _globals['_DURABILITY']._serialized_start=973
-  _globals['_DURABILITY']._serialized_end=1040
-  _globals['_MODELSERVICE']._serialized_start=1277
-  _globals['_MODELSERVICE']._serialized_end=1423
+  _globals['_EXECUTION']._serialized_end=812
+  _globals['_LIMITS']._serialized_start=815
+  _globals['_LIMITS']._serialized_end=1059
+  _globals['_DURABILITY']._serialized_start=1061
+  _globals['_DURABILITY']._serialized_end=1128
+  _globals['_MODELSERVICE']._serialized_start=1451
+  _globals['_MODELSERVICE']._serialized_end=1597
 # @@protoc_insertion_point(module_scope)

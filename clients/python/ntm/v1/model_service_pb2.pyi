@@ -44,6 +44,34 @@ MODEL_STATE_LEAVING: ModelState.ValueType  # 2
 """It was removed from the models directory: it serves the sessions it has, and takes no new ones (MODEL_LEAVING)."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
+class _Batching:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BatchingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Batching.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BATCHING_UNSPECIFIED: _Batching.ValueType  # 0
+    """Never sent."""
+    BATCHING_TOGETHER: _Batching.ValueType  # 1
+    """All rows at once: the graph has a batch axis, or one fixed to 1 that a trial run has shown to be free."""
+    BATCHING_ROW_BY_ROW: _Batching.ValueType  # 2
+    """One row after another in one call of ONNX Runtime: the graph takes one session at a time. A batch of B takes
+    about B times as long as one.
+    """
+
+class Batching(_Batching, metaclass=_BatchingEnumTypeWrapper):
+    """How the steps of a batch are run."""
+
+BATCHING_UNSPECIFIED: Batching.ValueType  # 0
+"""Never sent."""
+BATCHING_TOGETHER: Batching.ValueType  # 1
+"""All rows at once: the graph has a batch axis, or one fixed to 1 that a trial run has shown to be free."""
+BATCHING_ROW_BY_ROW: Batching.ValueType  # 2
+"""One row after another in one call of ONNX Runtime: the graph takes one session at a time. A batch of B takes
+about B times as long as one.
+"""
+Global___Batching: _TypeAlias = Batching  # noqa: Y015
+
 class _DurabilityLevel:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -240,6 +268,9 @@ class Execution(_message.Message):
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     ONNXRUNTIME_VERSION_FIELD_NUMBER: _builtins.int
     PADDED_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    BATCHING_FIELD_NUMBER: _builtins.int
+    STEP_ALONE_S_FIELD_NUMBER: _builtins.int
+    STEP_OF_FULL_BATCH_S_FIELD_NUMBER: _builtins.int
     requested_device: _builtins.str
     """The device asked for in the server's settings: "cpu", "cuda" or "auto"."""
     provider: _builtins.str
@@ -254,6 +285,12 @@ class Execution(_message.Message):
     """Version of ONNX Runtime."""
     padded_batch_size: _builtins.int
     """Every batch is padded to this many sessions, since the results would depend on its size. 0: none is."""
+    batching: Global___Batching.ValueType
+    """How the steps of a batch are run."""
+    step_alone_s: _builtins.float
+    """Measured at load: seconds that a step of one session alone takes. 0: it could not be measured."""
+    step_of_full_batch_s: _builtins.float
+    """Measured at load: seconds that a step of `Limits.max_batch_size` sessions takes together. 0: as above."""
     def __init__(
         self,
         *,
@@ -264,10 +301,13 @@ class Execution(_message.Message):
         batch_invariant: _builtins.bool = ...,
         onnxruntime_version: _builtins.str = ...,
         padded_batch_size: _builtins.int = ...,
+        batching: Global___Batching.ValueType = ...,
+        step_alone_s: _builtins.float = ...,
+        step_of_full_batch_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "device_id", b"device_id", "fell_back_to_cpu", b"fell_back_to_cpu", "onnxruntime_version", b"onnxruntime_version", "padded_batch_size", b"padded_batch_size", "provider", b"provider", "requested_device", b"requested_device"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_invariant", b"batch_invariant", "batching", b"batching", "device_id", b"device_id", "fell_back_to_cpu", b"fell_back_to_cpu", "onnxruntime_version", b"onnxruntime_version", "padded_batch_size", b"padded_batch_size", "provider", b"provider", "requested_device", b"requested_device", "step_alone_s", b"step_alone_s", "step_of_full_batch_s", b"step_of_full_batch_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

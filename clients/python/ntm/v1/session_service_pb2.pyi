@@ -30,6 +30,7 @@ class CreateSessionRequest(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    INITIAL_STATE_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model."""
     model_version: _builtins.int
@@ -42,6 +43,14 @@ class CreateSessionRequest(_message.Message):
     """Names this request, so that a repeat gives the same session and no second one; 1 to 128 characters
     of the same set. Empty: a repeat with the same session id is refused with ALREADY_EXISTS.
     """
+    @_builtins.property
+    def initial_state(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]:
+        """Values of state tensors, by name, in the API's axes (see StateSpec.api_axes) without the batch axis: what the
+        session begins from instead of the model's initial value, and returns to by a reset. Session inputs without an
+        initial value in the spec have to be given. Part of the request: a repeat with other values is refused
+        (REQUEST_ID_REUSED).
+        """
+
     def __init__(
         self,
         *,
@@ -49,10 +58,11 @@ class CreateSessionRequest(_message.Message):
         model_version: _builtins.int | None = ...,
         session_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        initial_state: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_model_version", b"_model_version", "model_version", b"model_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_version", b"_model_version", "model_name", b"model_name", "model_version", b"model_version", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_version", b"_model_version", "initial_state", b"initial_state", "model_name", b"model_name", "model_version", b"model_version", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__model_version: _TypeAlias = _typing.Literal["model_version"]  # noqa: Y015
     _WhichOneofArgType__model_version: _TypeAlias = _typing.Literal["_model_version", b"_model_version"]  # noqa: Y015
@@ -91,20 +101,16 @@ class GetSessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
-    OWNER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Id of the session."""
-    owner: _builtins.str
-    """Whose session: only an admin may name another principal. Empty: the caller's."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
-        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -143,26 +149,22 @@ class ListSessionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     MODEL_NAME_FIELD_NUMBER: _builtins.int
-    OWNER_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Sessions in the answer at most, 1 to 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the page before. Empty: the first page."""
     model_name: _builtins.str
     """Only sessions of this model. Empty: of all models."""
-    owner: _builtins.str
-    """Whose sessions: only an admin may name another principal, or "-" for all. Empty: the caller's."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         model_name: _builtins.str = ...,
-        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_name", b"model_name", "owner", b"owner", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_name", b"model_name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -204,23 +206,19 @@ class DeleteSessionRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
-    OWNER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Id of the session."""
     allow_missing: _builtins.bool
     """True: a session that does not exist is a success, which makes the call safe to repeat."""
-    owner: _builtins.str
-    """Whose session: only an admin may name another principal. Empty: the caller's."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         allow_missing: _builtins.bool = ...,
-        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "owner", b"owner", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -305,6 +303,9 @@ class StepRequest(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     FIRST_STEP_FIELD_NUMBER: _builtins.int
     INCLUDE_STATE_FIELD_NUMBER: _builtins.int
+    NAMED_INPUTS_FIELD_NUMBER: _builtins.int
+    RESETS_FIELD_NUMBER: _builtins.int
+    TRACE_STATE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Id of the session."""
     first_step: _builtins.int
@@ -314,11 +315,27 @@ class StepRequest(_message.Message):
     """
     @_builtins.property
     def inputs(self) -> _tensor_pb2.Tensor:
-        """Inputs [T, ...input shape], T at least 1, with the dtype of the model's input. All values finite."""
+        """For a model of one input: [T, ...input shape], T at least 1, with the dtype of the model's input. All values finite."""
 
     @_builtins.property
     def include_state(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of state tensors to return as they are after the last of these steps. Empty: none."""
+
+    @_builtins.property
+    def named_inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]:
+        """As `inputs`, for a model of any number of inputs: every one of them, once, of the same T. Not together with
+        `inputs`.
+        """
+
+    @_builtins.property
+    def resets(self) -> _tensor_pb2.Tensor:
+        """BOOL [T]: steps that begin from the session's initial state. It counts as an input: a repeat with another is
+        refused (INPUT_MISMATCH). Absent: none does.
+        """
+
+    @_builtins.property
+    def trace_state(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of state tensors to return as they are after every one of these steps. Empty: none."""
 
     def __init__(
         self,
@@ -327,10 +344,13 @@ class StepRequest(_message.Message):
         inputs: _tensor_pb2.Tensor | None = ...,
         first_step: _builtins.int | None = ...,
         include_state: _abc.Iterable[_builtins.str] | None = ...,
+        named_inputs: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
+        resets: _tensor_pb2.Tensor | None = ...,
+        trace_state: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "first_step", b"first_step", "inputs", b"inputs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "first_step", b"first_step", "inputs", b"inputs", "resets", b"resets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "first_step", b"first_step", "include_state", b"include_state", "inputs", b"inputs", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "first_step", b"first_step", "include_state", b"include_state", "inputs", b"inputs", "named_inputs", b"named_inputs", "resets", b"resets", "session_id", b"session_id", "trace_state", b"trace_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_step: _TypeAlias = _typing.Literal["first_step"]  # noqa: Y015
     _WhichOneofArgType__first_step: _TypeAlias = _typing.Literal["_first_step", b"_first_step"]  # noqa: Y015
@@ -348,17 +368,27 @@ class StepResponse(_message.Message):
     NEXT_STEP_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     APPROXIMATE_FIELD_NUMBER: _builtins.int
+    NAMED_OUTPUTS_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     next_step: _builtins.int
     """Index of the step after the last of these."""
     approximate: _builtins.bool
     """True: see Session.approximate."""
     @_builtins.property
     def outputs(self) -> _tensor_pb2.Tensor:
-        """Outputs [T, ...output shape]."""
+        """Outputs [T, ...output shape], of a model of one output."""
 
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.StateTensor]:
         """The state tensors asked for, in the order asked."""
+
+    @_builtins.property
+    def named_outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]:
+        """Outputs of a model of several, in the spec's order, [T, ...output shape] each."""
+
+    @_builtins.property
+    def trace(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.StateTensor]:
+        """The state tensors of `trace_state` after each step, [T, ...state shape] each, in the order asked."""
 
     def __init__(
         self,
@@ -367,10 +397,12 @@ class StepResponse(_message.Message):
         next_step: _builtins.int = ...,
         state: _abc.Iterable[_session_pb2.StateTensor] | None = ...,
         approximate: _builtins.bool = ...,
+        named_outputs: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
+        trace: _abc.Iterable[_session_pb2.StateTensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approximate", b"approximate", "next_step", b"next_step", "outputs", b"outputs", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approximate", b"approximate", "named_outputs", b"named_outputs", "next_step", b"next_step", "outputs", b"outputs", "state", b"state", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -437,6 +469,8 @@ class BatchStepRequest(_message.Message):
     SESSION_IDS_FIELD_NUMBER: _builtins.int
     FIRST_STEPS_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
+    NAMED_INPUTS_FIELD_NUMBER: _builtins.int
+    RESETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def session_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the S sessions, none twice."""
@@ -447,7 +481,15 @@ class BatchStepRequest(_message.Message):
 
     @_builtins.property
     def inputs(self) -> _tensor_pb2.Tensor:
-        """Inputs [S, T, ...input shape], T at least 1. All sessions take the same input shape and dtype."""
+        """Inputs [S, T, ...input shape], T at least 1. All sessions take the same inputs and give the same outputs."""
+
+    @_builtins.property
+    def named_inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]:
+        """As in StepRequest, [S, T, ...input shape] each."""
+
+    @_builtins.property
+    def resets(self) -> _tensor_pb2.Tensor:
+        """As in StepRequest, [S, T]."""
 
     def __init__(
         self,
@@ -455,10 +497,12 @@ class BatchStepRequest(_message.Message):
         session_ids: _abc.Iterable[_builtins.str] | None = ...,
         first_steps: _abc.Iterable[_builtins.int] | None = ...,
         inputs: _tensor_pb2.Tensor | None = ...,
+        named_inputs: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
+        resets: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "resets", b"resets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_steps", b"first_steps", "inputs", b"inputs", "session_ids", b"session_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_steps", b"first_steps", "inputs", b"inputs", "named_inputs", b"named_inputs", "resets", b"resets", "session_ids", b"session_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -474,6 +518,7 @@ class BatchStepResponse(_message.Message):
     NEXT_STEPS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     APPROXIMATE_FIELD_NUMBER: _builtins.int
+    NAMED_OUTPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _tensor_pb2.Tensor:
         """Outputs [S, T, ...output shape]; the rows of sessions that failed are zero."""
@@ -490,6 +535,10 @@ class BatchStepResponse(_message.Message):
     def approximate(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the items for which Session.approximate is true, in ascending order."""
 
+    @_builtins.property
+    def named_outputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]:
+        """As in StepResponse, [S, T, ...output shape] each."""
+
     def __init__(
         self,
         *,
@@ -497,10 +546,11 @@ class BatchStepResponse(_message.Message):
         next_steps: _abc.Iterable[_builtins.int] | None = ...,
         errors: _abc.Iterable[Global___ItemError] | None = ...,
         approximate: _abc.Iterable[_builtins.int] | None = ...,
+        named_outputs: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approximate", b"approximate", "errors", b"errors", "next_steps", b"next_steps", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approximate", b"approximate", "errors", b"errors", "named_outputs", b"named_outputs", "next_steps", b"next_steps", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -574,11 +624,8 @@ class GetStateRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
-    OWNER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Id of the session."""
-    owner: _builtins.str
-    """Whose session: only an admin may name another principal. Empty: the caller's."""
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the state tensors wanted. Empty: all."""
@@ -588,11 +635,10 @@ class GetStateRequest(_message.Message):
         *,
         session_id: _builtins.str = ...,
         names: _abc.Iterable[_builtins.str] | None = ...,
-        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "owner", b"owner", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -638,11 +684,8 @@ class WatchSessionRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     INCLUDE_STATE_FIELD_NUMBER: _builtins.int
-    OWNER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Id of the session."""
-    owner: _builtins.str
-    """Whose session: only an admin may name another principal. Empty: the caller's."""
     @_builtins.property
     def include_state(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of state tensors to return as they are after each message. Empty: none, which costs the session nothing."""
@@ -652,11 +695,10 @@ class WatchSessionRequest(_message.Message):
         *,
         session_id: _builtins.str = ...,
         include_state: _abc.Iterable[_builtins.str] | None = ...,
-        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_state", b"include_state", "owner", b"owner", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_state", b"include_state", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -773,20 +815,16 @@ class ExportSessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
-    OWNER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Id of the session."""
-    owner: _builtins.str
-    """Whose session: only an admin may name another principal. Empty: the caller's."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
-        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,13 +38,6 @@ class SessionServiceStub:
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
-    A session belongs to the principal that made it, and to any other it does not exist: ids and request ids are each
-    principal's own. A principal comes from a bearer token or JWT (metadata `authorization: Bearer ...`), or from the
-    client's certificate, as the server is set up; one without any of these serves everybody as one. Admins may list, read,
-    export and delete the sessions of others, by the field `owner`.
-
-    Every rpc may also answer UNAUTHENTICATED (it is not known who calls), PERMISSION_DENIED (an `owner` that the caller
-    may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
     not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
@@ -143,13 +136,6 @@ class SessionServiceServicer:
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
-    A session belongs to the principal that made it, and to any other it does not exist: ids and request ids are each
-    principal's own. A principal comes from a bearer token or JWT (metadata `authorization: Bearer ...`), or from the
-    client's certificate, as the server is set up; one without any of these serves everybody as one. Admins may list, read,
-    export and delete the sessions of others, by the field `owner`.
-
-    Every rpc may also answer UNAUTHENTICATED (it is not known who calls), PERMISSION_DENIED (an `owner` that the caller
-    may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
     not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
@@ -163,8 +149,8 @@ class SessionServiceServicer:
     """
 
     def CreateSession(self, request, context):
-        """Creates a session in its model's initial state.
-        INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
+        """Creates a session in its model's initial state, or in one that the request gives.
+        INVALID_ARGUMENT: a malformed id, or initial values of another name, shape or dtype than the model's. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
         was removed from the models directory and takes no new sessions (MODEL_LEAVING). ALREADY_EXISTS: the id
         is taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago
         (SESSION_ID_RETIRED), or the request id made another session (REQUEST_ID_REUSED).
@@ -198,7 +184,7 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResetSession(self, request, context):
-        """Puts a session back to its model's initial state. Its step counter goes on.
+        """Puts a session back to the state that it was created with. Its step counter goes on.
         NOT_FOUND: no such session. FAILED_PRECONDITION: the session is past `at_step` and was not
         reset there (STEP_TOO_OLD), or has not come to it (STEP_GAP).
         """
@@ -377,13 +363,6 @@ class SessionService:
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
-    A session belongs to the principal that made it, and to any other it does not exist: ids and request ids are each
-    principal's own. A principal comes from a bearer token or JWT (metadata `authorization: Bearer ...`), or from the
-    client's certificate, as the server is set up; one without any of these serves everybody as one. Admins may list, read,
-    export and delete the sessions of others, by the field `owner`.
-
-    Every rpc may also answer UNAUTHENTICATED (it is not known who calls), PERMISSION_DENIED (an `owner` that the caller
-    may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
     not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing

@@ -39,13 +39,6 @@ class SessionServiceStub:
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
-    A session belongs to the principal that made it, and to any other it does not exist: ids and request ids are each
-    principal's own. A principal comes from a bearer token or JWT (metadata `authorization: Bearer ...`), or from the
-    client's certificate, as the server is set up; one without any of these serves everybody as one. Admins may list, read,
-    export and delete the sessions of others, by the field `owner`.
-
-    Every rpc may also answer UNAUTHENTICATED (it is not known who calls), PERMISSION_DENIED (an `owner` that the caller
-    may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
     not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
@@ -63,8 +56,8 @@ class SessionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SessionServiceAsyncStub: ...
     CreateSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.CreateSessionRequest, _session_service_pb2.CreateSessionResponse]
-    """Creates a session in its model's initial state.
-    INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
+    """Creates a session in its model's initial state, or in one that the request gives.
+    INVALID_ARGUMENT: a malformed id, or initial values of another name, shape or dtype than the model's. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
     was removed from the models directory and takes no new sessions (MODEL_LEAVING). ALREADY_EXISTS: the id
     is taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago
     (SESSION_ID_RETIRED), or the request id made another session (REQUEST_ID_REUSED).
@@ -81,7 +74,7 @@ class SessionServiceStub:
     NOT_FOUND: no such session, unless `allow_missing`.
     """
     ResetSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ResetSessionRequest, _session_service_pb2.ResetSessionResponse]
-    """Puts a session back to its model's initial state. Its step counter goes on.
+    """Puts a session back to the state that it was created with. Its step counter goes on.
     NOT_FOUND: no such session. FAILED_PRECONDITION: the session is past `at_step` and was not
     reset there (STEP_TOO_OLD), or has not come to it (STEP_GAP).
     """
@@ -149,13 +142,6 @@ class SessionServiceAsyncStub(SessionServiceStub):
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
-    A session belongs to the principal that made it, and to any other it does not exist: ids and request ids are each
-    principal's own. A principal comes from a bearer token or JWT (metadata `authorization: Bearer ...`), or from the
-    client's certificate, as the server is set up; one without any of these serves everybody as one. Admins may list, read,
-    export and delete the sessions of others, by the field `owner`.
-
-    Every rpc may also answer UNAUTHENTICATED (it is not known who calls), PERMISSION_DENIED (an `owner` that the caller
-    may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
     not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
@@ -170,8 +156,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.CreateSessionRequest, _session_service_pb2.CreateSessionResponse]  # type: ignore[assignment]
-    """Creates a session in its model's initial state.
-    INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
+    """Creates a session in its model's initial state, or in one that the request gives.
+    INVALID_ARGUMENT: a malformed id, or initial values of another name, shape or dtype than the model's. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
     was removed from the models directory and takes no new sessions (MODEL_LEAVING). ALREADY_EXISTS: the id
     is taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago
     (SESSION_ID_RETIRED), or the request id made another session (REQUEST_ID_REUSED).
@@ -188,7 +174,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     NOT_FOUND: no such session, unless `allow_missing`.
     """
     ResetSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ResetSessionRequest, _session_service_pb2.ResetSessionResponse]  # type: ignore[assignment]
-    """Puts a session back to its model's initial state. Its step counter goes on.
+    """Puts a session back to the state that it was created with. Its step counter goes on.
     NOT_FOUND: no such session. FAILED_PRECONDITION: the session is past `at_step` and was not
     reset there (STEP_TOO_OLD), or has not come to it (STEP_GAP).
     """
@@ -255,13 +241,6 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
-    A session belongs to the principal that made it, and to any other it does not exist: ids and request ids are each
-    principal's own. A principal comes from a bearer token or JWT (metadata `authorization: Bearer ...`), or from the
-    client's certificate, as the server is set up; one without any of these serves everybody as one. Admins may list, read,
-    export and delete the sessions of others, by the field `owner`.
-
-    Every rpc may also answer UNAUTHENTICATED (it is not known who calls), PERMISSION_DENIED (an `owner` that the caller
-    may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
     not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
@@ -280,8 +259,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_service_pb2.CreateSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.CreateSessionResponse, _abc.Awaitable[_session_service_pb2.CreateSessionResponse]]:
-        """Creates a session in its model's initial state.
-        INVALID_ARGUMENT: a malformed id. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
+        """Creates a session in its model's initial state, or in one that the request gives.
+        INVALID_ARGUMENT: a malformed id, or initial values of another name, shape or dtype than the model's. NOT_FOUND: no such model or version. FAILED_PRECONDITION: this version
         was removed from the models directory and takes no new sessions (MODEL_LEAVING). ALREADY_EXISTS: the id
         is taken (SESSION_EXISTS), or belonged to a session that ended less than 24 hours ago
         (SESSION_ID_RETIRED), or the request id made another session (REQUEST_ID_REUSED).
@@ -322,7 +301,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_service_pb2.ResetSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.ResetSessionResponse, _abc.Awaitable[_session_service_pb2.ResetSessionResponse]]:
-        """Puts a session back to its model's initial state. Its step counter goes on.
+        """Puts a session back to the state that it was created with. Its step counter goes on.
         NOT_FOUND: no such session. FAILED_PRECONDITION: the session is past `at_step` and was not
         reset there (STEP_TOO_OLD), or has not come to it (STEP_GAP).
         """

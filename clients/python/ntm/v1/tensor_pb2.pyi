@@ -43,6 +43,14 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     """IEEE 754 single precision."""
     DATA_TYPE_FP64: _DataType.ValueType  # 8
     """IEEE 754 double precision."""
+    DATA_TYPE_INT16: _DataType.ValueType  # 9
+    """Signed 16-bit integer."""
+    DATA_TYPE_UINT16: _DataType.ValueType  # 10
+    """Unsigned 16-bit integer."""
+    DATA_TYPE_UINT32: _DataType.ValueType  # 11
+    """Unsigned 32-bit integer."""
+    DATA_TYPE_UINT64: _DataType.ValueType  # 12
+    """Unsigned 64-bit integer."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """The element types a tensor may have, named as in the KServe v2 protocol."""
@@ -65,6 +73,14 @@ DATA_TYPE_FP32: DataType.ValueType  # 7
 """IEEE 754 single precision."""
 DATA_TYPE_FP64: DataType.ValueType  # 8
 """IEEE 754 double precision."""
+DATA_TYPE_INT16: DataType.ValueType  # 9
+"""Signed 16-bit integer."""
+DATA_TYPE_UINT16: DataType.ValueType  # 10
+"""Unsigned 16-bit integer."""
+DATA_TYPE_UINT32: DataType.ValueType  # 11
+"""Unsigned 32-bit integer."""
+DATA_TYPE_UINT64: DataType.ValueType  # 12
+"""Unsigned 64-bit integer."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 @_typing.final
@@ -100,3 +116,31 @@ class Tensor(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
+
+@_typing.final
+class NamedTensor(_message.Message):
+    """A tensor with the name that its model's spec gives it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name."""
+    @_builtins.property
+    def value(self) -> Global___Tensor:
+        """The value."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        value: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamedTensor: _TypeAlias = NamedTensor  # noqa: Y015

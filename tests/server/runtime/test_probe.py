@@ -1,0 +1,65 @@
+"""Files in every form that people have, served bit for bit as a plain loop of ONNX Runtime runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from server.errors import ModelFileError
+from server.model import spec
+from server.runtime import provider
+from server.runtime.probe import load_runner
+from server.runtime.proof import prove
+from server.runtime.runner import ModelRunner
+from tests import foreign_models, step_models
+
+
+def runner_of(tmp_path: Path, content: bytes) -> ModelRunner:
+    model = spec.load(step_models.write(tmp_path, content), "test", 1)
+    return load_runner(model, provider.choose("cpu", 0), num_slots=64, max_batch_size=64)
+
+
+@pytest.mark.parametrize("kind", foreign_models.KINDS)
+def test_a_file_of_each_kind_gives_what_a_plain_loop_gives_alone_and_in_batches(
+    tmp_path: Path, kind: str
+) -> None:
+    make, row_by_row = foreign_models.KINDS[kind]
+
+    runner = runner_of(tmp_path, make())
+
+    assert runner.row_by_row == row_by_row
+    assert runner.is_batch_invariant
+    assert runner.can_scan
+    assert runner.padded_batch_size is None
+    proof = prove(runner, num_steps=200)
+    assert proof.largest_difference == 0
+    assert proof.batch_sizes[-1] == 64
+
+
+def test_that_rows_are_run_one_after_another_is_said_with_what_it_costs(tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        runner_of(tmp_path, foreign_models.hard_wired())
+
+    [said] = [entry for entry in logs if "one session at a time" in entry["event"]]
+    assert said["step_of_1_ms"] > 0
+    assert said["step_of_64_ms"] > 0
+
+
+def test_a_state_that_grows_is_refused_with_that_word(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="'cache' is growing") as caught:
+        runner_of(tmp_path, foreign_models.growing())
+
+    assert "fixed length" in str(caught.value)
+
+
+def test_outputs_of_another_shape_than_the_spec_says_are_refused(tmp_path: Path) -> None:
+    step, declared = step_models.read_back(foreign_models.open_axes())
+    step.graph.output[0].type.tensor_type.shape.dim[1].ClearField("dim_value")
+    declared.outputs[0].shape[0] = 2
+
+    with pytest.raises(
+        ModelFileError, match=r"output 'y' is \[1, 2\] by the spec, and a step gives \[1, 1\]"
+    ):
+        runner_of(tmp_path, step_models.with_spec(step, declared))

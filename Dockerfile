@@ -130,9 +130,11 @@ WORKDIR /
 ENV NTM_SERVER_MODELS=/models \
     NTM_SERVER_LISTEN=0.0.0.0:50051 \
     NTM_SERVER_METRICS_LISTEN=0.0.0.0:9464 \
+    NTM_SERVER_HEALTH_LISTEN=0.0.0.0:50050 \
     NTM_SERVER_LOG_FORMAT=json \
     NTM_SERVER_STORE=sqlite:////data/sessions.sqlite3
-EXPOSE 50051 9464
+# 50050 tells health alone, in plaintext; the others want NTM_SERVER_TLS_CERT and _KEY, or NTM_SERVER_INSECURE.
+EXPOSE 50050 50051 9464
 VOLUME /data
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s --retries=2 \
     CMD ["python", "-m", "server.rpc.health"]

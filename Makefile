@@ -42,12 +42,8 @@ test-compose: $(VENV)/.dev secrets ## Build the images, run them, and kill, roll
 	@$(BIN)/python -m pytest tests/compose -m compose --capture=no --timeout 600
 
 .PHONY: secrets
-secrets: deploy/secrets/valkey_password deploy/secrets/grafana_password deploy/secrets/inspector_token ## Make the secrets that docker-compose.yml mounts, where there are none.
-
-# Nobody else can enter the directory; in it, users of containers can read what is mounted for them.
-deploy/secrets/%:
-	@install -d -m 700 deploy/secrets
-	@od -An -N24 -tx1 /dev/urandom | tr -d ' \n' > $@ && chmod 644 $@
+secrets: ## Make the passwords, the token and the certificates that docker-compose.yml mounts, where there are none.
+	@deploy/secrets.sh
 
 .PHONY: roll
 roll: ## Replace the replicas of the scale profile one by one, by the image that is now built, failing no call.

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -96,7 +96,9 @@ def application(
             Route("/api/sessions", _create, methods=["POST"]),
             Route("/api/import", _import, methods=["POST"]),
             Route(session, _delete, methods=["DELETE"]),
+            Route(session, _show),
             Route(f"{session}/open", _open, methods=["POST"]),
+            Route(f"{session}/follow", _follow),
             Route(f"{session}/timeline", _timeline),
             Route(f"{session}/frames", _frames),
             Route(f"{session}/sequence", _sequence, methods=["POST"]),
@@ -174,6 +176,24 @@ async def _import(request: Request) -> Response:
 
 async def _open(request: Request) -> Response:
     return await _summary(request, await _recorder(request).open(request.path_params["session_id"]))
+
+
+async def _show(request: Request) -> Response:
+    return await _summary(request, _recording(request))
+
+
+async def _follow(request: Request) -> Response:
+    """A line of JSON whenever somebody else has stepped the session; an error is the last."""
+    recorder, recording = _recorder(request), _recording(request)
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            async for num_lost in recorder.follow(recording):
+                yield json.dumps({"lost": num_lost}) + "\n"
+        except ClientError as error:
+            yield json.dumps({"error": str(error)}) + "\n"
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
 async def _delete(request: Request) -> Response:
@@ -302,8 +322,9 @@ async def _summary(request: Request, recording: Recording) -> Response:
                 "shape": list(column.shape),
                 "frame": shown.frame(column.shape).described(),
                 "lane": lanes[state.input_name].described() if state.input_name in lanes else None,
-                "least": float(rows.min()) if rows.size else 0.0,
-                "most": float(rows.max()) if rows.size else 0.0,
+                # A moment that nobody told us of is NaN; the base is not.
+                "least": float(np.nanmin(rows)) if rows.size else 0.0,
+                "most": float(np.nanmax(rows)) if rows.size else 0.0,
             }
         )
     sequence = recording.sequence

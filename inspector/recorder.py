@@ -23,7 +23,7 @@ import safetensors.numpy
 
 from inspector.errors import BadRequestError, NotFoundError
 from inspector.sequences import Sequence as InputSequence
-from ntm import AsyncClient, AsyncSession, StepOrderError
+from ntm import AsyncClient, AsyncSession, StepOrderError, Watched
 from ntm.tensor import Array, numpy_dtype
 from ntm.v1 import model_pb2, session_pb2
 
@@ -36,6 +36,18 @@ class Recording:
 
     def __init__(self, session: AsyncSession, base: bytes, states: Mapping[str, Array]) -> None:
         """Begin at a session's snapshot, which has these states."""
+        self.sequence: InputSequence | None = None
+        self.position = 0
+        """Steps of the sequence that were sent."""
+        self.script: list[str] = []
+        """Python that does what was done here."""
+        self._sent_from = 0
+        self.lock = asyncio.Lock()
+        """Held by whoever moves the session."""
+        self.begin(session, base, states)
+
+    def begin(self, session: AsyncSession, base: bytes, states: Mapping[str, Array]) -> None:
+        """Begin, or begin anew, at a session's snapshot."""
         spec = session.model.spec
         self.recording_id = secrets.token_hex(8)
         """Another recording of the same session has another."""
@@ -52,14 +64,6 @@ class Recording:
         """At every moment, so one longer than the inputs."""
         self.resets: set[int] = set()
         """Moments at which the session was reset, before the step that followed."""
-        self.sequence: InputSequence | None = None
-        self.position = 0
-        """Steps of the sequence that were sent."""
-        self.script: list[str] = []
-        """Python that does what was done here."""
-        self._sent_from = 0
-        self.lock = asyncio.Lock()
-        """Held by whoever moves the session."""
 
     @property
     def spec(self) -> model_pb2.ModelSpec:
@@ -142,6 +146,24 @@ class Recording:
             start = self._sent_from
         self._sent_from = start
         self.script += _sent_lines(start, stop)
+
+    def take(self, told: Watched) -> None:
+        """Take over a message that somebody else sent, which follows on what is recorded.
+
+        Of the states only that after its last step is known; those between are NaN, or the last where there is no NaN.
+        """
+        assert told.inputs is not None
+        assert told.outputs is not None
+        self.inputs.append(told.inputs)
+        self.outputs.append(told.outputs)
+        self.targets.append(np.full(told.outputs.shape, np.nan, np.float32))
+        for name, column in self.states.items():
+            rows = np.repeat(told.state[name][np.newaxis], len(told.inputs), axis=0)
+            if rows.dtype.kind == "f":
+                rows[:-1] = np.nan
+            column.append(rows)
+        self.session.next_step = told.next_step
+        self.script.append(f"# somebody else sent steps {told.first_step} to {told.next_step - 1}")
 
     async def reset(self) -> None:
         """Put the session back to its model's initial state; the time line goes on.
@@ -255,6 +277,35 @@ class Recorder:
                     "somebody else has stepped this session since: open it again to go on from where it is"
                 ) from error
 
+    async def follow(self, recording: Recording) -> AsyncIterator[int]:
+        """Record what others do in a session; gives how many of their messages were lost, after each that was not.
+
+        The first comes when following has begun.
+
+        Where some were lost, or somebody reset the session, the time line begins anew.
+
+        Raises:
+            ClientError: the session has ended, or cannot be watched any more.
+        """
+        watch = recording.session.watch(*recording.states)
+        try:
+            async for told in watch:
+                async with recording.lock:
+                    is_known = told.next_step <= recording.session.next_step
+                    is_own_reset = told.is_reset and recording.num_steps in recording.resets
+                    follows = told.first_step == recording.session.next_step and not told.is_reset
+                    if is_known and (is_own_reset or not told.is_reset):
+                        pass  # it was done here, or is the state that the watch began with
+                    elif follows and told.inputs is not None:
+                        await self._make_room(recording)
+                        if told.first_step == recording.session.next_step:
+                            recording.take(told)
+                    else:
+                        await self._restart(recording)
+                yield told.num_lost_messages
+        finally:
+            await watch.aclose()
+
     async def fork(self, recording: Recording, moment: int) -> Recording:
         """A new session that is what this one was at a moment, with the time line up to there."""
         async with recording.lock:
@@ -347,20 +398,14 @@ class Recorder:
             if self._recordings[session_id] is not growing:
                 del self._recordings[session_id]
         if num_bytes() + growing.bytes_per_step > self._limit_bytes and growing.num_steps > 0:
-            base = await growing.session.export()
-            fresh = Recording(growing.session, base, safetensors.numpy.load(base))
-            for name in (
-                "recording_id",
-                "first_step",
-                "base",
-                "inputs",
-                "outputs",
-                "targets",
-                "states",
-                "resets",
-            ):
-                setattr(growing, name, getattr(fresh, name))
-            growing.script.append("base, recorded = session.export(), []")
+            await self._restart(growing)
+
+    async def _restart(self, recording: Recording) -> None:
+        """Forget a recording's past, and begin it anew with what its session is now."""
+        session = await self._client.attach(recording.session.session_id)
+        base = await session.export()
+        recording.begin(session, base, safetensors.numpy.load(base))
+        recording.script.append("base, recorded = session.export(), []")
 
     async def _fork(self, recording: Recording, moment: int) -> tuple[AsyncSession, list[str]]:
         """A session that is what another was at a moment, and the lines that make it."""

@@ -51,8 +51,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def shown_id(key: str) -> str:
+    """The id that a caller knows a session or a request by: inside, its owner stands before it."""
+    return key.rpartition("/")[2]
+
+
 class ServingError(Exception):
     """Something a caller or an operator is told about: what happened and what to do next."""
+
+    retry_after_s: float | None = None
+    """After how many seconds the same call may be tried again, where that is known."""
 
     @property
     def details(self) -> dict[str, str]:
@@ -129,7 +137,7 @@ class SessionNotFoundError(ServingError):
     """No session has this id: it was never created, or it was deleted (an expired one has its own type)."""
 
     def __init__(self, session_id: str) -> None:
-        super().__init__(f"no session {session_id!r}: create one and replay its inputs")
+        super().__init__(f"no session {shown_id(session_id)!r}: create one and replay its inputs")
         self.session_id = session_id
 
 
@@ -142,7 +150,7 @@ class SessionExistsError(ServingError):
 
     def __init__(self, session_id: str) -> None:
         super().__init__(
-            f"session {session_id!r} exists already: choose another id, or repeat its creation with the "
+            f"session {shown_id(session_id)!r} exists already: choose another id, or repeat its creation with the "
             "request_id that made it"
         )
 
@@ -152,8 +160,8 @@ class SessionIdRetiredError(ServingError):
 
     def __init__(self, session_id: str) -> None:
         super().__init__(
-            f"session id {session_id!r} belonged to a session that has ended, and is kept free for 24 hours so that "
-            "no late message reaches another session: choose a new id"
+            f"session id {shown_id(session_id)!r} belonged to a session that has ended, and is kept free for 24 "
+            "hours so that no late message reaches another session: choose a new id"
         )
 
 
@@ -162,7 +170,7 @@ class RequestIdReusedError(ServingError):
 
     def __init__(self, request_id: str) -> None:
         super().__init__(
-            f"request id {request_id!r} came before with another request: use a new one for each"
+            f"request id {shown_id(request_id)!r} came before with another request: use a new one for each"
         )
 
 
@@ -328,8 +336,8 @@ class ModelNotLoadedError(ServingError):
 
     def __init__(self, session_id: str, model: str) -> None:
         super().__init__(
-            f"session {session_id!r} belongs to model {model!r}, which is not in service: put it back into the models "
-            "directory, or delete the session"
+            f"session {shown_id(session_id)!r} belongs to model {model!r}, which is not in service: put it back into "
+            "the models directory, or delete the session"
         )
 
 
@@ -342,8 +350,8 @@ class SessionCorruptError(RecoveryError):
 
     def __init__(self, session_id: str, problem: str) -> None:
         super().__init__(
-            f"what the store keeps of session {session_id!r} is damaged ({problem}): restore the store from a backup, "
-            "or delete the session and replay its inputs in a new one"
+            f"what the store keeps of session {shown_id(session_id)!r} is damaged ({problem}): restore the store "
+            "from a backup, or delete the session and replay its inputs in a new one"
         )
 
 
@@ -352,8 +360,8 @@ class SessionQuarantinedError(RecoveryError):
 
     def __init__(self, session_id: str, num_attempts: int) -> None:
         super().__init__(
-            f"session {session_id!r} is quarantined: bringing it back failed {num_attempts} times; the log has the "
-            "cause; delete the session and replay its inputs in a new one"
+            f"session {shown_id(session_id)!r} is quarantined: bringing it back failed {num_attempts} times; the log "
+            "has the cause; delete the session and replay its inputs in a new one"
         )
 
 
@@ -362,8 +370,8 @@ class RecoveryNotExactError(RecoveryError):
 
     def __init__(self, session_id: str, theirs: str, ours: str) -> None:
         super().__init__(
-            f"session {session_id!r} ran on another machine or build ({theirs}; here: {ours}), and to replay its steps "
-            "could change its last bits: start a server there, or allow it with --recovery approximate"
+            f"session {shown_id(session_id)!r} ran on another machine or build ({theirs}; here: {ours}), and to "
+            "replay its steps could change its last bits: start a server there, or allow it with --recovery approximate"
         )
 
 
@@ -371,7 +379,7 @@ class SessionMovedError(ServingError):
     """Another replica has the session, or is being given it."""
 
     def __init__(self, session_id: str) -> None:
-        super().__init__(f"session {session_id!r} is moving to another replica: repeat the call")
+        super().__init__(f"session {shown_id(session_id)!r} is moving to another replica: repeat the call")
 
 
 class WrongReplicaError(SessionMovedError):
@@ -380,7 +388,8 @@ class WrongReplicaError(SessionMovedError):
     def __init__(self, session_id: str, owner: str) -> None:
         Exception.__init__(
             self,
-            f"session {session_id!r} is on another replica: send its steps in a call with its own ntm-routing-key",
+            f"session {shown_id(session_id)!r} is on another replica: send its steps in a call with its own "
+            "ntm-routing-key",
         )
         self.owner = owner
 

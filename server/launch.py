@@ -25,12 +25,14 @@ from ntm.v1 import (
     session_service_pb2,
     session_service_pb2_grpc,
 )
-from server.errors import ListenError, ServingError, StoreUnavailableError
+from server.errors import ListenError, ServingError, StoreSettingsError, StoreUnavailableError
 from server.metrics import Metrics
+from server.metrics_endpoint import MetricsEndpoint
 from server.model import repository
 from server.model.spec import StepModel
 from server.model_watcher import ModelWatcher
 from server.rpc import transport
+from server.rpc.access import Access
 from server.rpc.interceptors import CallInterceptor
 from server.rpc.model_service import ModelService
 from server.rpc.session_service import SessionService
@@ -39,6 +41,7 @@ from server.runtime import provider as device
 from server.runtime.probe import load_runner
 from server.runtime.runner import ModelRunner
 from server.runtime.slots import SlotPool
+from server.security import Namespace
 from server.sessions.manager import SessionManager
 from server.sessions.served_model import ServedModel, SessionLimits
 from server.settings import ServerSettings
@@ -73,18 +76,24 @@ class Server:
         """
         self._settings = settings
         self._metrics = Metrics()
+        self._authenticator = settings.authenticator()
+        self._identity = settings.tls_identity()
+        self._metrics_endpoint = MetricsEndpoint(self._metrics.registry, self._identity)
         self._device = device.choose(settings.device, settings.device_id, settings.device_memory_limit_mib)
         self._metrics.report_device(self._device)
         loaded = repository.load_all(settings.models)
         self._served = {file: self._serve(self._put_on_device(model)) for file, model in loaded.items()}
         self.sessions: SessionManager
+        self.access: Access
         self.model_watcher: ModelWatcher
         self._health = health.aio.HealthServicer()
         self._background: list[asyncio.Task[None]] = []
-        self._calls = CallInterceptor(self._metrics)
-        self._transport = transport.choose(settings.transport)
+        self._calls = CallInterceptor(self._metrics, self._authenticator)
+        self._transport = transport.choose(settings.transport, needs_tls=self._identity is not None)
         self._metrics.report_transport(self._transport.kind)
         self._grpc = transport.make_server(self._transport.kind, [self._calls], settings.max_message_bytes)
+        self._health_alone = transport.make_server("grpcio", [], settings.max_message_bytes)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_alone)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection(
             [*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc
@@ -122,22 +131,35 @@ class Server:
             settings.max_sessions_per_batch,
             settings.max_message_bytes,
         )
-        self._session_service = SessionService(self.sessions, limits)
+        self.access = Access(
+            self.sessions, self._authenticator, settings.quotas, settings.snapshot_every_steps
+        )
+        self._session_service = SessionService(self.sessions, limits, self.access)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(self.sessions, limits, self._transport.kind), self._grpc
         )
+        await self._check_unowned_sessions()
         host = settings.listen.rpartition(":")[0]
         try:
-            port = self._grpc.add_insecure_port(settings.listen)
+            if self._identity is None:
+                port = self._grpc.add_insecure_port(settings.listen)
+            else:
+                port = self._grpc.add_secure_port(settings.listen, self._identity.grpc_credentials())
         except RuntimeError as error:
             raise ListenError(settings.listen) from error
         if settings.metrics_listen is not None:
             metrics_host, _, metrics_port = settings.metrics_listen.rpartition(":")
             try:
-                self._metrics.serve(metrics_host, int(metrics_port))
+                await self._metrics_endpoint.start(metrics_host, int(metrics_port))
             except OSError as error:
                 raise ListenError(settings.metrics_listen) from error
+        if settings.health_listen is not None:
+            try:
+                self._health_alone.add_insecure_port(settings.health_listen)
+            except RuntimeError as error:
+                raise ListenError(settings.health_listen) from error
+            await self._health_alone.start()
         await self._grpc.start()
         self._background += [
             asyncio.create_task(self._keep_house()),
@@ -154,6 +176,8 @@ class Server:
             transport_reason=self._transport.reason,
             store=store.kind,
             durability=store.durability.value,
+            is_encrypted=self._identity is not None,
+            tells_callers_apart=self._authenticator.tells_apart,
         )
         if not store.keeps_steps:
             log.warning("sessions are kept in memory only, and end with this process")
@@ -170,6 +194,8 @@ class Server:
             log.warning("calls still in progress are cut off", drain_timeout_s=self._settings.drain_timeout_s)
         # The grace is for answers on their way to slow readers.
         await self._grpc.stop(max(0.0, deadline_s - monotonic()))
+        await self._health_alone.stop(None)
+        self._metrics_endpoint.stop()
         for task in self._background:
             task.cancel()
         if is_drained and self.sessions.journal.store.keeps_steps:
@@ -241,6 +267,19 @@ class Server:
                         cause=str(error.__cause__ or error),
                     )
                 await asyncio.sleep(_STORE_PAUSE_S)
+
+    async def _check_unowned_sessions(self) -> None:
+        """Refuse to give the sessions without an owner to one who has others: those would be lost to it.
+
+        Raises:
+            SecurityFileError, StoreError.
+        """
+        owner = self._settings.unowned_sessions_owner
+        if owner and await self.sessions.journal.count(*Namespace.of(owner).range, ""):
+            raise StoreSettingsError(
+                f"sessions in the store belong to {owner!r} already, and it would lose them to those without an owner: "
+                "name another with --unowned-sessions-owner, or delete them first"
+            )
 
     async def _keep_house(self) -> None:
         """End idle sessions, and forget those that ended long ago."""

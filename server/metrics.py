@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.engine.engine import BatchReport
 from server.runtime.provider import Device
@@ -130,6 +130,7 @@ class Metrics:
         """Report what carries gRPC."""
         self._transport.labels(kind).set(1)
 
-    def serve(self, host: str, port: int) -> None:
-        """Answer scrapes in a thread of its own; raises OSError when the port is taken."""
-        start_http_server(port, addr=host, registry=self._registry)
+    @property
+    def registry(self) -> CollectorRegistry:
+        """All of them, to be told."""
+        return self._registry

@@ -18,6 +18,18 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from server.security import (
+    JWT_ALGORITHMS,
+    Authenticator,
+    JwtIssuer,
+    JwtVerifier,
+    Quotas,
+    TlsFiles,
+    TlsIdentity,
+    TokenFile,
+    is_loopback,
+)
+
 ENV_PREFIX = "NTM_SERVER_"
 
 Count = Annotated[int, Field(ge=1)]
@@ -96,7 +108,44 @@ class ServerSettings(BaseSettings):
     drain_timeout_s: Seconds = 30.0
     """Seconds that calls in progress have to finish after SIGTERM."""
     metrics_listen: str | None = None
-    """HOST:PORT for Prometheus to scrape. Not set: no metrics endpoint."""
+    """HOST:PORT for Prometheus to scrape, over TLS where the server has a certificate. Not set: no metrics endpoint."""
+    health_listen: str | None = None
+    """HOST:PORT where health alone is told, in plaintext, for probes that do not speak TLS. Not set: nowhere else."""
+    insecure: bool = False
+    """Listen in plaintext beyond this machine: whoever is on the way can read and change everything."""
+    tls_cert: Path | None = None
+    """PEM file of the server's certificate, and those between it and its authority; read again when it changes."""
+    tls_key: Path | None = None
+    """PEM file of its private key."""
+    tls_client_ca: Path | None = None
+    """PEM file of authorities: every client must show a certificate of one of them. Its common name is the principal
+    that calls, where there are neither tokens nor JWTs."""
+    tokens: Path | None = None
+    """File with a line NAME sha256:HEX for each bearer token, as `python -m server.security.tokens NAME` makes them;
+    read again when it changes."""
+    jwt_issuer: str | None = None
+    """The `iss` claim of JWTs that are believed. With it go jwt_audience and jwt_keys."""
+    jwt_audience: str | None = None
+    """The `aud` claim that they must have."""
+    jwt_keys: str | None = None
+    """Their issuer's public keys: a file with a key as PEM or a JWK set, or the https URL of a JWK set."""
+    jwt_algorithms: str = "RS256,ES256,EdDSA"
+    """Signatures of JWTs that are accepted."""
+    jwt_principal_claim: str = "sub"
+    """The claim of a JWT that names the principal."""
+    admins: str | None = None
+    """Principals, with commas between them, that may list, read and delete the sessions of others."""
+    unowned_sessions_owner: str | None = None
+    """The principal that sessions belong to which were made before callers were told apart. Not set: nobody's, and only
+    an admin finds them."""
+    max_sessions_per_principal: Count | None = None
+    """Living sessions that a principal may have. Not set: no limit."""
+    max_stored_mib_per_principal: Count | None = None
+    """MiB that a principal's sessions may take in the store, each reckoned at the most that it can take."""
+    max_steps_per_s_per_principal: Annotated[float, Field(gt=0)] | None = None
+    """Steps that each server runs for a principal in a second."""
+    max_queued_steps_per_principal: Count | None = None
+    """Steps of a principal that may wait or run at once on each server."""
     log_format: Literal["console", "json"] = "console"
     """How the log is written, to standard error."""
     config: Path | None = None
@@ -114,14 +163,94 @@ class ServerSettings(BaseSettings):
                 f"handover_timeout_s ({self.handover_timeout_s}) must be more than lease_s ({self.lease_s}), or a call "
                 "would give up before a dead replica's sessions can be taken over"
             )
-        for name in ("listen", "metrics_listen"):
+        for name in ("listen", "metrics_listen", "health_listen"):
             address = getattr(self, name)
             if address is None:
                 continue
             host, _, port = address.rpartition(":")
             if not host or not port.isdecimal() or int(port) > 65535:
                 raise ValueError(f"{name} ({address}) must be HOST:PORT, such as 127.0.0.1:50051")
+            is_plain = self.tls_cert is None and name != "health_listen"
+            if is_plain and not self.insecure and not is_loopback(host):
+                raise ValueError(
+                    f"{name} ({address}) is reached from other machines, in plaintext: give tls_cert and tls_key, "
+                    "listen on 127.0.0.1, or say insecure"
+                )
         return self
+
+    @model_validator(mode="after")
+    def _say_who_calls(self) -> ServerSettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError(
+                "tls_client_ca asks clients for certificates, which goes with tls_cert and tls_key"
+            )
+        if len({self.jwt_issuer is None, self.jwt_audience is None, self.jwt_keys is None}) > 1:
+            raise ValueError("jwt_issuer, jwt_audience and jwt_keys go together: give all or none")
+        algorithms = _names(self.jwt_algorithms)
+        if not algorithms or not {*algorithms} <= {*JWT_ALGORITHMS}:
+            raise ValueError(
+                f"jwt_algorithms ({self.jwt_algorithms}) must be of {', '.join(JWT_ALGORITHMS)}: signatures that only "
+                "the issuer can make"
+            )
+        if self.admins and not self.tells_callers_apart:
+            raise ValueError(
+                "admins are known by tokens, JWTs or certificates: give tokens, jwt_keys or tls_client_ca"
+            )
+        return self
+
+    @property
+    def tells_callers_apart(self) -> bool:
+        """Whether sessions belong to principals."""
+        return not (self.tls_client_ca is None and self.tokens is None and self.jwt_keys is None)
+
+    def authenticator(self) -> Authenticator:
+        """Who says who calls.
+
+        Raises:
+            SecurityFileError: a file cannot be used.
+        """
+        jwts = None
+        if self.jwt_keys is not None:
+            assert self.jwt_issuer is not None
+            assert self.jwt_audience is not None
+            jwts = JwtVerifier(
+                JwtIssuer(
+                    self.jwt_issuer,
+                    self.jwt_audience,
+                    self.jwt_keys,
+                    _names(self.jwt_algorithms),
+                    self.jwt_principal_claim,
+                )
+            )
+        return Authenticator(
+            tokens=None if self.tokens is None else TokenFile(self.tokens),
+            jwts=jwts,
+            certificates=self.tls_client_ca is not None,
+            admins=_names(self.admins),
+            unowned_sessions_owner=self.unowned_sessions_owner or "",
+        )
+
+    def tls_identity(self) -> TlsIdentity | None:
+        """The server's certificate, if it has one.
+
+        Raises:
+            SecurityFileError: a file cannot be used.
+        """
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return TlsIdentity(TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca))
+
+    @property
+    def quotas(self) -> Quotas:
+        """What each principal may have."""
+        return Quotas(
+            self.max_sessions_per_principal,
+            self.max_stored_mib_per_principal,
+            self.max_steps_per_s_per_principal,
+            self.max_queued_steps_per_principal,
+        )
 
     @classmethod
     def settings_customise_sources(
@@ -134,6 +263,10 @@ class ServerSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags (which pydantic-settings puts first), then the environment, then the file."""
         return init_settings, env_settings, _ConfigFile(settings_cls)
+
+
+def _names(listed: str | None) -> list[str]:
+    return [name for name in (each.strip() for each in (listed or "").split(",")) if name]
 
 
 class _ConfigFile(TomlConfigSettingsSource):

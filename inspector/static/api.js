@@ -17,7 +17,7 @@ export function setToken(token) {
   sessionStorage.setItem(TOKEN_KEY, token);
 }
 
-async function send(method, path, body) {
+async function send(method, path, body, signal) {
   const headers = {};
   const token = sessionStorage.getItem(TOKEN_KEY);
   if (token) headers.Authorization = `Bearer ${token}`;
@@ -25,8 +25,9 @@ async function send(method, path, body) {
   if (body !== undefined && !isFile) headers["Content-Type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, { method, headers, body: body === undefined || isFile ? body : JSON.stringify(body) });
-  } catch {
+    response = await fetch(path, { method, headers, signal, body: body === undefined || isFile ? body : JSON.stringify(body) });
+  } catch (problem) {
+    if (problem.name === "AbortError") throw problem;
     throw new Error("The inspector does not answer: start it again, and reload this page.");
   }
   if (response.ok) return response;
@@ -42,6 +43,19 @@ export const post = async (path, body = {}) => (await send("POST", path, body)).
 export const remove = async (path) => (await send("DELETE", path)).json();
 export const blob = async (path) => (await send("GET", path)).blob();
 export const arrays = async (path) => readSafetensors(await (await send("GET", path)).arrayBuffer());
+
+/** Reads an answer that goes on: a JSON object a line, each given to `onLine`, until it ends or the signal says so. */
+export async function lines(path, signal, onLine) {
+  const reader = (await send("GET", path, undefined, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n");
+    rest = parts.pop();
+    for (const part of parts) onLine(JSON.parse(part));
+  }
+}
 
 /** The path of a session; its id goes into the address escaped. */
 export const sessionPath = (sessionId, rest) => `/api/sessions/${encodeURIComponent(sessionId)}${rest ?? ""}`;

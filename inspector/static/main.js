@@ -135,6 +135,8 @@ async function open(sessionId) {
 /** Shows a session from its summary: one that was opened, made, forked or imported. */
 async function show(summary, wanted = Infinity) {
   stop();
+  unfollow();
+  element("follow").checked = false;
   recording = new Recording(summary, complain);
   await recording.update(summary);
   element("empty").hidden = true;
@@ -181,8 +183,9 @@ async function update(summary) {
 function describe() {
   const { summary } = recording;
   const from = summary.first_step > 0 ? `, recorded from ${number(summary.first_step)} on` : "";
+  const missing = lost > 0 ? `, ${number(lost)} messages of others were lost` : "";
   const approximate = summary.approximate ? ", recovered approximately" : "";
-  element("session-about").textContent = `${summary.model}/${summary.version}, ${number(summary.first_step + summary.num_steps)} steps${from}${approximate}`;
+  element("session-about").textContent = `${summary.model}/${summary.version}, ${number(summary.first_step + summary.num_steps)} steps${from}${missing}${approximate}`;
   element("python").textContent = summary.program;
   const { sequence } = summary;
   const pending = recording.numPending;
@@ -194,6 +197,58 @@ function describe() {
   }
   element("sequence-about").textContent = text;
   element("run").disabled = element("one-step").disabled = pending === 0;
+}
+
+// Following what others do in the session. Updates that come while one is under way become one.
+
+let following = null;
+let lost = 0;
+
+async function follow() {
+  unfollow();
+  if (!element("follow").checked) return;
+  const own = recording;
+  following = new AbortController();
+  const { signal } = following;
+  let isDue = false;
+  let isUpdating = false;
+  const refresh = async () => {
+    isDue = true;
+    if (isUpdating) return;
+    isUpdating = true;
+    try {
+      while (isDue && recording === own) {
+        isDue = false;
+        await update(await api.get(api.sessionPath(own.summary.session_id)));
+      }
+    } catch (problem) {
+      complain(problem);
+    } finally {
+      isUpdating = false;
+    }
+  };
+  try {
+    await api.lines(api.sessionPath(own.summary.session_id, "/follow"), signal, (line) => {
+      if (line.error) throw new Error(line.error);
+      lost += line.lost;
+      document.documentElement.dataset.following = own.summary.session_id;
+      refresh();
+    });
+  } catch (problem) {
+    if (problem.name !== "AbortError") complain(problem);
+  } finally {
+    if (following?.signal === signal) {
+      following = null;
+      element("follow").checked = false;
+    }
+  }
+}
+
+function unfollow() {
+  following?.abort();
+  delete document.documentElement.dataset.following;
+  following = null;
+  lost = 0;
 }
 
 // The moment that is shown.
@@ -426,6 +481,7 @@ on("sequence-form", "submit", load);
 on("run", "click", run);
 on("pause", "click", () => { isRunning = false; });
 on("one-step", "click", () => advance(1));
+element("follow").addEventListener("change", () => follow());
 on("reset", "click", async () => update(await api.post(api.sessionPath(recording.summary.session_id, "/reset"))));
 on("fork", "click", async () => show(await api.post(api.sessionPath(recording.summary.session_id, "/fork"), { moment })));
 on("export", "click", async () => save(await api.blob(api.sessionPath(recording.summary.session_id, `/export?moment=${moment}`)), `${recording.summary.session_id}.safetensors`));

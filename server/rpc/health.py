@@ -1,7 +1,7 @@
 """`python -m server.rpc.health [HOST:PORT]`: ask a server how it is; exit status 0 when it serves.
 
 For container health checks, so that the image needs no other program. Without an address it asks the one that
-this environment's server listens on.
+this environment's server tells health on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ TIMEOUT_S = 2.0
 
 def main() -> int:
     """Ask; returns 0 for SERVING, 1 for anything else, and prints the answer."""
-    listen = os.environ.get("NTM_SERVER_LISTEN", "127.0.0.1:50051")
+    listen = os.environ.get("NTM_SERVER_HEALTH_LISTEN") or os.environ.get(
+        "NTM_SERVER_LISTEN", "127.0.0.1:50051"
+    )
     host, _, port = listen.rpartition(":")
     own_address = f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else listen  # noqa: S104
     address = sys.argv[1] if len(sys.argv) > 1 else own_address

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, NoReturn
 
 import grpc
 import structlog
 
-from server.errors import ServerStoppingError, ServingError
+from server.errors import ServerStoppingError, ServingError, UnauthenticatedError
 from server.metrics import Metrics
 from server.rpc import status
+from server.security import Authenticator, calling
 
 log = structlog.get_logger()
 
@@ -27,8 +28,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     It knows how many calls are in progress, and while the server stops it lets no new one in.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, authenticator: Authenticator) -> None:
         self._metrics = metrics
+        self._authenticator = authenticator
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._num_calls = 0
         self._is_stopping = False
@@ -53,8 +55,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the handler of every rpc, once."""
+        """Wrap the handler of every rpc, once; a call that lacks its token is refused before its request is parsed."""
         method: str = handler_call_details.method
+        if self._authenticator.needs_token and not _is_open_to_all(method):
+            try:
+                await self._authenticator.authenticate(handler_call_details.invocation_metadata, {})
+            except UnauthenticatedError as error:
+                handler = await continuation(handler_call_details)
+                return None if handler is None else self._refusal(method.rpartition("/")[2], handler, error)
         wrapped = self._handlers.get(method)
         if wrapped is None:
             handler = await continuation(handler_call_details)
@@ -64,7 +72,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return wrapped
 
     def _wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        if not method.startswith("/ntm."):
+        if _is_open_to_all(method):
             return self._cut_when_stopping(handler)
         rpc = method.rpartition("/")[2]
         if handler.unary_stream is not None:
@@ -80,6 +88,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+    def _refusal(
+        self, rpc: str, handler: grpc.RpcMethodHandler[Any, Any], error: ServingError
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        async def refuse(_requests: Any, context: _Context) -> None:
+            call = _Call(rpc)
+            try:
+                await call.abort(error, context)
+            finally:
+                self._metrics.count_call(call.rpc, call.code.name, perf_counter() - call.start_s)
+
+        # Without a deserializer: the request stays bytes.
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(refuse)
+        return grpc.unary_unary_rpc_method_handler(refuse)
 
     def _cut_when_stopping(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         """For a health check that watches, for as long as its client likes: it ends after the drain."""
@@ -116,7 +141,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if self._is_stopping:
                     raise ServerStoppingError
                 handle: Any = handler.unary_stream
-                await handle(request, context)
+                await self._handle(handle, request, context)
                 call.code = grpc.StatusCode.OK
             except Exception as error:
                 await call.abort(error, context)
@@ -134,7 +159,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call = _Call(rpc)
             try:
                 self._let_in()
-                response = await handle(request, context)
+                response = await self._handle(handle, request, context)
                 call.code = grpc.StatusCode.OK
             except Exception as error:
                 await call.abort(error, context)
@@ -143,6 +168,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return response
 
         return around
+
+    async def _handle(self, handle: Any, request: Any, context: _Context) -> Any:
+        """Handle a call for whoever makes it."""
+        authenticator = self._authenticator
+        if not authenticator.tells_apart:
+            return await handle(request, context)
+        shown = {} if authenticator.needs_token else context.auth_context()
+        caller = await authenticator.authenticate(context.invocation_metadata() or (), shown)
+        with calling(caller):
+            if caller.expires_s == float("inf"):
+                return await handle(request, context)
+            try:
+                async with asyncio.timeout(caller.expires_s - time()) as limit:
+                    return await handle(request, context)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise UnauthenticatedError("what the call began with has expired meanwhile") from None
 
     def _let_in(self) -> None:
         self._num_calls += 1
@@ -171,6 +214,11 @@ class _Call:
         told = _tell(self.rpc, error)
         self.code = told.code
         await _abort(told, context)
+
+
+def _is_open_to_all(method: str) -> bool:
+    """Health and reflection, which tell nothing of sessions."""
+    return method.startswith("/grpc.")
 
 
 def _tell(rpc: str, error: Exception) -> status.Status:

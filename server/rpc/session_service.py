@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -25,11 +26,13 @@ from server.errors import InvalidInputError, ServerStoppingError, ServingError
 from server.model.spec import StepModel, to_api
 from server.rpc import status
 from server.rpc import validation as requests
+from server.rpc.access import Access
 from server.rpc.streaming import EnteredStep, ReadAhead
 from server.rpc.validation import RequestLimits
 from server.rpc.watching import watch
+from server.security import split_key
 from server.sessions.manager import SessionInfo, SessionManager
-from server.sessions.session import Batch, BatchResult, Session, StepResult
+from server.sessions.session import Batch, BatchResult, Call, Session, StepResult
 
 log = structlog.get_logger()
 
@@ -40,11 +43,15 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class SessionService(session_service_pb2_grpc.SessionServiceServicer):
-    """ntm.v1.SessionService."""
+    """ntm.v1.SessionService.
 
-    def __init__(self, sessions: SessionManager, limits: RequestLimits) -> None:
+    A caller's ids become keys of its namespace here, and keys ids again: what is behind knows nothing of callers.
+    """
+
+    def __init__(self, sessions: SessionManager, limits: RequestLimits, access: Access) -> None:
         self._sessions = sessions
         self._limits = limits
+        self._access = access
         self._is_stopping = False
         self._idle_streams: set[asyncio.Task[Any]] = set()
 
@@ -57,18 +64,17 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     async def CreateSession(
         self, request: session_service_pb2.CreateSessionRequest, context: _Context
     ) -> session_service_pb2.CreateSessionResponse:
-        session = await self._sessions.create(
-            request.model_name,
-            request.model_version if request.HasField("model_version") else None,
-            requests.check_id("session_id", request.session_id, may_be_empty=True),
-            requests.check_id("request_id", request.request_id, may_be_empty=True),
-        )
+        new = self._new_keys(request.session_id, request.request_id)
+        version = request.model_version if request.HasField("model_version") else None
+        begin = partial(self._sessions.create, request.model_name, version, *new)
+        session = await self._access.begin(begin, request.model_name, new[1])
+        self._access.audit("session created", session.session_id)
         return session_service_pb2.CreateSessionResponse(session=self._message(session))
 
     async def GetSession(
         self, request: session_service_pb2.GetSessionRequest, context: _Context
     ) -> session_service_pb2.GetSessionResponse:
-        session = await self._sessions.get(requests.check_id("session_id", request.session_id))
+        session = await self._sessions.get(self._key("session_id", request.session_id, request.owner))
         return session_service_pb2.GetSessionResponse(session=self._message(session))
 
     async def ListSessions(
@@ -78,29 +84,34 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             raise InvalidInputError(
                 "page_size", f"{request.page_size} must be 1 to {_MAX_PAGE_SIZE}, or 0 for 100"
             )
+        namespace = self._access.namespace(request.owner, may_be_all=True)
         page, has_more = await self._sessions.page(
-            _decode_page_token(request.page_token),
+            namespace.first(_decode_page_token(request.page_token)),
             request.page_size or _DEFAULT_PAGE_SIZE,
             request.model_name,
         )
+        num_found = len(page)
+        page = [session for session in page if namespace.holds(session.session_id)]
+        has_more = has_more and len(page) == num_found
         return session_service_pb2.ListSessionsResponse(
             sessions=[self._message(session) for session in page],
-            next_page_token=_encode_page_token(page[-1].session_id) if has_more else "",
+            next_page_token=_encode_page_token(namespace.shown(page[-1].session_id)) if has_more else "",
         )
 
     async def DeleteSession(
         self, request: session_service_pb2.DeleteSessionRequest, context: _Context
     ) -> session_service_pb2.DeleteSessionResponse:
-        session_id = requests.check_id("session_id", request.session_id)
-        await self._sessions.delete(session_id, request.allow_missing)
+        key = self._key("session_id", request.session_id, request.owner)
+        await self._sessions.delete(key, request.allow_missing)
+        self._access.audit("session deleted", key)
         return session_service_pb2.DeleteSessionResponse()
 
     async def ResetSession(
         self, request: session_service_pb2.ResetSessionRequest, context: _Context
     ) -> session_service_pb2.ResetSessionResponse:
-        session_id = requests.check_id("session_id", request.session_id)
         session = await self._sessions.reset(
-            session_id, request.at_step if request.HasField("at_step") else None
+            self._key("session_id", request.session_id),
+            request.at_step if request.HasField("at_step") else None,
         )
         return session_service_pb2.ResetSessionResponse(session=self._message(session))
 
@@ -119,7 +130,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         ahead = ReadAhead(self.next_request, self.enter_step, context, self._limits.max_unanswered_steps)
         try:
             while (entered := await ahead.next()) is not None:
-                answer = session_service_pb2.StreamStepsResponse(session_id=entered.call.session.session_id)
+                session_id = split_key(entered.call.session.session_id)[1]
+                answer = session_service_pb2.StreamStepsResponse(session_id=session_id)
                 _fill(answer.step, entered, await entered.call.future)
                 await context.write(answer)
         finally:
@@ -129,6 +141,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         self, request: session_service_pb2.BatchStepRequest, context: _Context
     ) -> session_service_pb2.BatchStepResponse:
         requests.check_message_bytes(request.ByteSize(), self._limits)
+        requests.check_num_sessions(len(request.session_ids), self._limits)
         ids, first_steps = [*request.session_ids], [*request.first_steps]
         if len(set(ids)) != len(ids):
             raise InvalidInputError(
@@ -140,14 +153,15 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                 f"{len(first_steps)} for {len(ids)} sessions: send one for each, or none",
             )
         inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
-        found = await self._find_each(ids)
-        batch = self._enter_batch(ids, found, first_steps, inputs)
+        keys = [*map(self._access.namespace("").key, ids)]
+        found = await self._find_each(ids, keys)
+        batch = self._enter_batch(keys, found, first_steps, inputs)
         return _batch_message(await self._sessions.finish(batch))
 
     async def GetState(
         self, request: session_service_pb2.GetStateRequest, context: _Context
     ) -> session_service_pb2.GetStateResponse:
-        session = await self._find(request.session_id)
+        session = await self._find(request.session_id, request.owner)
         spec = session.model.model.spec
         names = requests.check_state_names("names", request.names, spec)
         names = names or [state.input_name for state in spec.states]
@@ -162,7 +176,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     async def WatchSession(  # type: ignore[override]  # gRPC takes this form too, its stubs do not
         self, request: session_service_pb2.WatchSessionRequest, context: _Context
     ) -> None:
-        session = await self._find(request.session_id)
+        session = await self._find(request.session_id, request.owner)
         model = session.model.model
         names = requests.check_state_names("include_state", request.include_state, model.spec)
         requests.check_answer_size("include_state", 0, names, model, self._limits)
@@ -171,31 +185,31 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     async def ForkSession(
         self, request: session_service_pb2.ForkSessionRequest, context: _Context
     ) -> session_service_pb2.ForkSessionResponse:
-        session = await self._sessions.fork(
-            requests.check_id("source_session_id", request.source_session_id),
-            request.at_step if request.HasField("at_step") else None,
-            requests.check_id("session_id", request.session_id, may_be_empty=True),
-            requests.check_id("request_id", request.request_id, may_be_empty=True),
-        )
+        new = self._new_keys(request.session_id, request.request_id)
+        source = self._key("source_session_id", request.source_session_id)
+        at_step = request.at_step if request.HasField("at_step") else None
+        session = await self._access.begin(partial(self._sessions.fork, source, at_step, *new), "", new[1])
+        self._access.audit("session forked", session.session_id, source=source)
         return session_service_pb2.ForkSessionResponse(session=self._message(session))
 
     async def ExportSession(
         self, request: session_service_pb2.ExportSessionRequest, context: _Context
     ) -> session_service_pb2.ExportSessionResponse:
-        session = await self._find(request.session_id)
+        session = await self._find(request.session_id, request.owner)
         names = [state.input_name for state in session.model.model.spec.states]
         requests.check_answer_size("session_id", 0, names, session.model.model, self._limits)
-        return session_service_pb2.ExportSessionResponse(snapshot=await self._sessions.export(session))
+        snapshot = await self._sessions.export(session)
+        self._access.audit("session exported", session.session_id)
+        return session_service_pb2.ExportSessionResponse(snapshot=snapshot)
 
     async def ImportSession(
         self, request: session_service_pb2.ImportSessionRequest, context: _Context
     ) -> session_service_pb2.ImportSessionResponse:
         requests.check_message_bytes(request.ByteSize(), self._limits)
-        session = await self._sessions.import_snapshot(
-            request.snapshot,
-            requests.check_id("session_id", request.session_id, may_be_empty=True),
-            requests.check_id("request_id", request.request_id, may_be_empty=True),
-        )
+        new = self._new_keys(request.session_id, request.request_id)
+        begin = partial(self._sessions.import_snapshot, request.snapshot, *new)
+        session = await self._access.begin(begin, "", new[1])
+        self._access.audit("session imported", session.session_id)
         return session_service_pb2.ImportSessionResponse(session=self._message(session))
 
     async def enter_step(
@@ -209,18 +223,18 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         names = requests.check_state_names("include_state", request.include_state, model.spec)
         field = "include_state" if names else "inputs.shape"
         requests.check_answer_size(field, len(inputs), names, model, self._limits)
-        call = self._sessions.step(
-            session,
-            inputs,
-            request.first_step if request.HasField("first_step") else None,
-            wants_state=bool(names),
-            follows=follows.call if follows else None,
-        )
+        first_step = request.first_step if request.HasField("first_step") else None
+
+        def enter() -> Call:
+            before = follows.call if follows else None
+            return self._sessions.step(session, inputs, first_step, wants_state=bool(names), follows=before)
+
+        call = self._access.begin_steps(len(inputs), enter)
         return EnteredStep(call, len(inputs), names)
 
     def _enter_batch(
         self,
-        ids: Sequence[str],
+        keys: Sequence[str],
         found: list[Session | ServingError | None],
         first_steps: Sequence[int],
         inputs: Array,
@@ -238,7 +252,11 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             requests.check_alike("session_ids", session.model.model.spec, first.model.spec)
 
         served = first if len(models) == 1 else None
-        return self._sessions.step_each(ids, found, served, inputs, first_steps, check)
+
+        def enter() -> Batch:
+            return self._sessions.step_each(keys, found, served, inputs, first_steps, check)
+
+        return self._access.begin_steps(inputs.shape[0] * inputs.shape[1], enter)
 
     def _if_alike(
         self, session: Session | ServingError | None, model: StepModel
@@ -250,35 +268,52 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                 return error
         return session
 
-    async def _find(self, session_id: str) -> Session:
+    def _key(self, field: str, session_id: str, owner: str = "") -> str:
+        """The key of a session, where the caller may look."""
+        return self._access.namespace(owner).key(requests.check_id(field, session_id))
+
+    def _new_keys(self, session_id: str, request_id: str) -> tuple[str, str]:
+        """The keys of a session that is to begin, and of the request for it; either may be without an id."""
+        namespace = self._access.namespace("")
+        return (
+            namespace.key(requests.check_id("session_id", session_id, may_be_empty=True)),
+            namespace.request_key(requests.check_id("request_id", request_id, may_be_empty=True)),
+        )
+
+    async def _find(self, session_id: str, owner: str = "") -> Session:
         """A session that can be called, from memory or from the store."""
-        session = self._sessions.in_memory.get(session_id)
+        key = self._access.namespace(owner).key(session_id)
+        session = self._sessions.in_memory.get(key)
         if session is not None:
             return session
-        return await self._sessions.find(requests.check_id("session_id", session_id))
+        requests.check_id("session_id", session_id)
+        return await self._sessions.find(key)
 
-    async def _find_each(self, ids: Sequence[str]) -> list[Session | ServingError | None]:
+    async def _find_each(
+        self, ids: Sequence[str], keys: Sequence[str]
+    ) -> list[Session | ServingError | None]:
         """The sessions that are in memory, the first at least, since the inputs are held against its model."""
         in_memory = self._sessions.in_memory
-        found: list[Session | ServingError | None] = [*map(in_memory.get, ids)]
+        found: list[Session | ServingError | None] = [*map(in_memory.get, keys)]
         if None not in found:
             return found
         has_model = any(found)
-        for index, session_id in enumerate(ids):
+        for index, key in enumerate(keys):
             if found[index] is None:
                 try:
-                    requests.check_id("session_ids", session_id)
+                    requests.check_id("session_ids", ids[index])
                     if not has_model:
-                        self._sessions.begin_to_find([session_id])
-                        found[index] = await self._sessions.find(session_id)
+                        self._sessions.begin_to_find([key])
+                        found[index] = await self._sessions.find(key)
                         has_model = True
                 except ServingError as error:
                     found[index] = error
-        return [session or in_memory.get(ids[index]) for index, session in enumerate(found)]
+        return [session or in_memory.get(keys[index]) for index, session in enumerate(found)]
 
     def _message(self, session: SessionInfo) -> session_pb2.Session:
         return session_pb2.Session(
-            session_id=session.session_id,
+            session_id=split_key(session.session_id)[1],
+            owner=self._access.owner_of(session.session_id),
             model_name=session.model_name,
             model_version=session.model_version,
             next_step=session.next_step,

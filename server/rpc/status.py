@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import grpc
-from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from server import errors
@@ -62,13 +61,18 @@ class Status:
     reason: str
     message: str
     metadata: dict[str, str]
+    retry_after_s: float | None = None
 
     def to_message(self) -> status_pb2.Status:
         """As the rich error that travels in the trailing metadata `grpc-status-details-bin`."""
         info = error_details_pb2.ErrorInfo(domain=DOMAIN, reason=self.reason, metadata=self.metadata)
-        detail = any_pb2.Any()
-        detail.Pack(info)
-        return status_pb2.Status(code=self.code.value[0], message=self.message, details=[detail])
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        status.details.add().Pack(info)
+        if self.retry_after_s is not None:
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromMilliseconds(max(1, round(self.retry_after_s * 1e3)))
+            status.details.add().Pack(retry)
+        return status
 
 
 def of(error: BaseException) -> Status:
@@ -80,4 +84,4 @@ def of(error: BaseException) -> Status:
     message = str(error)
     if len(message) > _MAX_MESSAGE_CHARACTERS:
         message = message[: _MAX_MESSAGE_CHARACTERS - 1] + "…"
-    return Status(code, reason, message, error.details)
+    return Status(code, reason, message, error.details, error.retry_after_s)

@@ -16,6 +16,8 @@ import pygrpc_native.aio
 
 from server.errors import TransportError
 
+_HANDSHAKE_TIMEOUT_MS = 10_000
+
 Kind = Literal["native", "grpcio"]
 
 
@@ -61,6 +63,7 @@ def make_server(
         ("grpc.max_send_message_length", max_message_bytes),
         # Without it a second server could share the port and take half of the calls.
         ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
     ]
     make = pygrpc_native.aio.server if kind == "native" else grpc.aio.server
     return make(interceptors=interceptors, options=options)

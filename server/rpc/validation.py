@@ -64,12 +64,16 @@ def step_inputs(tensor: tensor_pb2.Tensor, model: StepModel, limits: RequestLimi
     return array
 
 
-def batch_inputs(tensor: tensor_pb2.Tensor, num_sessions: int, limits: RequestLimits) -> Array:
-    """The inputs of S sessions, [S, T, ...input shape]; `check_fits` holds them against each session's model."""
+def check_num_sessions(num_sessions: int, limits: RequestLimits) -> None:
+    """That a batch has some sessions, and not too many."""
     if not 1 <= num_sessions <= limits.max_sessions_per_batch:
         raise InvalidInputError(
             "session_ids", f"{num_sessions} sessions in one batch: send 1 to {limits.max_sessions_per_batch}"
         )
+
+
+def batch_inputs(tensor: tensor_pb2.Tensor, num_sessions: int, limits: RequestLimits) -> Array:
+    """The inputs of S sessions, [S, T, ...input shape]; `check_fits` holds them against each session's model."""
     array = _array(tensor)
     if array.ndim < 2 or array.shape[0] != num_sessions:
         raise InvalidInputError(

@@ -5,14 +5,24 @@
 """
 
 from server.security.credentials import TlsFiles, TlsIdentity
+from server.security.jwts import ALGORITHMS as JWT_ALGORITHMS
 from server.security.jwts import JwtIssuer, JwtVerifier
+from server.security.loopback import is_loopback
 from server.security.namespaces import Namespace, split_key
-from server.security.principals import ANONYMOUS, Authenticator, Caller, Principal
-from server.security.quotas import QuotaKeeper, Quotas
+from server.security.principals import (
+    ANONYMOUS,
+    Authenticator,
+    Caller,
+    Principal,
+    calling,
+    current_principal,
+)
+from server.security.quotas import QuotaKeeper, Quotas, Usage
 from server.security.tokens import TokenFile
 
 __all__ = [
     "ANONYMOUS",
+    "JWT_ALGORITHMS",
     "Authenticator",
     "Caller",
     "JwtIssuer",
@@ -24,5 +34,9 @@ __all__ = [
     "TlsFiles",
     "TlsIdentity",
     "TokenFile",
+    "Usage",
+    "calling",
+    "current_principal",
+    "is_loopback",
     "split_key",
 ]

@@ -17,6 +17,8 @@ from urllib.parse import quote, unquote
 _MARK = "+"
 _AFTER_ALL_MARKED = ","
 """Sorts after every key with an owner, and before every bare id."""
+_AFTER_ALL = "\x7f"
+"""Sorts after every id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,10 @@ class Namespace:
         return Namespace(f"{_MARK}{quote(owner, safe='')}/") if owner else BARE
 
     def key(self, session_id: str) -> str:
-        """The key of one of its sessions, or the beginning of one for ""."""
-        return self.prefix + session_id
+        """The key of one of its sessions, or the beginning of one for ""; whatever stands there for an id."""
+        if self.prefix or not session_id.startswith(_MARK):
+            return self.prefix + session_id
+        return f"{_MARK}/{session_id}"  # looks like somebody's key, and becomes one that nobody has
 
     def request_key(self, request_id: str) -> str:
         """The key of a request; a request without an id has none."""
@@ -51,6 +55,13 @@ class Namespace:
         if self.is_everybodys:
             return True
         return key.startswith(self.prefix) if self.prefix else not key.startswith(_MARK)
+
+    @property
+    def range(self) -> tuple[str, str]:
+        """What its keys do not sort before, and what they all sort before."""
+        if self.prefix:
+            return self.prefix, self.prefix[:-1] + chr(ord(self.prefix[-1]) + 1)
+        return ("" if self.is_everybodys else _AFTER_ALL_MARKED), _AFTER_ALL
 
     def shown(self, key: str) -> str:
         """What a caller within it is shown for a key: the id."""

@@ -8,7 +8,8 @@ one anonymous principal.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from time import time
@@ -18,7 +19,7 @@ from cryptography.x509.oid import NameOID
 
 from server.errors import PermissionDeniedError, UnauthenticatedError
 from server.security.jwts import JwtVerifier
-from server.security.namespaces import BARE, EVERYBODY, Namespace
+from server.security.namespaces import BARE, EVERYBODY, Namespace, split_key
 from server.security.tokens import TokenFile
 
 AUTHORIZATION_KEY = "authorization"
@@ -30,7 +31,7 @@ _MAX_NAME_CHARACTERS = 128
 _MAX_CERTIFICATES = 1024
 
 Metadata = Iterable[tuple[str, str | bytes]]
-AuthContext = Mapping[str, Sequence[bytes]]
+AuthContext = Mapping[str, Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,14 @@ ANONYMOUS_CALLER = Caller(ANONYMOUS)
 _current: ContextVar[Caller] = ContextVar("caller", default=ANONYMOUS_CALLER)
 
 
-def set_caller(caller: Caller) -> None:
-    """Say who makes the call that runs in this task."""
-    _current.set(caller)
+@contextmanager
+def calling(caller: Caller) -> Iterator[None]:
+    """Around what is done for a caller."""
+    before = _current.set(caller)
+    try:
+        yield
+    finally:
+        _current.reset(before)
 
 
 def current_principal() -> Principal:
@@ -134,7 +140,7 @@ class Authenticator:
             )
         return Principal(name, self._namespace(name), name in self._admins)
 
-    def namespace_for(self, principal: Principal, owner: str) -> Namespace:
+    def namespace_for(self, principal: Principal, owner: str, *, may_be_all: bool = False) -> Namespace:
         """Where a principal looks that names an owner, who may be another one for an admin; "" for itself.
 
         Raises:
@@ -144,13 +150,21 @@ class Authenticator:
             return principal.namespace
         if not principal.is_admin:
             raise PermissionDeniedError("only an admin may name another owner")
-        return EVERYBODY if owner == EVERY_OWNER else self._namespace(owner)
+        if owner == EVERY_OWNER:
+            if not may_be_all:
+                raise PermissionDeniedError("name the one whose session it is")
+            return EVERYBODY
+        return self._namespace(owner)
+
+    def owner_of(self, key: str) -> str:
+        """The name of the principal that a session belongs to; "" if it is nobody's."""
+        return split_key(key)[0] or (self._unowned_sessions_owner if self.tells_apart else "")
 
     def _namespace(self, name: str) -> Namespace:
         return BARE if name == self._unowned_sessions_owner else Namespace.of(name)
 
     def _by_certificate(self, auth_context: AuthContext) -> Caller:
-        (pem,) = auth_context.get("x509_pem_cert") or (b"",)
+        pem = next(iter(auth_context.get("x509_pem_cert", ())), b"")
         known = self._certificate_names.get(pem)
         if known is None:
             known = _name_and_end(pem)

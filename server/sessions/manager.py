@@ -476,7 +476,8 @@ class SessionManager:
         """Make a session, in memory if there is room; a repeat of its request gets what that made."""
         if served.is_leaving:
             raise ModelLeavingError(served.model.label)
-        session_id = session_id or secrets.token_hex(16)
+        if not session_id or session_id.endswith("/"):  # an owner's, without an id
+            session_id += secrets.token_hex(16)
         store = self.journal.store
         place = served.room.take()
         if place is None and not store.keeps_steps:

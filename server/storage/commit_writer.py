@@ -134,6 +134,10 @@ class CommitWriter:
         """As `Store.page`."""
         return await self._read(lambda: self.store.page(after, size, model_name))
 
+    async def count(self, first: str, before: str, model_name: str) -> int:
+        """As `Store.count`."""
+        return await self._read(lambda: self.store.count(first, before, model_name))
+
     async def find_idle(self, last_use_before_s: float, size: int) -> list[str]:
         """As `Store.find_idle`."""
         return await self._read(lambda: self.store.find_idle(last_use_before_s, size))

@@ -202,6 +202,9 @@ class Store(Protocol):
     def page(self, after: str, size: int, model_name: str) -> list[Entry]:
         """Up to `size` living sessions with ids after `after`, ascending by byte; of one model, or of all for ""."""
 
+    def count(self, first: str, before: str, model_name: str) -> int:
+        """How many living sessions have ids from `first` on and before `before`, of one model, or of all for ""."""
+
     def find_idle(self, last_use_before_s: float, size: int) -> list[str]:
         """Ids of up to `size` living sessions last used before a service time, the longest unused first.
 

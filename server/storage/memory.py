@@ -136,6 +136,15 @@ class MemoryStore:
                     entries.append(session.current())
         return entries
 
+    def count(self, first: str, before: str, model_name: str) -> int:
+        """See Store.count."""
+        with self._lock:
+            start = bisect.bisect_left(self._living, first)
+            end = bisect.bisect_left(self._living, before)
+            if not model_name:
+                return end - start
+            return sum(self._sessions[i].entry.model_name == model_name for i in self._living[start:end])
+
     def find_idle(self, last_use_before_s: float, size: int) -> list[str]:
         """See Store.find_idle."""
         with self._lock:

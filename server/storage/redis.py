@@ -181,6 +181,12 @@ class RedisStore:
         (reply,) = self._run([(redis_scripts.PAGE, [living, f"({after}" if after else "-", size])])
         return [_entry(values) for values in _answer(reply)]
 
+    def count(self, first: str, before: str, model_name: str) -> int:
+        """See Store.count."""
+        living = f"ntm:living:{model_name}" if model_name else "ntm:living"
+        with _translated():
+            return int(self._redis.zlexcount(living, f"[{first}", f"({before}"))
+
     def find_idle(self, last_use_before_s: float, size: int) -> list[str]:
         """See Store.find_idle."""
         found: list[str] = []

@@ -316,6 +316,16 @@ class SqliteStore:
             parameters = (after, size, model_name) if model_name else (after, size)
             return [Entry(*row) for row in reader.execute(query, parameters)]
 
+    def count(self, first: str, before: str, model_name: str) -> int:
+        """See Store.count."""
+        query = (
+            "SELECT count(*) FROM session WHERE end_time_s IS NULL AND id >= ?1 AND id < ?2 "
+            "AND (?3 = '' OR model_name = ?3)"
+        )
+        with self._reading() as reader:
+            (num,) = reader.execute(query, (first, before, model_name)).fetchone()
+            return int(num)
+
     def find_idle(self, last_use_before_s: float, size: int) -> list[str]:
         """See Store.find_idle."""
         query = (

@@ -15,7 +15,19 @@ from tests.conftest import ROOT
 
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
-FIXED = {"models", "listen", "metrics_listen", "store", "config"}
+FIXED = {
+    "models",
+    "listen",
+    "metrics_listen",
+    "health_listen",
+    "store",
+    "config",
+    "insecure",
+    "tls_cert",
+    "tls_key",
+    "tls_client_ca",
+    "tokens",
+}
 """Settings that the image or the compose file sets."""
 
 

@@ -439,6 +439,30 @@ def test_nothing_of_a_model_is_markup(
         assert page.page.locator("script").count() == 1
 
 
+def test_what_others_do_in_a_session_is_followed(page: Page, served: str) -> None:
+    session_id = page.create()
+    page.page.check("#follow")
+    inputs = np.random.default_rng(0).integers(0, 2, (6, 9)).astype(np.float32)
+    with Client(served) as client:
+        other = client.attach(session_id)
+        page.until(f"document.documentElement.dataset.following === {session_id!r}")
+        memories = [other.state("memory")["memory"]]
+        for step in inputs[:4]:
+            other.step(step)
+            memories.append(other.state("memory")["memory"])
+        page.drawn(4)
+        farthest = float(np.abs(memories).max())
+        drawn = shown_memory(page, memories[-1], -farthest, farthest)
+        np.testing.assert_allclose(drawn, memories[-1], atol=farthest / 100)
+
+        page.load("zeros", steps=2)
+        page.run(6)
+        assert client.attach(session_id).next_step == 6
+        other.delete()
+    page.until("!document.getElementById('alert').hidden")
+    assert not page.page.is_checked("#follow")
+
+
 def test_a_failure_is_said_and_can_be_dismissed(page: Page, served: str) -> None:
     session_id = page.create()
     page.load("copy", length=5, seed=0)

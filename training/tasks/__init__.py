@@ -2,8 +2,11 @@
 
 from training.tasks.associative_recall import AssociativeRecallTask
 from training.tasks.copy import CopyTask
+from training.tasks.copy_episode import CopyEpisodeTask
 from training.tasks.dataset import DatasetTask
 from training.tasks.dynamic_ngrams import DynamicNGramsTask
+from training.tasks.formal_languages import FormalLanguageTask
+from training.tasks.graphs import GraphTraversalTask, ShortestPathTask
 from training.tasks.priority_sort import PrioritySortTask
 from training.tasks.repeat_copy import RepeatCopyTask
 from training.tasks.task import PATTERNS, Goal, Pattern, Sequences, Size, Task
@@ -16,6 +19,10 @@ TASKS: dict[str, type[Task]] = {
         AssociativeRecallTask,
         DynamicNGramsTask,
         PrioritySortTask,
+        CopyEpisodeTask,
+        FormalLanguageTask,
+        GraphTraversalTask,
+        ShortestPathTask,
         DatasetTask,
     )
 }

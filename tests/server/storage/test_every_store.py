@@ -298,6 +298,19 @@ def test_pages_go_through_living_sessions_in_order_of_bytes(store: Store):
     assert store.page("", 10, "nobody's") == []
 
 
+def test_living_sessions_are_counted_within_a_range_of_ids(store: Store):
+    make(store, "+a/1", "+a/2", "+a0", "+b/1", "1", "2")
+    make(store, "+a/3", "3", model_name="recall")
+    make(store, "+a/4")
+    store.commit([ending("+a/4")])
+
+    assert store.count("+a/", "+a0", "") == 3
+    assert store.count("+a/", "+a0", "copy") == 2
+    assert store.count(",", "\x7f", "") == 3
+    assert store.count("", "\x7f", "recall") == 2
+    assert store.count("+c/", "+c0", "") == 0
+
+
 def test_the_longest_idle_are_found_first(store: Store):
     make(store, "used at 3", last_use_s=3.0)
     make(store, "used at 1", last_use_s=1.0)

@@ -11,7 +11,8 @@ from training.tasks.copy import CopyTask
 from training.tasks.dynamic_ngrams import DynamicNGramsTask
 from training.tasks.patterns import patterned_bits
 
-GENERATED = [name for name in TASKS if name != "dataset"]
+WITHOUT_VECTORS = ("dataset", "formal-language", "graph-traversal", "shortest-path")
+GENERATED = [name for name in TASKS if name not in WITHOUT_VECTORS]
 
 
 def drawn(pattern, num_vectors=12, batch_size=20, num_bits=8):

@@ -27,7 +27,7 @@ from ntm.v1 import model_pb2 as ntm_dot_v1_dot_model__pb2
 from ntm.v1 import tensor_pb2 as ntm_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14ntm/v1/session.proto\x12\x06ntm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x12ntm/v1/model.proto\x1a\x13ntm/v1/tensor.proto\"\x94\x02\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\x03\x12\x11\n\tnext_step\x18\x04 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05store\x18\x08 \x01(\t\x12\x13\n\x0b\x61pproximate\x18\t \x01(\x08\"[\n\x0bStateTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.ntm.v1.StateRole\x12\x1d\n\x05value\x18\x03 \x01(\x0b\x32\x0e.ntm.v1.Tensorb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14ntm/v1/session.proto\x12\x06ntm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x12ntm/v1/model.proto\x1a\x13ntm/v1/tensor.proto\"\xa3\x02\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\x03\x12\x11\n\tnext_step\x18\x04 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05store\x18\x08 \x01(\t\x12\x13\n\x0b\x61pproximate\x18\t \x01(\x08\x12\r\n\x05owner\x18\n \x01(\t\"[\n\x0bStateTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.ntm.v1.StateRole\x12\x1d\n\x05value\x18\x03 \x01(\x0b\x32\x0e.ntm.v1.Tensorb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ntm.v1.session_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SESSION']._serialized_start=107
-  _globals['_SESSION']._serialized_end=383
-  _globals['_STATETENSOR']._serialized_start=385
-  _globals['_STATETENSOR']._serialized_end=476
+  _globals['_SESSION']._serialized_end=398
+  _globals['_STATETENSOR']._serialized_start=400
+  _globals['_STATETENSOR']._serialized_end=491
 # @@protoc_insertion_point(module_scope)

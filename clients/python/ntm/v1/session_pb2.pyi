@@ -34,6 +34,7 @@ class Session(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
     APPROXIMATE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Its id: 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', '~' and '-'."""
     model_name: _builtins.str
@@ -48,6 +49,8 @@ class Session(_message.Message):
     """True: it was recovered by replay on another machine or build than it ran on before, so that what it
     gives may differ in the last bits from an unbroken run.
     """
+    owner: _builtins.str
+    """Name of the principal that it belongs to. Empty: the server does not tell callers apart."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created, by the server's clock."""
@@ -72,10 +75,11 @@ class Session(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         store: _builtins.str = ...,
         approximate: _builtins.bool = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_use_time", b"last_use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approximate", b"approximate", "create_time", b"create_time", "expire_time", b"expire_time", "last_use_time", b"last_use_time", "model_name", b"model_name", "model_version", b"model_version", "next_step", b"next_step", "session_id", b"session_id", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approximate", b"approximate", "create_time", b"create_time", "expire_time", b"expire_time", "last_use_time", b"last_use_time", "model_name", b"model_name", "model_version", b"model_version", "next_step", b"next_step", "owner", b"owner", "session_id", b"session_id", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

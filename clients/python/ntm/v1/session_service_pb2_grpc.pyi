@@ -39,6 +39,13 @@ class SessionServiceStub:
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
+    A session belongs to the principal that made it, and to any other it does not exist: ids and request ids are each
+    principal's own. A principal comes from a bearer token or JWT (metadata `authorization: Bearer ...`), or from the
+    client's certificate, as the server is set up; one without any of these serves everybody as one. Admins may list, read,
+    export and delete the sessions of others, by the field `owner`.
+
+    Every rpc may also answer UNAUTHENTICATED (it is not known who calls), PERMISSION_DENIED (an `owner` that the caller
+    may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
     not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
@@ -142,6 +149,13 @@ class SessionServiceAsyncStub(SessionServiceStub):
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
+    A session belongs to the principal that made it, and to any other it does not exist: ids and request ids are each
+    principal's own. A principal comes from a bearer token or JWT (metadata `authorization: Bearer ...`), or from the
+    client's certificate, as the server is set up; one without any of these serves everybody as one. Admins may list, read,
+    export and delete the sessions of others, by the field `owner`.
+
+    Every rpc may also answer UNAUTHENTICATED (it is not known who calls), PERMISSION_DENIED (an `owner` that the caller
+    may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
     not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
@@ -241,6 +255,13 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     The metadata key `ntm-routing-key` sends calls with the same value to the same replica; by default its
     value is the session's id.
 
+    A session belongs to the principal that made it, and to any other it does not exist: ids and request ids are each
+    principal's own. A principal comes from a bearer token or JWT (metadata `authorization: Bearer ...`), or from the
+    client's certificate, as the server is set up; one without any of these serves everybody as one. Admins may list, read,
+    export and delete the sessions of others, by the field `owner`.
+
+    Every rpc may also answer UNAUTHENTICATED (it is not known who calls), PERMISSION_DENIED (an `owner` that the caller
+    may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
     not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing

@@ -1,7 +1,8 @@
 """`make demo`: a trained NTM recalls random sequences through the gRPC server. No torch needed.
 
-It starts the server on the shipped model, sends sequences of the longest length seen in training and of one five
-times as long, draws what came back and where the heads looked, and stops the server. `python demo.py HOST:PORT` asks
+It starts the server on the shipped models, sends sequences of the longest length seen in training and of one five
+times as long, and to a machine whose memory has 1024 rows ones of fifty times that length. It draws what came back and
+where the heads looked, and stops the server. `python demo.py HOST:PORT` asks
 a server that runs already, and needs the client alone: it draws in the terminal only.
 """
 
@@ -25,11 +26,14 @@ from rich.text import Text
 
 from ntm import Client, Trace
 
-MODEL = "copy"
+# By length. `copy-long` is a machine trained like `copy`, over a memory of 1024 rows in place of 128.
+MODELS = {20: "copy", 100: "copy", 1000: "copy-long"}
 NUM_BITS = 8
-LENGTHS = (20, 100)
 NUM_SEQUENCES = 10
+STEPS_IN_A_MESSAGE = 512
 PICTURE = Path("out/demo.png")
+MOST_LINES = 5
+"""Of a sequence drawn in the terminal."""
 
 Bits = npt.NDArray[np.float32]
 
@@ -38,6 +42,7 @@ Bits = npt.NDArray[np.float32]
 class Recall:
     """What became of some random sequences of one length."""
 
+    model: str
     length: int
     bit_errors: int
     steps_per_s: float
@@ -65,17 +70,17 @@ def main() -> int:
     given: str | None = parser.parse_args().address
     console = Console(highlight=False, soft_wrap=True)
     with nullcontext(given) if given else server() as address, Client(address) as client:
-        console.print(f"[bold]Server[/] on {address}, model {MODEL!r}: {where_it_runs(client)}\n")
-        recalls = [recall(client, length) for length in LENGTHS]
+        console.print(f"[bold]Server[/] on {address}: {where_it_runs(client)}\n")
+        recalls = [recall(client, model, length) for length, model in MODELS.items()]
     for each in recalls:
         draw(console, each)
     if not given:
         draw_picture(recalls, PICTURE)
 
-    table = Table("length", "sequences", "bits", "bit errors", "steps/s through gRPC")
+    table = Table("model", "length", "sequences", "bits", "bit errors", "steps/s through gRPC")
     for each in recalls:
         num_bits = NUM_SEQUENCES * each.length * NUM_BITS
-        row = (each.length, NUM_SEQUENCES, num_bits, each.bit_errors, f"{each.steps_per_s:,.0f}")
+        row = (each.model, each.length, NUM_SEQUENCES, num_bits, each.bit_errors, f"{each.steps_per_s:,.0f}")
         table.add_row(*map(str, row))
     console.print(table)
     picture = "" if given else f" Picture: [bold]{PICTURE}[/]"
@@ -114,29 +119,33 @@ def server() -> Iterator[str]:
 
 
 def where_it_runs(client: Client) -> str:
-    """Where the model runs, in words."""
-    execution = client.model(MODEL).execution
+    """Where the models run, in words."""
+    execution = client.model(MODELS[20]).execution
     return f"{execution.provider}, ONNX Runtime {execution.onnxruntime_version}"
 
 
-def recall(client: Client, length: int) -> Recall:
-    """Have random sequences recalled, all in one message, and the first once more step by step."""
+def recall(client: Client, model: str, length: int) -> Recall:
+    """Have random sequences recalled, all together, and the first once more step by step."""
     generator = np.random.default_rng()
     targets = generator.integers(0, 2, (NUM_SEQUENCES, length, NUM_BITS)).astype(np.float32)
     inputs = np.stack([copy_inputs(target) for target in targets])
-    sessions = [client.session(MODEL) for _ in targets]
+    sessions = [client.session(model) for _ in targets]
     start_s = perf_counter()
-    result = client.batch_step(sessions, inputs)
+    outputs = []
+    for first in range(0, inputs.shape[1], STEPS_IN_A_MESSAGE):
+        result = client.batch_step(sessions, inputs[:, first : first + STEPS_IN_A_MESSAGE])
+        if result.errors:
+            raise result.errors.popitem()[1]
+        outputs.append(result.outputs)
     elapsed_s = perf_counter() - start_s
     for session in sessions:
         session.delete()
-    if result.errors:
-        raise result.errors.popitem()[1]
-    recalled = result.outputs[:, length + 1 :] > 0.5
-    with client.session(MODEL) as session:
+    recalled = np.concatenate(outputs, axis=1)[:, length + 1 :] > 0.5
+    with client.session(model) as session:
         trace = session.trace(inputs[0], ["read_weightings", "write_weightings"])
     bit_errors = int((recalled != (targets > 0.5)).sum())
-    return Recall(length, bit_errors, inputs.shape[0] * inputs.shape[1] / elapsed_s, targets[0], trace)
+    num_steps = inputs.shape[0] * inputs.shape[1]
+    return Recall(model, length, bit_errors, num_steps / elapsed_s, targets[0], trace)
 
 
 def copy_inputs(target: Bits) -> Bits:
@@ -148,12 +157,15 @@ def copy_inputs(target: Bits) -> Bits:
 
 
 def draw(console: Console, each: Recall) -> None:
-    """Draw target and output as bits, wrong ones in red, and for short sequences the heads' attention."""
-    console.print(f"[bold]Length {each.length}[/], one of {NUM_SEQUENCES} sequences")
+    """Draw target and output as bits, wrong ones in red, the beginning alone of a long sequence, and for short ones
+    the heads' attention."""
     wrong = (each.output > 0.5) != (each.target > 0.5)
     width = max(20, min(each.length, console.width - 10))
-    for start in range(0, each.length, width):
-        part = slice(start, start + width)
+    shown = each.length if each.length <= MOST_LINES * width else width
+    part_of = "" if shown == each.length else f", its first {shown} vectors"
+    console.print(f"[bold]Length {each.length}[/], one of {NUM_SEQUENCES} sequences{part_of}")
+    for start in range(0, shown, width):
+        part = slice(start, min(start + width, shown))
         for name, bits in (("target", each.target), ("output", each.output)):
             for number, line in enumerate(bit_lines(bits[part], wrong[part])):
                 console.print(Text(f"{name if number == 0 else '':8}") + line)
@@ -185,9 +197,9 @@ def draw_picture(recalls: list[Recall], path: Path) -> None:
     """Target, output and attention over time, a column for each length."""
     from matplotlib.figure import Figure  # here, so that asking a running server needs the client alone
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    figure = Figure(figsize=(17, 7.5), layout="constrained")
     grid = figure.subplots(
-        4, len(recalls), width_ratios=[1, 2], height_ratios=[1, 1, 2.2, 2.2], squeeze=False
+        4, len(recalls), width_ratios=[1, 2, 2], height_ratios=[1, 1, 2.2, 2.2], squeeze=False
     )
     for column, each in zip(grid.T, recalls, strict=True):
         lead = np.zeros((each.length + 1, NUM_BITS))
@@ -198,16 +210,40 @@ def draw_picture(recalls: list[Recall], path: Path) -> None:
             ("Read weighting", each.weighting("read_weightings"), "magma"),
         ]
         for axes, (name, values, colours) in zip(column, pictures, strict=True):
-            axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=1)
+            height, width = values.shape
+            axes.imshow(
+                shrunk(values) if "eight" in name else values,
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                aspect="auto",
+                interpolation="nearest",
+                cmap=colours,
+                vmin=0,
+                vmax=1,
+            )
             axes.axvline(each.length, color="tab:red", linewidth=1)
-            axes.set_ylabel(f"{name}\n(memory row)" if "eight" in name else f"{name}\n(bit)")
-            axes.label_outer()
+            axes.tick_params(labelbottom=axes is column[-1])
+            if each is recalls[0]:
+                axes.set_ylabel(f"{name}\n(memory row)" if "eight" in name else f"{name}\n(bit)")
         column[0].set_title(
             f"Length {each.length}: {each.bit_errors} wrong bits in {NUM_SEQUENCES} sequences"
         )
-        column[-1].set_xlabel("Step; the red line is the delimiter: the sequence before it, its recall after")
+        column[-1].set_xlabel("Step; the red line is the delimiter")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def shrunk(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Weightings as a picture of no more than 400 by 400 points.
+
+    Each is the brightest of those that it stands for: else a thin line would be lost between them.
+    """
+    for axis in (0, 1):
+        each = -(-values.shape[axis] // 400)
+        missing = [(0, -length % each if at == axis else 0) for at, length in enumerate(values.shape)]
+        padded = np.pad(values, missing, constant_values=0)
+        shape = (-1, each, padded.shape[1]) if axis == 0 else (padded.shape[0], -1, each)
+        values = padded.reshape(shape).max(axis=axis + 1)
+    return values
 
 
 if __name__ == "__main__":

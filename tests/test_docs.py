@@ -130,5 +130,5 @@ def test_the_demo_recalls_every_bit(tmp_path: Path) -> None:
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = re.findall(r"│\s*(\d+)\s*│\s*(\d+)\s*│\s*(\d+)\s*│\s*(\d+)\s*│", ended.stdout)
-    assert [(int(length), int(errors)) for length, _, _, errors in rows] == [(20, 0), (100, 0)]
+    assert [(int(length), int(errors)) for length, _, _, errors in rows] == [(20, 0), (100, 0), (1000, 0)]
     assert (ROOT / "out" / "demo.png").stat().st_size > 10_000

@@ -63,6 +63,13 @@ def test_copy_makes_no_mistake_far_beyond_the_lengths_of_training(length: int) -
     assert wrong_bits(CopyTask(), (length,), 50) == 0
 
 
+@pytest.mark.parametrize(("length", "num_sequences"), [(1, 50), (20, 50), (1000, 8)])
+def test_copy_over_more_rows_makes_no_mistake_fifty_times_beyond_the_lengths_of_training(
+    length: int, num_sequences: int
+) -> None:
+    assert wrong_bits(CopyTask(), (length,), num_sequences, "copy-long") == 0
+
+
 def test_the_baseline_copies_what_it_was_trained_on_and_no_more() -> None:
     assert wrong_bits(CopyTask(), (10,), 50, "copy-lstm") < 1
     assert wrong_bits(CopyTask(), (40,), 50, "copy-lstm") > 50

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import growth, plots, residence, serving, step_graph
+from benchmarks import growth, plots, residence, routing, serving, step_graph
 from benchmarks.measuring import Figures, machine, ratio
 from benchmarks.peers import triton
 from benchmarks.server_process import Shape
@@ -86,18 +86,24 @@ def full(console: Console) -> int:
         "serving": partial(serving.compare, num_rounds=5, duration_s=1.0),
         "latency": partial(serving.compare_latency, num_rounds=5, duration_s=2.0),
         "stores": partial(serving.compare_stores, num_rounds=5, duration_s=1.0),
+        "routing": partial(routing.compare, num_rounds=5, duration_s=2.0),
         "residence": partial(residence.compare, num_rounds=2, duration_s=2.0),
         "growth": partial(growth.compare, num_rounds=5, duration_s=0.7),
     }
     for what, measure in parts.items():
         with console.status(f"measuring {what}"):
             found = measure()
-        _write(what, found)
-        console.print(_table_of(what, found))
+        keep(what, found, console)
         figures |= found
     plots.draw(figures, RESULTS)
     console.print(_table_of_ratios(figures, [ratio for ratio in RATIOS if ratio.case in figures]))
     return 0
+
+
+def keep(what: str, figures: Figures, console: Console) -> None:
+    """Write down what was measured, and show it."""
+    _write(what, figures)
+    console.print(_table_of(what, figures))
 
 
 def quick(console: Console) -> int:

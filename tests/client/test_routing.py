@@ -11,17 +11,22 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psutil
 import pytest
+from grpc_health.v1 import health, health_pb2_grpc
 
 import ntm._async.client
 import ntm._sync.client
+from benchmarks.peers import envoy
 from ntm import AsyncClient, Client
+from ntm import _requests as requests
 from ntm._channel import Tls, channel
-from ntm._routing import target
+from ntm._routing import Address, target
 from tests.compose.load import MODEL, Load, load
 from tests.conftest import ROOT, ServerProcess
 from tests.server.helpers import accumulated, random_inputs
@@ -281,6 +286,43 @@ def test_a_replica_that_stops_gets_no_more_calls_while_it_finishes_those_it_has(
 
     for output in outputs:
         np.testing.assert_array_equal(output, accumulated(inputs)[1:])
+
+
+class Named(grpc.GenericRpcHandler):
+    """Answers every call with its own name."""
+
+    def __init__(self, name: bytes) -> None:
+        self._name = name
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        if "Health" in handler_call_details.method:
+            return None
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: self._name)
+
+
+@pytest.fixture
+def three_named() -> Iterator[list[str]]:
+    """The addresses of three servers that say who they are, and that they are healthy."""
+    servers, addresses = [], []
+    for name in (b"a", b"b", b"c"):
+        server = grpc.server(futures.ThreadPoolExecutor(4), handlers=[Named(name)])
+        health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+        addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        server.start()
+        servers.append(server)
+    yield addresses
+    for server in servers:
+        server.stop(None)
+
+
+def test_the_client_and_envoy_choose_the_same_replica_for_each_session(three_named: list[str]) -> None:
+    def chosen(address: Address) -> list[bytes]:
+        with channel(address, False, None) as opened:
+            call = opened.unary_unary("/any/Call")
+            return [call(b"", metadata=requests.metadata(f"session {n}"), timeout=10) for n in range(100)]
+
+    with envoy.routing(three_named) as (router, _):
+        assert chosen(router) == chosen(three_named)
 
 
 def test_looking_a_name_up_again_makes_no_new_connection(replicas: Replicas) -> None:

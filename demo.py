@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ntm import Client, Trace
+from ntm import Client, Tls, Trace
 
 # By length. `copy-long` is a machine trained like `copy`, over a memory of 1024 rows in place of 128.
 MODELS = {20: "copy", 100: "copy", 1000: "copy-long"}
@@ -67,9 +67,19 @@ def main() -> int:
     parser.add_argument(
         "address", nargs="?", help="HOST:PORT of a running server; without it, one is started"
     )
-    given: str | None = parser.parse_args().address
+    parser.add_argument(
+        "--authority", type=Path, help="PEM file of the authority of that server's certificate"
+    )
+    parser.add_argument("--token-file", type=Path, help="file with the token that this server asks for")
+    arguments = parser.parse_args()
+    given: str | None = arguments.address
+    tls = Tls(arguments.authority) if arguments.authority else False
+    token = arguments.token_file.read_text().strip() if arguments.token_file else None
     console = Console(highlight=False, soft_wrap=True)
-    with nullcontext(given) if given else server() as address, Client(address) as client:
+    with (
+        nullcontext(given) if given else server() as address,
+        Client(address, tls=tls, token=token) as client,
+    ):
         console.print(f"[bold]Server[/] on {address}: {where_it_runs(client)}\n")
         recalls = [recall(client, model, length) for length, model in MODELS.items()]
     for each in recalls:

@@ -56,7 +56,7 @@ issue() {
     rm -r "$temporary"
 }
 
-issue server DNS:server,DNS:replica,DNS:localhost,IP:127.0.0.1
+issue server DNS:server,DNS:replica,DNS:replica.ntm.svc,DNS:localhost,IP:127.0.0.1
 issue router DNS:router,DNS:ntm,DNS:ntm.ntm.svc,DNS:localhost,IP:127.0.0.1
 issue valkey DNS:valkey,DNS:localhost,IP:127.0.0.1
 issue prometheus DNS:prometheus,DNS:localhost,IP:127.0.0.1

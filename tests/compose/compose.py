@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ntm import Tls
 from tests.conftest import ROOT
 from tests.valkey import free_port
 
@@ -35,6 +36,7 @@ class Compose:
         settings: variables of .env.example.
         """
         self.name = name
+        self._secrets = secrets
         self.port, self.router_port = free_port(), free_port()
         self._environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("NTM_", "COMPOSE_"))},
@@ -45,6 +47,12 @@ class Compose:
             "NTM_SECRETS": str(secrets),
             **settings,
         }
+
+    @property
+    def credentials(self) -> dict[str, Any]:
+        """What a client of this project is given beside the address."""
+        token = (self._secrets / "token").read_text()
+        return {"tls": Tls(self._secrets / "authority.pem"), "token": token}
 
     @property
     def address(self) -> str:

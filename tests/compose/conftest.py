@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from tests.compose.compose import Compose, docker
 from tests.compose.load import Account
+from tests.conftest import ROOT
 
 _ROWS: list[tuple[str, ...]] = []
 
@@ -26,9 +29,8 @@ def images() -> None:
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of secret files."""
     directory = tmp_path_factory.mktemp("secrets")
-    for name in ("valkey_password", "grafana_password"):
-        (directory / name).write_text("not-so-random")
-        (directory / name).chmod(0o644)
+    environment = {**os.environ, "NTM_SECRETS": str(directory)}
+    subprocess.run([ROOT / "deploy" / "secrets.sh"], cwd=ROOT, env=environment, check=True)
     return directory
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any
 
 import numpy as np
 
@@ -138,9 +139,9 @@ class Load:
 
 
 @asynccontextmanager
-async def load(address: str) -> AsyncIterator[Load]:
+async def load(address: str, credentials: dict[str, Any]) -> AsyncIterator[Load]:
     """Sessions at work from the start of the block; call `end` in it for the account."""
-    async with AsyncClient(address, retry_for_s=60.0) as client:
+    async with AsyncClient(address, retry_for_s=60.0, **credentials) as client:
         sessions = [await client.session(MODEL) for _ in range(NUM_SESSIONS)]
         running = Load(client, sessions)
         running.begin()

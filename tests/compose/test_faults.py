@@ -19,9 +19,13 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(180)]
 MODELS = f"{ROOT}/models:/models:ro"
 
 
+_INSECURE = ("--env", "NTM_SERVER_INSECURE=true")
+"""The image alone listens beyond its container, and has no certificate."""
+
+
 def failed_start(*options: str, flags: tuple[str, ...] = ()) -> str:
     """The one line that a server ends with that cannot start."""
-    said = docker("run", "--rm", "--read-only", *options, "ntm-server", *flags, check=False)
+    said = docker("run", "--rm", "--read-only", *_INSECURE, *options, "ntm-server", *flags, check=False)
     lines = [line for line in said.splitlines() if not line.startswith("{")]
     assert "Traceback" not in said
     assert len(lines) == 1, said
@@ -34,7 +38,7 @@ def containers() -> Iterator[Callable[..., str]]:
     started: list[str] = []
 
     def start(*args: str) -> str:
-        started.append(docker("run", "--detach", *args).strip().splitlines()[-1])
+        started.append(docker("run", "--detach", *_INSECURE, *args).strip().splitlines()[-1])
         return started[-1]
 
     yield start
@@ -74,7 +78,7 @@ def test_a_corrupt_model(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     (tmp_path / "copy" / "1").mkdir(parents=True)
     (tmp_path / "copy" / "1" / "model.onnx").write_bytes(b"not a model")
-    said = docker("run", "--rm", "--volume", f"{tmp_path}:/models:ro", "ntm-server", check=False)
+    said = docker("run", "--rm", *_INSECURE, "--volume", f"{tmp_path}:/models:ro", "ntm-server", check=False)
 
     assert "/models/copy/1/model.onnx" in said
     assert "Traceback" not in said
@@ -144,9 +148,9 @@ def test_a_store_that_is_not_there_yet_is_waited_for(
     wait_until(lambda: bool(logged(replica, waiting)), "it says what it waits for")
     time.sleep(2)
     assert health(replica) != "healthy"
-    assert "not-so-random" not in docker("logs", replica)
+    assert (secrets / "valkey_password").read_text() not in docker("logs", replica)
     assert docker("exec", replica, "python", "-m", "server.rpc.health", check=False).startswith(
-        "127.0.0.1:50051: UNAV"
+        "127.0.0.1:50050: UNAV"
     )
 
     project.run("--profile", "scale", "up", "--detach", "--no-deps", "valkey")

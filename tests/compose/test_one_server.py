@@ -59,8 +59,12 @@ def inspect_image(image: str, what: str) -> str:
 
 def test_the_readmes_client_lines_recall_a_sequence_without_an_error(one: Compose) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    credentials = 'tls=Tls("{}"), token="{}"'.format(
+        one.credentials["tls"].authorities, one.credentials["token"]
+    )
+    program = program.replace('"127.0.0.1:50051"', f'"{one.address}", {credentials}')
     ended = subprocess.run(
-        [sys.executable, "-c", program.replace("127.0.0.1:50051", one.address)],
+        [sys.executable, "-c", f"from ntm import Tls\n{program}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -92,7 +96,7 @@ def test_the_container_cannot_write_but_to_its_volume(one: Compose) -> None:
 async def test_a_server_that_is_stopped_and_started_under_load_loses_nothing(
     one: Compose, report: Callable[[str, Account, str], None]
 ) -> None:
-    async with load(one.address) as running:
+    async with load(one.address, one.credentials) as running:
         await asyncio.sleep(2)
         await asyncio.to_thread(one.run, "stop", "server")
         stopped = inspect((await asyncio.to_thread(all_containers, one))[0])["State"]
@@ -113,7 +117,7 @@ async def test_a_server_that_crashes_under_load_comes_back_with_its_sessions(
     one: Compose, report: Callable[[str, Account, str], None]
 ) -> None:
     (container,) = one.containers("server")
-    async with load(one.address) as running:
+    async with load(one.address, one.credentials) as running:
         await asyncio.sleep(2)
         await asyncio.to_thread(crash_server, container)
         await asyncio.sleep(4)
@@ -126,7 +130,7 @@ async def test_a_server_that_crashes_under_load_comes_back_with_its_sessions(
 
 def test_sessions_outlive_the_container(one: Compose) -> None:
     inputs = np.random.default_rng(3).integers(0, 2, (41, 9)).astype(np.float32)
-    with Client(one.address) as client:
+    with Client(one.address, **one.credentials) as client:
         session = client.session(MODEL)
         first = session.run(inputs[:20])
         one.run("up", "--detach", "--wait", "--force-recreate")

@@ -53,7 +53,7 @@ def test_a_model_is_trained_exported_into_the_mounted_directory_and_served(
     project.run("run", "--rm", "train", "export", "runs/copy", "models/copy/2")
 
     assert models.joinpath("copy", "2", "model.onnx").stat().st_uid == 12345
-    with Client(project.address) as client:
+    with Client(project.address, **project.credentials) as client:
         wait_until(
             lambda: [model.version for model in client.models()] == [2, 1], "the new version is served"
         )

@@ -26,8 +26,11 @@ def scaled(start_project: Callable[..., Compose]) -> Compose:
 
 def owners(project: Compose, session_ids: list[str]) -> dict[str, str]:
     """Which replica has each session, as the store has it."""
-    asked = "\n".join(f"HGET ntm:session:{session_id} owner" for session_id in session_ids)
-    script = f"REDISCLI_AUTH=$(cat /run/secrets/valkey_password) valkey-cli <<'END'\n{asked}\nEND"
+    asked = "\n".join(f"HGET ntm:session:+operator/{session_id} owner" for session_id in session_ids)
+    client = (
+        "REDISCLI_AUTH=$(cat /run/secrets/valkey_password) valkey-cli --tls --cacert /run/tls/authority.pem"
+    )
+    script = f"{client} <<'END'\n{asked}\nEND"
     (valkey,) = project.containers("valkey")
     return dict(zip(session_ids, docker("exec", valkey, "sh", "-c", script).split("\n"), strict=False))
 
@@ -39,7 +42,7 @@ def moved(before: dict[str, str], after: dict[str, str]) -> set[str]:
 async def test_a_killed_replica_costs_its_sessions_time_and_nothing_else(
     scaled: Compose, report: Callable[[str, Account, str], None]
 ) -> None:
-    async with load(scaled.router_address) as running:
+    async with load(scaled.router_address, scaled.credentials) as running:
         await asyncio.sleep(CALM_S)
         before = await asyncio.to_thread(owners, scaled, running.session_ids)
         victim = scaled.containers("replica")[0]
@@ -67,7 +70,7 @@ async def test_all_replicas_are_replaced_one_by_one_and_no_call_fails(
     scaled: Compose, report: Callable[[str, Account, str], None]
 ) -> None:
     old = set(scaled.containers("replica"))
-    async with load(scaled.router_address) as running:
+    async with load(scaled.router_address, scaled.credentials) as running:
         await asyncio.sleep(CALM_S)
         await asyncio.to_thread(scaled.shell, "make", "roll")
         await asyncio.sleep(CALM_S)
@@ -82,7 +85,7 @@ async def test_all_replicas_are_replaced_one_by_one_and_no_call_fails(
 async def test_a_valkey_that_restarts_is_waited_for(
     scaled: Compose, report: Callable[[str, Account, str], None]
 ) -> None:
-    async with load(scaled.router_address) as running:
+    async with load(scaled.router_address, scaled.credentials) as running:
         await asyncio.sleep(CALM_S)
         before = await asyncio.to_thread(owners, scaled, running.session_ids)
         await asyncio.to_thread(scaled.run, "restart", "valkey")
@@ -103,7 +106,7 @@ async def test_two_replicas_become_four_and_two_again(
             *("--scale", f"replica={count}", "replica"),
         )
 
-    async with load(scaled.router_address) as running:
+    async with load(scaled.router_address, scaled.credentials) as running:
         await asyncio.sleep(CALM_S)
         two = await asyncio.to_thread(owners, scaled, running.session_ids)
         await asyncio.to_thread(scale, 4)

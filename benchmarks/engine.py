@@ -1,9 +1,9 @@
 """Engine: the engine by itself, without sessions and without gRPC.
 
-Whoever is told that a message has ended submits the next at once, in the engine's own thread, so that nothing but
+Whoever is told that a request has ended submits the next at once, in the engine's own thread, so that nothing but
 the engine's work is measured.
 
-Shapes: S sessions, T steps of a message.
+Shapes: S sessions, T steps of a request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.bare import CPU
 from benchmarks.measuring import Metrics
 from ntm.tensor import Array
 from server.engine.engine import Engine
-from server.engine.request import Message
+from server.engine.request import EngineRequest
 from server.model.spec import load
 from server.runtime.probe import load_runner
 from server.runtime.runner import NUM_RESERVED_SLOTS
@@ -29,7 +29,7 @@ _NUM_SLOTS = 2 * ServerSettings.model_fields["max_resident_sessions"].default
 
 
 class EngineAlone:
-    """An engine that runs one message after another of the same sessions."""
+    """An engine that runs one request after another of the same sessions."""
 
     def __init__(self, model: Path, num_sessions: int, num_steps: int, together: bool = True) -> None:
         """Take a model file.
@@ -38,7 +38,7 @@ class EngineAlone:
             model: the file.
             num_sessions: S; the largest batch has as many rows.
             num_steps: T.
-            together: the sessions share a message, as those of a BatchStep do; else each has its own.
+            together: the sessions share a request, as those of a BatchStep do; else each has its own.
         """
         self._runner = load_runner(load(model, "copy", 1), CPU, _NUM_SLOTS, num_sessions)
         self._groups = (
@@ -47,21 +47,21 @@ class EngineAlone:
         self._num_sessions, self._num_steps = num_sessions, num_steps
 
     def measure(self, duration_s: float) -> Metrics:
-        """Run messages for about so long."""
+        """Run requests for about so long."""
         num_done, is_over, all_ended = 0, False, threading.Event()
         num_unanswered = len(self._groups)
 
-        def on_ended(messages: list[Message]) -> None:
+        def on_ended(requests: list[EngineRequest]) -> None:
             nonlocal num_done, num_unanswered
-            for message in messages:
-                assert not message.errors
-                num_done += message.num_rows * self._num_steps
+            for request in requests:
+                assert not request.errors
+                num_done += request.num_rows * self._num_steps
             if is_over:
-                num_unanswered -= len(messages)
+                num_unanswered -= len(requests)
                 if not num_unanswered:
                     all_ended.set()
                 return
-            engine.submit([_next(message) for message in messages])
+            engine.submit([_next(request) for request in requests])
 
         engine = Engine(self._runner, on_ended)
         inputs = np.random.default_rng(0).integers(0, 2, (self._num_sessions, self._num_steps, 9))
@@ -79,21 +79,18 @@ class EngineAlone:
             "cpu_us_per_step": cpu_s / num_done * 1e6,
         }
 
-    def _first(self, rows: range, inputs: Array) -> Message:
-        """A message of some sessions; each has two slots, a batch apart."""
-        outputs = np.empty((*inputs.shape[:2], *self._runner.model.no_outputs.shape[1:]), np.float32)
+    def _first(self, rows: range, inputs: Array) -> EngineRequest:
+        """A request of some sessions; each has two slots, a batch apart."""
+        layout = self._runner.model.inputs
         slots = [NUM_RESERVED_SLOTS + row for row in rows]
         others = [slot + self._num_sessions for slot in slots]
-        return Message([""] * len(rows), [0] * len(rows), inputs, outputs, slots, others)
+        return EngineRequest(
+            [""] * len(rows), [0] * len(rows), layout.pack({layout.names[0]: inputs}), slots, others
+        )
 
 
-def _next(message: Message) -> Message:
-    """The same steps once more, from where a message has ended to where it began."""
-    return Message(
-        message.session_ids,
-        message.first_steps,
-        message.inputs,
-        message.outputs,
-        message.write_slots,
-        message.slots,
+def _next(request: EngineRequest) -> EngineRequest:
+    """The same steps once more, from where a request has ended to where it began."""
+    return EngineRequest(
+        request.session_ids, request.first_steps, request.inputs, request.write_slots, request.slots
     )

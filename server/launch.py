@@ -1,4 +1,4 @@
-"""Lifecycle: put the parts together, serve, and stop without losing anything.
+"""Launch: put the parts together, serve, and stop without losing anything.
 
 Starting: models are loaded and checked and the store is opened first, so a server that listens can serve. Stopping:
 health says NOT_SERVING, new calls are refused, streams that wait for their client end, calls in progress finish,
@@ -39,13 +39,15 @@ from server.rpc.session_service import SessionService
 from server.rpc.validation import RequestLimits
 from server.runtime import provider as device
 from server.runtime.probe import load_runner
+from server.runtime.provider import Device
 from server.runtime.runner import ModelRunner
 from server.runtime.slots import SlotPool
-from server.security import Namespace
+from server.security import Authenticator, Namespace, TlsIdentity
+from server.sessions.executor import StepExecutor
 from server.sessions.manager import SessionManager
 from server.sessions.served_model import ServedModel, SessionLimits
 from server.settings import ServerSettings
-from server.storage.commit_writer import CommitWriter
+from server.storage.async_store import AsyncStore
 from server.storage.factory import open_store
 from server.storage.interface import Store
 
@@ -65,157 +67,28 @@ SERVICE_NAMES = [
 ]
 
 
-class Server:
-    """A server that runs in the current event loop."""
+class ModelLoader:
+    """Puts models on the device and into service."""
 
-    def __init__(self, settings: ServerSettings) -> None:
-        """Load every model; nothing listens yet, and the store is not open.
-
-        Raises:
-            StartupError: a model cannot be served, or the device cannot be had.
-        """
+    def __init__(
+        self, settings: ServerSettings, device: Device, metrics: Metrics, executor: StepExecutor
+    ) -> None:
+        """Nothing is loaded."""
         self._settings = settings
-        self._metrics = Metrics()
-        self._authenticator = settings.authenticator()
-        self._identity = settings.tls_identity()
-        self._metrics_endpoint = MetricsEndpoint(self._metrics.registry, self._identity)
-        self._device = device.choose(settings.device, settings.device_id, settings.device_memory_limit_mib)
-        self._metrics.report_device(self._device)
-        loaded = repository.load_all(settings.models)
-        self._served = {file: self._serve(self._put_on_device(model)) for file, model in loaded.items()}
-        self.sessions: SessionManager
-        self.access: Access
-        self.model_watcher: ModelWatcher
-        self._health = health.aio.HealthServicer()
-        self._background: list[asyncio.Task[None]] = []
-        self._calls = CallInterceptor(self._metrics, self._authenticator)
-        self._transport = transport.choose(settings.transport, needs_tls=self._identity is not None)
-        self._metrics.report_transport(self._transport.kind)
-        self._grpc = transport.make_server(self._transport.kind, [self._calls], settings.max_message_bytes)
-        self._health_alone = transport.make_server("grpcio", [], settings.max_message_bytes)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_alone)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection(
-            [*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc
-        )
+        self._device = device
+        self._metrics = metrics
+        self._executor = executor
 
-    async def start(self) -> int:
-        """Open the store, and listen; returns the port.
+    def load(self, model: StepModel) -> ModelRunner:
+        """Put a model on the device; may be called in a thread.
 
         Raises:
-            StoreSettingsError: the store cannot be used as asked. ListenError: the address cannot be listened on.
+            ModelFileError, DeviceError.
         """
-        settings = self._settings
-        journal = await self._open_journal()
-        self.sessions = SessionManager(
-            self._served.values(),
-            journal,
-            snapshot_every_steps=settings.snapshot_every_steps,
-            recovery=settings.recovery,
-            handover_timeout_s=settings.handover_timeout_s,
-            idle_limit_s=settings.idle_limit_s,
-        )
-        self.model_watcher = ModelWatcher(
-            settings.models,
-            self._served,
-            self.sessions,
-            self._metrics,
-            self._put_on_device,
-            self._serve,
-            settings.unload_after_s,
-        )
-        self._served = {}  # one that is unloaded is to leave nothing in memory
-        limits = RequestLimits(
-            settings.max_steps_per_message,
-            settings.retry_window_steps,
-            settings.max_sessions_per_batch,
-            settings.max_message_bytes,
-        )
-        self.access = Access(
-            self.sessions, self._authenticator, settings.quotas, settings.snapshot_every_steps
-        )
-        self._session_service = SessionService(self.sessions, limits, self.access)
-        session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(self.sessions, limits, self._transport.kind), self._grpc
-        )
-        await self._check_unowned_sessions()
-        host = settings.listen.rpartition(":")[0]
-        try:
-            if self._identity is None:
-                port = self._grpc.add_insecure_port(settings.listen)
-            else:
-                port = self._grpc.add_secure_port(settings.listen, self._identity.grpc_credentials())
-        except RuntimeError as error:
-            raise ListenError(settings.listen) from error
-        if settings.metrics_listen is not None:
-            metrics_host, _, metrics_port = settings.metrics_listen.rpartition(":")
-            try:
-                await self._metrics_endpoint.start(metrics_host, int(metrics_port))
-            except OSError as error:
-                raise ListenError(settings.metrics_listen) from error
-        if settings.health_listen is not None:
-            try:
-                self._health_alone.add_insecure_port(settings.health_listen)
-            except RuntimeError as error:
-                raise ListenError(settings.health_listen) from error
-            await self._health_alone.start()
-        await self._grpc.start()
-        self._background += [
-            asyncio.create_task(self._keep_house()),
-            asyncio.create_task(self.model_watcher.keep_looking(settings.model_poll_s)),
-        ]
-        for name in ["", *SERVICE_NAMES]:
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        store = journal.store
-        log.info(
-            "listening",
-            address=f"{host}:{port}",
-            device=self._device.provider,
-            transport=self._transport.kind,
-            transport_reason=self._transport.reason,
-            store=store.kind,
-            durability=store.durability.value,
-            is_encrypted=self._identity is not None,
-            tells_callers_apart=self._authenticator.tells_apart,
-        )
-        if not store.keeps_steps:
-            log.warning("sessions are kept in memory only, and end with this process")
-        return port
-
-    async def stop(self) -> None:
-        """Take no new work, finish what is in progress, and close."""
-        log.info("stopping", drain_timeout_s=self._settings.drain_timeout_s)
-        await self._health.enter_graceful_shutdown()
-        self._session_service.stop_streams()
-        deadline_s = monotonic() + self._settings.drain_timeout_s
-        is_drained = await self._calls.drain(self._settings.drain_timeout_s)
-        if not is_drained:
-            log.warning("calls still in progress are cut off", drain_timeout_s=self._settings.drain_timeout_s)
-        # The grace is for answers on their way to slow readers.
-        await self._grpc.stop(max(0.0, deadline_s - monotonic()))
-        await self._health_alone.stop(None)
-        self._metrics_endpoint.stop()
-        for task in self._background:
-            task.cancel()
-        if is_drained and self.sessions.journal.store.keeps_steps:
-            is_drained = await self.sessions.release_all(max(1.0, deadline_s - monotonic()))
-            if not is_drained:
-                log.warning("sessions not yet given back are found in the store as they are")
-        for served in [*self.sessions.models.values(), *self.model_watcher.unloading.values()]:
-            await asyncio.to_thread(served.engine.close, abandon=not is_drained)
-        await asyncio.to_thread(self.sessions.journal.close)
-        log.info("stopped")
-
-    @property
-    def _num_slots(self) -> int:
-        # Every session may hold one slot and have a message at work in another.
-        return 2 * self._settings.max_resident_sessions
-
-    def _put_on_device(self, model: StepModel) -> ModelRunner:
         return load_runner(model, self._device, self._num_slots, self._settings.max_batch_size)
 
-    def _serve(self, runner: ModelRunner) -> ServedModel:
+    def serve(self, runner: ModelRunner) -> ServedModel:
+        """Start a loaded model's engine; to be called in the event loop."""
         settings, model = self._settings, runner.model
         served = ServedModel(
             runner,
@@ -225,7 +98,7 @@ class Server:
                 settings.max_pending_messages,
                 settings.retry_window_steps,
             ),
-            asyncio.get_running_loop(),
+            self._executor.commit,
             self._metrics.batch_observer(model.label),
         )
         self._metrics.watch(served)
@@ -240,46 +113,181 @@ class Server:
         )
         return served
 
-    async def _open_journal(self) -> CommitWriter:
-        """Open the store; one that is not there yet is waited for."""
-        settings = self._settings
+    @property
+    def _num_slots(self) -> int:
+        # Every session may hold one slot and have a request at work in another.
+        return 2 * self._settings.max_resident_sessions
 
-        def opened() -> Store:
-            return open_store(
-                settings.store,
-                sync=settings.sync,
-                lease_s=settings.lease_s,
-                timeout_s=settings.store_timeout_s,
-                max_bytes=settings.store_limit_mib and settings.store_limit_mib * 2**20,
-            )
 
-        attempts = itertools.count()
-        while True:
-            try:
-                store = await asyncio.to_thread(opened)
-                return CommitWriter(store, opened, settings.lease_s / 3, self._metrics.observe_commit)
-            except StoreUnavailableError as error:
-                if next(attempts) % _STORE_PAUSES_PER_WARNING == 0:
-                    # Without what stands before the @ of the URL, which can be a password.
-                    log.warning(
-                        "waiting for the session store: start it, or give another --store",
-                        store=re.sub(r"//.*@", "//", settings.store),
-                        cause=str(error.__cause__ or error),
-                    )
-                await asyncio.sleep(_STORE_PAUSE_S)
+async def build(settings: ServerSettings) -> Server:
+    """A complete server that does not listen yet: every model loaded, the store open.
 
-    async def _check_unowned_sessions(self) -> None:
-        """Refuse to give the sessions without an owner to one who has others: those would be lost to it.
+    Raises:
+        StartupError: a model cannot be served, the device cannot be had, or the store cannot be used as asked.
+    """
+    metrics = Metrics()
+    authenticator, identity = settings.authenticator(), settings.tls_identity()
+    chosen_device = device.choose(settings.device, settings.device_id, settings.device_memory_limit_mib)
+    metrics.report_device(chosen_device)
+    chosen_transport = transport.choose(settings.transport, needs_tls=identity is not None)
+    metrics.report_transport(chosen_transport.kind)
+    files = repository.load_all(settings.models)
+    store = await _open_store(settings, metrics)
+    sessions = SessionManager(
+        store,
+        snapshot_every_steps=settings.snapshot_every_steps,
+        recovery=settings.recovery,
+        handover_timeout_s=settings.handover_timeout_s,
+        idle_limit_s=settings.idle_limit_s,
+    )
+    loader = ModelLoader(settings, chosen_device, metrics, sessions.executor)
+    try:
+        for model in files.values():
+            sessions.models.add(loader.serve(loader.load(model)))
+    except ServingError:
+        await asyncio.to_thread(store.close)
+        raise
+    watcher = ModelWatcher(
+        settings.models, files, sessions, metrics, loader.load, loader.serve, settings.unload_after_s
+    )
+    server = Server(
+        settings, metrics, chosen_device, chosen_transport, sessions, watcher, authenticator, identity
+    )
+    try:
+        await _check_unowned_sessions(settings, store)
+    except ServingError:
+        await server.close()
+        raise
+    return server
+
+
+class Server:
+    """A server that runs in the current event loop."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        metrics: Metrics,
+        device: Device,
+        chosen_transport: transport.Choice,
+        sessions: SessionManager,
+        model_watcher: ModelWatcher,
+        authenticator: Authenticator,
+        identity: TlsIdentity | None,
+    ) -> None:
+        """Nothing listens yet; `build` makes the parts."""
+        self._settings = settings
+        self.metrics = metrics
+        self._device = device
+        self._transport = chosen_transport
+        self.sessions = sessions
+        self.model_watcher = model_watcher
+        self._health = health.aio.HealthServicer()
+        self._background: list[asyncio.Task[None]] = []
+        self._authenticator = authenticator
+        self._identity = identity
+        self._metrics_endpoint = MetricsEndpoint(metrics.registry, identity)
+        self.calls = CallInterceptor(metrics, authenticator)
+        limits = RequestLimits(
+            settings.max_steps_per_message,
+            settings.retry_window_steps,
+            settings.max_sessions_per_batch,
+            settings.max_message_bytes,
+        )
+        self.access = Access(sessions, authenticator, settings.quotas, settings.snapshot_every_steps)
+        self._session_service = SessionService(sessions, limits, self.access)
+        self._grpc = transport.make_server(chosen_transport.kind, [self.calls], settings.max_message_bytes)
+        session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(sessions, limits, chosen_transport.kind), self._grpc
+        )
+        self._health_alone = transport.make_server("grpcio", [], settings.max_message_bytes)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_alone)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection(
+            [*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc
+        )
+
+    async def start(self) -> int:
+        """Listen; returns the port.
 
         Raises:
-            SecurityFileError, StoreError.
+            ListenError: the address cannot be listened on; what was opened is closed.
         """
-        owner = self._settings.unowned_sessions_owner
-        if owner and await self.sessions.journal.count(*Namespace.of(owner).range, ""):
-            raise StoreSettingsError(
-                f"sessions in the store belong to {owner!r} already, and it would lose them to those without an owner: "
-                "name another with --unowned-sessions-owner, or delete them first"
-            )
+        settings = self._settings
+        host = settings.listen.rpartition(":")[0]
+        try:
+            if self._identity is None:
+                port = self._grpc.add_insecure_port(settings.listen)
+            else:
+                port = self._grpc.add_secure_port(settings.listen, self._identity.grpc_credentials())
+        except RuntimeError as error:
+            await self.close()
+            raise ListenError(settings.listen) from error
+        if settings.metrics_listen is not None:
+            metrics_host, _, metrics_port = settings.metrics_listen.rpartition(":")
+            try:
+                await self._metrics_endpoint.start(metrics_host, int(metrics_port))
+            except OSError as error:
+                await self.close()
+                raise ListenError(settings.metrics_listen) from error
+        if settings.health_listen is not None:
+            try:
+                self._health_alone.add_insecure_port(settings.health_listen)
+            except RuntimeError as error:
+                await self.close()
+                raise ListenError(settings.health_listen) from error
+            await self._health_alone.start()
+        await self._grpc.start()
+        self._background += [
+            asyncio.create_task(self._keep_house()),
+            asyncio.create_task(self.model_watcher.keep_looking(settings.model_poll_s)),
+        ]
+        for name in ["", *SERVICE_NAMES]:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        backend = self.sessions.store.backend
+        log.info(
+            "listening",
+            address=f"{host}:{port}",
+            device=self._device.provider,
+            transport=self._transport.kind,
+            transport_reason=self._transport.reason,
+            store=backend.kind,
+            durability=backend.durability.value,
+            is_encrypted=self._identity is not None,
+            tells_callers_apart=self._authenticator.tells_apart,
+        )
+        if not backend.keeps_steps:
+            log.warning("sessions are kept in memory only, and end with this process")
+        return port
+
+    async def stop(self) -> None:
+        """Take no new work, finish what is in progress, and close."""
+        log.info("stopping", drain_timeout_s=self._settings.drain_timeout_s)
+        await self._health.enter_graceful_shutdown()
+        self._session_service.stop_streams()
+        deadline_s = monotonic() + self._settings.drain_timeout_s
+        is_drained = await self.calls.drain(self._settings.drain_timeout_s)
+        if not is_drained:
+            log.warning("calls still in progress are cut off", drain_timeout_s=self._settings.drain_timeout_s)
+        # The grace is for answers on their way to slow readers.
+        await self._grpc.stop(max(0.0, deadline_s - monotonic()))
+        await self._health_alone.stop(None)
+        self._metrics_endpoint.stop()
+        for task in self._background:
+            task.cancel()
+        if is_drained and self.sessions.store.backend.keeps_steps:
+            is_drained = await self.sessions.ownership.release_all(max(1.0, deadline_s - monotonic()))
+            if not is_drained:
+                log.warning("sessions not yet given back are found in the store as they are")
+        await self.close(abandon=not is_drained)
+        log.info("stopped")
+
+    async def close(self, abandon: bool = False) -> None:
+        """End the engines and close the store, of a server that does not listen."""
+        for served in [*self.sessions.models, *self.model_watcher.unloading.values()]:
+            await asyncio.to_thread(served.engine.close, abandon=abandon)
+        await asyncio.to_thread(self.sessions.store.close)
 
     async def _keep_house(self) -> None:
         """End idle sessions, and forget those that ended long ago."""
@@ -299,13 +307,59 @@ class Server:
                 log.warning("idle and ended sessions are looked after later", error=str(error))
 
 
+async def _check_unowned_sessions(settings: ServerSettings, store: AsyncStore) -> None:
+    """Refuse to give the sessions without an owner to one who has others: those would be lost to it.
+
+    Raises:
+        StoreSettingsError, StoreError.
+    """
+    owner = settings.unowned_sessions_owner
+    if owner and await store.count(*Namespace.of(owner).range, ""):
+        raise StoreSettingsError(
+            f"sessions in the store belong to {owner!r} already, and it would lose them to those without an owner: "
+            "name another with --unowned-sessions-owner, or delete them first"
+        )
+
+
+async def _open_store(settings: ServerSettings, metrics: Metrics) -> AsyncStore:
+    """Open the store; one that is not there yet is waited for.
+
+    Raises:
+        StoreSettingsError: it cannot be used as asked.
+    """
+
+    def opened() -> Store:
+        return open_store(
+            settings.store,
+            sync=settings.sync,
+            lease_s=settings.lease_s,
+            timeout_s=settings.store_timeout_s,
+            max_bytes=settings.store_limit_mib and settings.store_limit_mib * 2**20,
+        )
+
+    attempts = itertools.count()
+    while True:
+        try:
+            store = await asyncio.to_thread(opened)
+            return AsyncStore(store, opened, settings.lease_s / 3, metrics.observe_commit)
+        except StoreUnavailableError as error:
+            if next(attempts) % _STORE_PAUSES_PER_WARNING == 0:
+                # Without what stands before the @ of the URL, which can be a password.
+                log.warning(
+                    "waiting for the session store: start it, or give another --store",
+                    store=re.sub(r"//.*@", "//", settings.store),
+                    cause=str(error.__cause__ or error),
+                )
+            await asyncio.sleep(_STORE_PAUSE_S)
+
+
 async def run(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT, then stop in good order.
 
     Raises:
         StartupError: the server cannot start.
     """
-    server = Server(settings)
+    server = await build(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

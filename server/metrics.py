@@ -18,8 +18,9 @@ class Metrics:
     """The metrics of one server, in a registry of its own."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        r = self._registry
+        self.registry = CollectorRegistry()
+        """All of them, to be told."""
+        r = self.registry
         self._calls = Counter(
             "ntm_calls", "Calls answered, by rpc and status code.", ["rpc", "code"], registry=r
         )
@@ -36,7 +37,7 @@ class Metrics:
         )
         self._queue_seconds = Histogram(
             "ntm_queue_seconds",
-            "A message's wait for its first turn; those that came at once and wait together count as one.",
+            "A request's wait for its first turn.",
             ["model"],
             buckets=_SECONDS,
             registry=r,
@@ -129,8 +130,3 @@ class Metrics:
     def report_transport(self, kind: str) -> None:
         """Report what carries gRPC."""
         self._transport.labels(kind).set(1)
-
-    @property
-    def registry(self) -> CollectorRegistry:
-        """All of them, to be told."""
-        return self._registry

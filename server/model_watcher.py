@@ -101,13 +101,13 @@ class ModelWatcher:
             return
         for label in self._problems.keys() - files.keys():
             self._clear_problem(label)
-        for served in [*self._sessions.models.values()]:
+        for served in [*self._sessions.models]:
             await self._compare(served, files.get(served.model.label))
         for departure in [*self._departures.values()]:
             await self._see_off(departure)
         for served in [*self.unloading.values()]:
             await self._unload(served)
-        in_use = {served.model.label for served in self._sessions.models.values()} | self.unloading.keys()
+        in_use = {served.model.label for served in self._sessions.models} | self.unloading.keys()
         for label, file in files.items():
             if label not in in_use:
                 await self._try_to_load(file)
@@ -131,8 +131,8 @@ class ModelWatcher:
         """Let a version whose file is gone leave, and one whose file is back stay."""
         label = served.model.label
         is_there = file is not None and await self._is_file_of(served, file)
-        if file is None and not served.is_leaving:
-            served.is_leaving = True
+        if file is None and not served.is_draining:
+            served.is_draining = True
             self._departures[label] = _Departure(served, monotonic())
             log.info(
                 "a model was removed: it takes no new sessions",
@@ -140,8 +140,8 @@ class ModelWatcher:
                 num_sessions_in_memory=served.num_sessions,
                 unload_after_s=self._unload_after_s,
             )
-        elif is_there and served.is_leaving:
-            served.is_leaving = False
+        elif is_there and served.is_draining:
+            served.is_draining = False
             del self._departures[label]
             log.info("a removed model is back: it takes new sessions", model=label)
 
@@ -192,7 +192,7 @@ class ModelWatcher:
             log.warning("a removed model cannot be unloaded yet", model=served.model.label, error=str(error))
             return True
         departure.last_seen_session = found or ""
-        return found is not None or not served.room.is_empty  # one may be on its way into the store
+        return found is not None or not served.table.is_empty  # one may be on its way into the store
 
     async def _unload(self, served: ServedModel) -> None:
         """Free what a version took, once nobody uses it."""
@@ -229,7 +229,7 @@ class ModelWatcher:
             return
         self._clear_problem(file.label)
         self._served_stamps[file.label] = file.stamp
-        self._sessions.add_model(self._serve(runner))
+        self._sessions.models.add(self._serve(runner))
 
     def _is_worth_loading(self, file: ModelFile) -> bool:
         """Whether a file has stayed as it is since the look before, and is not known to be of no use."""

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from server.launch import Server
+from server.launch import Server, build
 from server.settings import ServerSettings
 from tests import step_models
 from tests.valkey import ValkeyServer
@@ -120,7 +120,7 @@ async def serve() -> AsyncIterator[Callable[..., object]]:
 
     async def start(models: Path, **settings: object) -> tuple[Server, str]:
         settings = {"store": "none", "listen": "127.0.0.1:0", "device": "cpu", **settings}
-        server = Server(ServerSettings(models=models, **settings))  # type: ignore[arg-type]
+        server = await build(ServerSettings(models=models, **settings))  # type: ignore[arg-type]
         port = await server.start()
         started.append(server)
         return server, f"127.0.0.1:{port}"

@@ -53,7 +53,7 @@ ROOMS = {
     "errors": set(),
     "model": {"errors"},
     "runtime": {"errors", "model"},
-    "engine": {"errors", "runtime"},
+    "engine": {"errors", "model", "runtime"},
     "storage": {"errors", "model", "runtime"},
     "security": {"errors"},
     "sessions": {"errors", "engine", "runtime", "storage", "model"},

@@ -47,7 +47,7 @@ def test_every_error_is_documented_with_its_code() -> None:
 def test_every_metric_is_documented() -> None:
     documented = {row[0] for row in first_cells("Metrics").values()}
 
-    exposed = generate_latest(Metrics()._registry).decode()
+    exposed = generate_latest(Metrics().registry).decode()
     names = re.findall(r"^# TYPE (\w+) (\w+)$", exposed, re.MULTILINE)
     assert documented == {name for name, _ in names if not name.endswith("_created")}
 

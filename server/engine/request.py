@@ -1,73 +1,113 @@
-"""Request: T steps of S sessions on their way through the engine, and back."""
+"""Request: T steps of S sessions of one model, as the engine sees them.
+
+`sessions/request.py` adds what the engine does not look at: whose steps they are, and who waits for the answer.
+
+Shapes: S sessions, T steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
 
 from ntm.tensor import Array
 from server.errors import ServingError
+from server.model.layout import Steps
 from server.runtime.runner import Rows
 
+NO_SLOTS = frozenset[int]()
 
-@dataclass(eq=False, slots=True)
-class Message:
-    """T steps of S sessions, T at least 0, and a look at the state after them if asked for."""
 
-    session_ids: Sequence[str]
-    first_steps: Sequence[int] | Rows
-    inputs: Array
-    """[S, T, ...input shape]."""
-    outputs: Array
-    """[S, T, ...output shape], filled turn by turn."""
-    slots: Sequence[int] | Rows
-    """Where each state is at first: the session's slot."""
-    write_slots: Sequence[int] | Rows
-    """Where each state goes in the end, and whenever the message must wait for its next turn."""
-    shared_slots: frozenset[int] = frozenset()
-    """Those of `slots` that somebody else holds as well, and will need when this message has ended."""
-    load_state: dict[str, Array] | None = None
-    """By name, [S, ...state shape] each: what is to be put into `slots` before the first turn."""
-    wants_state: bool = False
-    on_ended: Callable[[Message], None] | None = None
-    """What whoever submitted it wants done then; the engine only carries it."""
-    state: dict[str, Array] | None = None
-    """After the last step, by name, [S, ...state shape] each, if it was asked for."""
-    errors: dict[int, ServingError] = field(default_factory=dict)
-    """By index, of the sessions whose steps failed."""
-    steps_done: int = 0
-    num_left: int = field(init=False)
-    """Steps that are not done."""
-    num_rows: int = field(init=False)
-    """S."""
-    is_started: bool = False
-    has_ended: bool = False
-    """All its turns are done, or every session has failed."""
-    submit_time_s: float = field(default_factory=perf_counter)
+class EngineRequest:
+    """T steps, T at least 0, for each of S sessions, and their state afterwards if it is wanted.
 
-    def __post_init__(self) -> None:
-        """Nothing is done."""
-        self.num_rows, self.num_left = self.inputs.shape[:2]
+    It is whole or nothing for each session: the steps begin from the state in one slot and leave theirs in another,
+    which the session takes over only when all of them have succeeded.
+    """
+
+    __slots__ = (
+        "errors",
+        "first_steps",
+        "has_ended",
+        "inputs",
+        "is_started",
+        "load_state",
+        "num_left",
+        "num_rows",
+        "outputs",
+        "reads_state",
+        "session_ids",
+        "shared_slots",
+        "slots",
+        "state",
+        "steps_done",
+        "submit_time_s",
+        "write_slots",
+    )
+
+    def __init__(
+        self,
+        session_ids: Sequence[str],
+        first_steps: Sequence[int] | Rows,
+        inputs: Steps,
+        slots: Sequence[int] | Rows,
+        write_slots: Sequence[int] | Rows,
+        shared_slots: frozenset[int] = NO_SLOTS,
+        load_state: dict[str, Array] | None = None,
+        reads_state: bool = False,
+    ) -> None:
+        """Nothing has run.
+
+        Args:
+            session_ids: S.
+            first_steps: S, for what is told of a step that fails.
+            inputs: [S, T].
+            slots: S, where each state is at first.
+            write_slots: S, where each state goes in the end, and whenever the request must wait for its next turn.
+            shared_slots: those of `slots` that somebody else holds as well, and will need when this has ended.
+            load_state: by name, [S, ...state shape] each: what is to be put into `slots` before the first turn.
+            reads_state: whether the state after the last step is to be read.
+        """
+        self.session_ids = session_ids
+        self.first_steps = first_steps
+        self.inputs = inputs
+        self.num_rows: int
+        self.num_left: int
+        self.num_rows, self.num_left = inputs.shape
+        self.slots = slots
+        self.write_slots = write_slots
+        self.shared_slots = shared_slots
+        self.load_state = load_state
+        self.reads_state = reads_state
+        self.outputs: Steps | None = None
+        """[S, T]; None until the first turn."""
+        self.state: dict[str, Array] | None = None
+        """By name, [S, ...state shape] each."""
+        self.errors: dict[int, ServingError] = {}
+        """By index, of the sessions whose steps failed."""
+        self.steps_done = 0
+        self.is_started = False
+        """Its first turn was taken: it runs to its end."""
+        self.has_ended = False
+        """All its turns are done, or every session has failed."""
+        self.submit_time_s = perf_counter()
 
     @property
     def present_slots(self) -> Sequence[int] | Rows:
-        """Whose the state of each session is by now; `lodgers.py` knows where it is."""
+        """Whose the state of each session is by now; the state cache knows where it is."""
         return self.write_slots if self.steps_done else self.slots
 
-    def leave_out(self, row: int) -> None:
-        """Go without one of several sessions, before the first turn; for messages that bring no state along."""
-        rows = [other for other in range(self.num_rows) if other != row]
-        self.session_ids = [self.session_ids[other] for other in rows]
-        self.first_steps = np.asarray(self.first_steps)[rows]
-        self.inputs, self.outputs = self.inputs[rows], self.outputs[rows]
-        self.slots, self.write_slots = np.asarray(self.slots)[rows], np.asarray(self.write_slots)[rows]
-        self.num_rows -= 1
-
-    def go_on(self, num_steps: int) -> None:
-        """So many more steps are done."""
+    def take_outputs(self, outputs: Steps) -> None:
+        """Note the outputs [S, K] of the next K steps."""
+        num_steps = outputs.shape[1]
+        if num_steps == self.inputs.shape[1]:
+            self.outputs = outputs
+        else:
+            if self.outputs is None:
+                self.outputs = np.zeros(self.inputs.shape, outputs.dtype)
+            self.outputs[:, self.steps_done : self.steps_done + num_steps] = outputs
         self.steps_done += num_steps
         self.num_left -= num_steps
 

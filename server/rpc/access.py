@@ -7,7 +7,6 @@ bounded, it costs next to nothing.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +14,8 @@ import structlog
 
 from server.errors import QuotaExceededError
 from server.security import Authenticator, Namespace, QuotaKeeper, Quotas, Usage, current_principal, split_key
-from server.sessions.manager import SessionInfo, SessionManager
+from server.sessions.info import SessionInfo
+from server.sessions.manager import SessionManager
 from server.sessions.served_model import ServedModel
 
 log = structlog.get_logger()
@@ -106,14 +106,14 @@ class Access:
             ):
                 return await make()
         except QuotaExceededError:
-            if request_key and await self._sessions.journal.find_request(request_key) is not None:
+            if request_key and await self._sessions.store.find_request(request_key) is not None:
                 return await make()  # a repeat: nothing new begins
             raise
 
     async def _usage(self, namespace: Namespace) -> Usage:
-        count = self._sessions.journal.count
+        count = self._sessions.store.count
         num_bytes = 0
-        for name in {name for name, _ in self._sessions.models}:
+        for name in {served.model.name for served in self._sessions.models}:
             num_bytes += await count(*namespace.range, name) * self._most_bytes(name)
         return Usage(await count(*namespace.range, ""), num_bytes)
 
@@ -122,17 +122,18 @@ class Access:
         return max(
             (
                 self._most_bytes_of(served)
-                for (name, _), served in self._sessions.models.items()
-                if model_name in ("", name)
+                for served in self._sessions.models
+                if model_name in ("", served.model.name)
             ),
             default=0,
         )
 
     def _most_bytes_of(self, served: ServedModel) -> int:
         model = served.model
-        input_bytes = math.prod(model.no_inputs.shape[1:]) * model.no_inputs.itemsize
         num_steps = served.limits.retry_window_steps + self._snapshot_every_steps
-        return model.state_bytes + num_steps * (input_bytes + model.output_bytes + _RECORD_BYTES)
+        return model.state_bytes + num_steps * (
+            model.inputs.step_bytes + model.outputs.step_bytes + _RECORD_BYTES
+        )
 
     def audit(self, what: str, key: str, **about: str) -> None:
         """Say in the log what the caller did to a session, where callers are told apart."""

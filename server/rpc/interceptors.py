@@ -32,7 +32,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._authenticator = authenticator
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-        self._num_calls = 0
+        self.num_calls = 0
         self._is_stopping = False
         self._all_done = asyncio.Event()
         self._watchers: set[asyncio.Task[Any]] = set()
@@ -41,7 +41,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Let no new call in, and wait for those in progress; says whether all ended in time."""
         self._is_stopping = True
         try:
-            if self._num_calls:
+            if self.num_calls:
                 await asyncio.wait_for(self._all_done.wait(), timeout_s)
         except TimeoutError:
             return False
@@ -188,13 +188,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 raise UnauthenticatedError("what the call began with has expired meanwhile") from None
 
     def _let_in(self) -> None:
-        self._num_calls += 1
+        self.num_calls += 1
         if self._is_stopping:
             raise ServerStoppingError
 
     def _let_out(self, call: _Call) -> None:
-        self._num_calls -= 1
-        if self._is_stopping and not self._num_calls:
+        self.num_calls -= 1
+        if self._is_stopping and not self.num_calls:
             self._all_done.set()
         self._metrics.count_call(call.rpc, call.code.name, perf_counter() - call.start_s)
 

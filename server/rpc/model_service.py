@@ -33,15 +33,15 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     async def ListModels(
         self, request: model_service_pb2.ListModelsRequest, context: _Context
     ) -> model_service_pb2.ListModelsResponse:
-        served = sorted(self._sessions.models.values(), key=lambda s: (s.model.name, -s.model.version))
+        served = sorted(self._sessions.models, key=lambda s: (s.model.name, -s.model.version))
         return model_service_pb2.ListModelsResponse(models=[_model_message(s) for s in served])
 
     async def GetModel(
         self, request: model_service_pb2.GetModelRequest, context: _Context
     ) -> model_service_pb2.GetModelResponse:
         version = request.model_version if request.HasField("model_version") else None
-        served = self._sessions.model(request.model_name, version)
-        device, store = served.runner.device, self._sessions.journal.store
+        served = self._sessions.models.find(request.model_name, version)
+        device, store = served.runner.device, self._sessions.store.backend
         return model_service_pb2.GetModelResponse(
             model=_model_message(served),
             spec=served.model.spec,
@@ -74,7 +74,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
 def _model_message(served: ServedModel) -> model_service_pb2.ModelVersion:
     model = served.model
     state = (
-        model_service_pb2.MODEL_STATE_LEAVING if served.is_leaving else model_service_pb2.MODEL_STATE_READY
+        model_service_pb2.MODEL_STATE_LEAVING if served.is_draining else model_service_pb2.MODEL_STATE_READY
     )
     return model_service_pb2.ModelVersion(
         name=model.name, version=model.version, digest=model.digest, state=state

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,23 +16,19 @@ import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from ntm.tensor import Array, fill, to_message
-from ntm.v1 import (
-    model_pb2,
-    session_pb2,
-    session_service_pb2,
-    session_service_pb2_grpc,
-)
+from ntm.v1 import model_pb2, session_pb2, session_service_pb2, session_service_pb2_grpc
 from server.errors import InvalidInputError, ServerStoppingError, ServingError
 from server.model.spec import StepModel, to_api
-from server.rpc import status
-from server.rpc import validation as requests
+from server.rpc import status, validation
 from server.rpc.access import Access
 from server.rpc.streaming import EnteredStep, ReadAhead
 from server.rpc.validation import RequestLimits
 from server.rpc.watching import watch
 from server.security import split_key
-from server.sessions.manager import SessionInfo, SessionManager
-from server.sessions.session import Batch, BatchResult, Call, Session, StepResult
+from server.sessions.info import SessionInfo
+from server.sessions.manager import SessionManager
+from server.sessions.request import BatchReply, StepRequest, Waiter
+from server.sessions.session import Session
 
 log = structlog.get_logger()
 
@@ -50,8 +46,9 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
 
     def __init__(self, sessions: SessionManager, limits: RequestLimits, access: Access) -> None:
         self._sessions = sessions
-        self._limits = limits
         self._access = access
+        self._executor = sessions.executor
+        self._limits = limits
         self._is_stopping = False
         self._idle_streams: set[asyncio.Task[Any]] = set()
 
@@ -118,30 +115,30 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     async def Step(
         self, request: session_service_pb2.StepRequest, context: _Context
     ) -> session_service_pb2.StepResponse:
-        entered = await self.enter_step(request)
+        entered = self.enter(request, await self._find(request.session_id))
         answer = session_service_pb2.StepResponse()
-        _fill(answer, entered, await self._sessions.finish(entered.call))
+        fill_step_response(answer, entered, await self._finished(entered))
         return answer
 
     async def StreamSteps(  # type: ignore[override]  # gRPC takes this form too, its stubs do not
         self, _requests: AsyncIterator[session_service_pb2.StreamStepsRequest], context: _Context
     ) -> None:
         # Read from and written to directly: generators around each message cost more.
-        ahead = ReadAhead(self.next_request, self.enter_step, context, self._limits.max_unanswered_steps)
+        ahead = ReadAhead(self.next_request, self._enter_next, context, self._limits.max_unanswered_steps)
         try:
             while (entered := await ahead.next()) is not None:
-                session_id = split_key(entered.call.session.session_id)[1]
-                answer = session_service_pb2.StreamStepsResponse(session_id=session_id)
-                _fill(answer.step, entered, await entered.call.future)
+                answer = session_service_pb2.StreamStepsResponse(session_id=entered.session_id)
+                fill_step_response(answer.step, entered, await entered.waiter.future)
                 await context.write(answer)
         finally:
-            self._sessions.withdraw(ahead.close())
+            for left in ahead.close():
+                self._executor.cancel(left.request)
 
     async def BatchStep(
         self, request: session_service_pb2.BatchStepRequest, context: _Context
     ) -> session_service_pb2.BatchStepResponse:
-        requests.check_message_bytes(request.ByteSize(), self._limits)
-        requests.check_num_sessions(len(request.session_ids), self._limits)
+        validation.check_message_bytes(request.ByteSize(), self._limits)
+        validation.check_num_sessions(len(request.session_ids), self._limits)
         ids, first_steps = [*request.session_ids], [*request.first_steps]
         if len(set(ids)) != len(ids):
             raise InvalidInputError(
@@ -152,25 +149,42 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                 "first_steps",
                 f"{len(first_steps)} for {len(ids)} sessions: send one for each, or none",
             )
-        inputs = requests.batch_inputs(request.inputs, len(ids), self._limits)
+        inputs = validation.batch_inputs(request.inputs, len(ids), self._limits)
         keys = [*map(self._access.namespace("").key, ids)]
         found = await self._find_each(ids, keys)
-        batch = self._enter_batch(keys, found, first_steps, inputs)
-        return _batch_message(await self._sessions.finish(batch))
+        first = next((session for session in found if isinstance(session, Session)), None)
+        if first is None:  # each has its error
+            batch = BatchReply(ids, 0)
+            for position, error in enumerate(found):
+                assert isinstance(error, ServingError)
+                batch.fail(position, error)
+            return _batch_message(batch, None)
+        model = first.model.model
+        validation.check_batch_fits(inputs, model, self._limits)
+
+        def check(session: Session) -> None:
+            validation.check_alike("session_ids", session.model.model.spec, model.spec)
+
+        steps = model.inputs.pack({model.inputs.names[0]: inputs})
+        alike = [_if_alike(session, check) for session in found]
+        batch = self._access.begin_steps(
+            steps.size, lambda: self._sessions.admit_each(keys, alike, steps, first_steps, check)
+        )
+        return _batch_message(await self._sessions.finish_each(batch), model)
 
     async def GetState(
         self, request: session_service_pb2.GetStateRequest, context: _Context
     ) -> session_service_pb2.GetStateResponse:
         session = await self._find(request.session_id, request.owner)
         spec = session.model.model.spec
-        names = requests.check_state_names("names", request.names, spec)
+        names = validation.check_state_names("names", request.names, spec)
         names = names or [state.input_name for state in spec.states]
-        requests.check_answer_size("names", 0, names, session.model.model, self._limits)
-        result = await self._sessions.state(session)
+        validation.check_answer_size("names", 0, names, session.model.model, self._limits)
+        next_step, state = await self._sessions.state(session)
         return session_service_pb2.GetStateResponse(
-            next_step=result.next_step,
-            state=_state_messages(names, result.state, spec),
-            approximate=session.about.is_approximate,
+            next_step=next_step,
+            state=_state_messages(names, state, spec),
+            approximate=session.metadata.is_approximate,
         )
 
     async def WatchSession(  # type: ignore[override]  # gRPC takes this form too, its stubs do not
@@ -178,8 +192,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     ) -> None:
         session = await self._find(request.session_id, request.owner)
         model = session.model.model
-        names = requests.check_state_names("include_state", request.include_state, model.spec)
-        requests.check_answer_size("include_state", 0, names, model, self._limits)
+        names = validation.check_state_names("include_state", request.include_state, model.spec)
+        validation.check_answer_size("include_state", 0, names, model, self._limits)
         await watch(self._sessions, session, names, self._limits.max_message_bytes, context)
 
     async def ForkSession(
@@ -197,7 +211,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     ) -> session_service_pb2.ExportSessionResponse:
         session = await self._find(request.session_id, request.owner)
         names = [state.input_name for state in session.model.model.spec.states]
-        requests.check_answer_size("session_id", 0, names, session.model.model, self._limits)
+        validation.check_answer_size("session_id", 0, names, session.model.model, self._limits)
         snapshot = await self._sessions.export(session)
         self._access.audit("session exported", session.session_id)
         return session_service_pb2.ExportSessionResponse(snapshot=snapshot)
@@ -205,79 +219,65 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     async def ImportSession(
         self, request: session_service_pb2.ImportSessionRequest, context: _Context
     ) -> session_service_pb2.ImportSessionResponse:
-        requests.check_message_bytes(request.ByteSize(), self._limits)
+        validation.check_message_bytes(request.ByteSize(), self._limits)
         new = self._new_keys(request.session_id, request.request_id)
         begin = partial(self._sessions.import_snapshot, request.snapshot, *new)
         session = await self._access.begin(begin, "", new[1])
         self._access.audit("session imported", session.session_id)
         return session_service_pb2.ImportSessionResponse(session=self._message(session))
 
-    async def enter_step(
-        self, request: session_service_pb2.StepRequest, follows: EnteredStep | None = None
-    ) -> EnteredStep:
-        """Check a request and put it in its session's line."""
-        requests.check_message_bytes(request.ByteSize(), self._limits)
-        session = await self._find(request.session_id)
-        model = session.model.model
-        inputs = requests.step_inputs(request.inputs, model, self._limits)
-        names = requests.check_state_names("include_state", request.include_state, model.spec)
-        field = "include_state" if names else "inputs.shape"
-        requests.check_answer_size(field, len(inputs), names, model, self._limits)
-        first_step = request.first_step if request.HasField("first_step") else None
-
-        def enter() -> Call:
-            before = follows.call if follows else None
-            return self._sessions.step(session, inputs, first_step, wants_state=bool(names), follows=before)
-
-        call = self._access.begin_steps(len(inputs), enter)
-        return EnteredStep(call, len(inputs), names)
-
-    def _enter_batch(
+    def enter(
         self,
-        keys: Sequence[str],
-        found: list[Session | ServingError | None],
-        first_steps: Sequence[int],
-        inputs: Array,
-    ) -> Batch:
-        """Enter each session's steps; an item that cannot be entered has its error for a result."""
-        models = {session.model if isinstance(session, Session) else None for session in found}
-        first = next((session.model for session in found if isinstance(session, Session)), None)
-        if first is not None:
-            requests.check_batch_fits(inputs, first.model, self._limits)
-            if len(models) > 1:
-                found = [self._if_alike(session, first.model) for session in found]
+        request: session_service_pb2.StepRequest,
+        session: Session,
+        follows: EnteredStep | None = None,
+    ) -> EnteredStep:
+        """Check a request for steps of a session, and admit it."""
+        validation.check_message_bytes(request.ByteSize(), self._limits)
+        model = session.model.model
+        inputs = validation.step_inputs(request.inputs, model, self._limits)
+        names = validation.check_state_names("include_state", request.include_state, model.spec)
+        field = "include_state" if names else "inputs.shape"
+        validation.check_answer_size(field, len(inputs), names, model, self._limits)
+        waiter = Waiter()
+        steps = StepRequest(
+            [session],
+            model.inputs.pack({model.inputs.names[0]: inputs})[None],
+            (request.first_step,) if request.HasField("first_step") else None,
+            waiter,
+            wants_state=bool(names),
+            follows=follows.request if follows else None,
+        )
+        entered = EnteredStep(steps, waiter, names)
 
-        def check(session: Session) -> None:
-            assert first is not None
-            requests.check_alike("session_ids", session.model.model.spec, first.model.spec)
+        def admit() -> EnteredStep:
+            self._executor.admit([steps])
+            return entered
 
-        served = first if len(models) == 1 else None
+        return self._access.begin_steps(len(inputs), admit)
 
-        def enter() -> Batch:
-            return self._sessions.step_each(keys, found, served, inputs, first_steps, check)
+    async def _enter_next(
+        self, request: session_service_pb2.StepRequest, follows: EnteredStep | None
+    ) -> EnteredStep:
+        return self.enter(request, await self._find(request.session_id), follows)
 
-        return self._access.begin_steps(inputs.shape[0] * inputs.shape[1], enter)
-
-    def _if_alike(
-        self, session: Session | ServingError | None, model: StepModel
-    ) -> Session | ServingError | None:
-        if isinstance(session, Session):
-            try:
-                requests.check_alike("session_ids", session.model.model.spec, model.spec)
-            except ServingError as error:
-                return error
-        return session
+    async def _finished(self, entered: EnteredStep) -> StepRequest:
+        try:
+            return await entered.waiter.future
+        except asyncio.CancelledError:
+            self._executor.cancel(entered.request)
+            raise
 
     def _key(self, field: str, session_id: str, owner: str = "") -> str:
         """The key of a session, where the caller may look."""
-        return self._access.namespace(owner).key(requests.check_id(field, session_id))
+        return self._access.namespace(owner).key(validation.check_id(field, session_id))
 
     def _new_keys(self, session_id: str, request_id: str) -> tuple[str, str]:
         """The keys of a session that is to begin, and of the request for it; either may be without an id."""
         namespace = self._access.namespace("")
         return (
-            namespace.key(requests.check_id("session_id", session_id, may_be_empty=True)),
-            namespace.request_key(requests.check_id("request_id", request_id, may_be_empty=True)),
+            namespace.key(validation.check_id("session_id", session_id, may_be_empty=True)),
+            namespace.request_key(validation.check_id("request_id", request_id, may_be_empty=True)),
         )
 
     async def _find(self, session_id: str, owner: str = "") -> Session:
@@ -286,7 +286,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         session = self._sessions.in_memory.get(key)
         if session is not None:
             return session
-        requests.check_id("session_id", session_id)
+        validation.check_id("session_id", session_id)
         return await self._sessions.find(key)
 
     async def _find_each(
@@ -301,9 +301,9 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         for index, key in enumerate(keys):
             if found[index] is None:
                 try:
-                    requests.check_id("session_ids", ids[index])
+                    validation.check_id("session_ids", ids[index])
                     if not has_model:
-                        self._sessions.begin_to_find([key])
+                        self._sessions.ownership.begin_to_find([key])
                         found[index] = await self._sessions.find(key)
                         has_model = True
                 except ServingError as error:
@@ -320,7 +320,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             create_time=_timestamp(session.create_time_s),
             last_use_time=_timestamp(session.last_use_time_s),
             expire_time=None if session.expire_time_s is None else _timestamp(session.expire_time_s),
-            store=self._sessions.journal.store.kind,
+            store=self._sessions.store.backend.kind,
             approximate=session.is_approximate,
         )
 
@@ -347,13 +347,32 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             self._idle_streams.discard(task)
 
 
-def _fill(answer: session_service_pb2.StepResponse, entered: EnteredStep, result: StepResult) -> None:
-    fill(answer.outputs, result.outputs)
+def fill_step_response(
+    answer: session_service_pb2.StepResponse, entered: EnteredStep, request: StepRequest
+) -> None:
+    """Say what became of steps.
+
+    Raises:
+        ServingError: they failed.
+    """
+    result, session = request.result(), request.sessions[0]
+    model = session.model.model
+    fill(answer.outputs, model.outputs.tensor(result.outputs, model.outputs.names[0]))
     answer.next_step = result.next_step
-    answer.approximate = entered.call.session.about.is_approximate
+    answer.approximate = session.metadata.is_approximate
     if entered.state_names:
-        spec = entered.call.session.model.model.spec
-        answer.state.extend(_state_messages(entered.state_names, result.state, spec))
+        answer.state.extend(_state_messages(entered.state_names, result.state, model.spec))
+
+
+def _if_alike(
+    session: Session | ServingError | None, check: Callable[[Session], None]
+) -> Session | ServingError | None:
+    if isinstance(session, Session):
+        try:
+            check(session)
+        except ServingError as error:
+            return error
+    return session
 
 
 def _timestamp(time_s: float) -> Timestamp:
@@ -377,7 +396,7 @@ def _state_messages(
     ]
 
 
-def _batch_message(result: BatchResult) -> session_service_pb2.BatchStepResponse:
+def _batch_message(result: BatchReply, model: StepModel | None) -> session_service_pb2.BatchStepResponse:
     response = session_service_pb2.BatchStepResponse(
         next_steps=result.next_steps, approximate=sorted(result.approximate)
     )
@@ -392,8 +411,8 @@ def _batch_message(result: BatchResult) -> session_service_pb2.BatchStepResponse
             message=told.message,
             metadata=told.metadata,
         )
-    if result.outputs is not None:
-        fill(response.outputs, result.outputs)
+    if result.outputs is not None and model is not None:
+        fill(response.outputs, model.outputs.tensor(result.outputs, model.outputs.names[0]))
     return response
 
 

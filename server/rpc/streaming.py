@@ -14,7 +14,8 @@ from typing import Any
 import grpc
 
 from ntm.v1 import session_service_pb2
-from server.sessions.session import Call
+from server.security import split_key
+from server.sessions.request import StepRequest, Waiter
 
 Context = grpc.aio.ServicerContext[Any, Any]
 NextRequest = Callable[
@@ -25,11 +26,21 @@ Enter = Callable[[session_service_pb2.StepRequest, "EnteredStep | None"], Awaita
 
 @dataclass(eq=False, slots=True)
 class EnteredStep:
-    """A step request that is in its session's line."""
+    """A step request that was admitted, and what its answer is to have."""
 
-    call: Call
-    num_steps: int
+    request: StepRequest
+    waiter: Waiter
     state_names: list[str]
+
+    @property
+    def session_id(self) -> str:
+        """Whose steps they are, as the caller names it."""
+        return split_key(self.request.sessions[0].session_id)[1]
+
+    @property
+    def future(self) -> asyncio.Future[StepRequest]:
+        """Done when nobody waits any more."""
+        return self.waiter.future
 
 
 class ReadAhead:
@@ -81,10 +92,10 @@ class ReadAhead:
         self._is_first_handed_out = True
         return self._unanswered[0]
 
-    def close(self) -> list[Call]:
-        """Read no more; returns the calls that are not answered."""
+    def close(self) -> list[EnteredStep]:
+        """Read no more; returns what is not answered."""
         self._task.cancel()
-        return [entered.call for entered in self._unanswered]
+        return [*self._unanswered]
 
     async def _read(self) -> None:
         last: EnteredStep | None = None
@@ -107,10 +118,10 @@ class ReadAhead:
             return False
         if len(self._unanswered) >= self._MOST_MESSAGES:
             return True
-        if request.session_id != self._unanswered[-1].call.session.session_id:
-            return True  # it stands in another line, and must not run if one before it fails
+        if request.session_id != self._unanswered[-1].session_id:
+            return True  # it stands in another queue, and must not run if one before it fails
         shape = request.inputs.shape
         num_steps = shape[0] if shape else 0
         for entered in self._unanswered:
-            num_steps += entered.num_steps
+            num_steps += entered.request.caller_inputs.shape[1]
         return num_steps > self._max_unanswered_steps

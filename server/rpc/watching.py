@@ -34,15 +34,15 @@ async def watch(
         ServingError: why there is no more of it here.
     """
     with sessions.watching.watch(session.session_id, bool(names)) as watcher:
-        present = await sessions.state(session)
-        begun = session_service_pb2.WatchSessionResponse(first_step=present.next_step)
-        begun.step.next_step = present.next_step
-        begun.step.state.extend(state_messages(session, names, present.state))
+        present_step, state = await sessions.state(session)
+        begun = session_service_pb2.WatchSessionResponse(first_step=present_step)
+        begun.step.next_step = present_step
+        begun.step.state.extend(state_messages(session, names, state))
         await context.write(begun)
         num_too_large = 0
         while True:
             frame, num_lost = await watcher.next()
-            if frame.next_step <= present.next_step and frame.inputs is not None:
+            if frame.next_step <= present_step and frame.inputs is not None:
                 continue  # it is in the state that was sent first
             answer = session_service_pb2.WatchSessionResponse(
                 first_step=frame.first_step,
@@ -50,10 +50,11 @@ async def watch(
                 is_reset=frame.inputs is None,
             )
             answer.step.next_step = frame.next_step
-            answer.step.approximate = session.about.is_approximate
+            answer.step.approximate = session.metadata.is_approximate
             if frame.inputs is not None and frame.outputs is not None:
-                fill(answer.inputs, frame.inputs)
-                fill(answer.step.outputs, frame.outputs)
+                model = session.model.model
+                fill(answer.inputs, model.inputs.tensor(frame.inputs, model.inputs.names[0]))
+                fill(answer.step.outputs, model.outputs.tensor(frame.outputs, model.outputs.names[0]))
                 answer.step.state.extend(state_messages(session, names, frame.state))
             if answer.ByteSize() > max_message_bytes:
                 num_too_large = answer.num_lost_messages + 1

@@ -1,375 +1,303 @@
-"""Lines: one session's calls, in order of arrival, one at a time, and changes that are committed before they are made.
+"""Queues: one session's entries, in order of arrival, one at a time.
 
-What a call does is its own: `steps.py` and `sessions.py` say how it begins, and end it. If it cannot be known what
-became of a commit, the session is lost to this server's memory: its calls are told so, and the next one finds it as the
-store has it.
+An entry is a request for steps, begun when it is the first in the queue of each of its sessions, or a turn, for
+whatever else is done with a session alone. `executor.py` runs the steps; `manager.py` and `pager.py` take turns.
 
-Everything here runs in the event loop's thread; the engine's and the store's threads only hand back what has ended.
-`residence.py` looks after sessions that come and go.
+Everything here runs in the event loop's thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import repeat
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 
-from server.errors import (
-    LeaseLapsedError,
-    QueueFullError,
-    ServingError,
-    SessionMovedError,
-)
+from server.errors import LeaseLapsedError, QueueFullError, ServingError
 from server.runtime.runner import Rows
+from server.sessions.request import StepRequest, Turn
 from server.sessions.served_model import ServedModel
-from server.sessions.session import Batch, Call, CallsTogether, Company, Group, Session
+from server.sessions.session import Session
+from server.sessions.table import SessionTable
 from server.sessions.watching import Watching
-from server.storage.codec import About
-from server.storage.commit_writer import CommitWriter, Outcome
-from server.storage.interface import Write
+from server.storage.async_store import AsyncStore
+
+T = TypeVar("T")
 
 
-class Keeper(Protocol):
-    """Who looks after sessions: `residence.py`."""
+class SessionQueues:
+    """The sessions in memory, and what waits for each."""
 
-    def rest(self, served: ServedModel, places: int | Rows) -> None:
-        """No call is left in the lines of the sessions in some places, or one, of a model's room."""
+    def __init__(self, store: AsyncStore, begin: Callable[[StepRequest], None]) -> None:
+        """No session is in memory.
 
-    def vacate(self, session: Session) -> None:
-        """A session is lost, and nothing uses its slot any more."""
-
-    def lost(self, session: Session) -> None:
-        """A session is lost: whoever looks for it must look in the store."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What is to become of one session once the store has it."""
-
-    session: Session
-    write: Write
-    apply: Callable[[], None]
-    undo: Callable[[], None] = lambda: None
-
-
-class Lines:
-    """Serves the calls of all sessions."""
-
-    def __init__(self, journal: CommitWriter) -> None:
-        """Commit to a journal."""
-        self._journal = journal
-        self.keeper: Keeper
+        Args:
+            store: says what time it is, and whether this replica's lease holds.
+            begin: called with a request whose turn has come.
+        """
+        self.in_memory: dict[str, Session] = {}
+        """By id."""
+        self.wanted: Counter[str] = Counter()
+        """Ids of sessions that somebody is about to enqueue something for: they are not idle."""
+        self._store = store
+        self._begin = begin
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.watching = Watching()
 
-    # Entering and leaving.
+    # Steps.
 
-    def enter(
-        self,
-        session: Session,
-        begin: Callable[[Call], None],
-        needs_device: bool = False,
-        follows: Call | None = None,
-        batch: tuple[Batch, int] | None = None,
-        is_our_own: bool = False,
-    ) -> Call:
-        """Put a call in its session's line.
+    def enqueue(self, request: StepRequest) -> None:
+        """Put a request at the end of its sessions' queues, and begin it if it is the first in all.
 
-        A call that neither needs the device nor has to wait for another is never too many, nor is one of our own.
+        Raises:
+            QueueFullError. SessionMovedError or what else became of the session, if it is one.
+        """
+        sessions, model = request.sessions, request.model
+        if model.num_pending + len(sessions) > model.limits.max_pending_messages:
+            raise queue_full(model)
+        if len(sessions) == 1:
+            (session,) = sessions
+            session.check_may_enter()
+            model.num_pending += 1
+            if session.enqueue(request):
+                self.advance(session)
+            return
+        model.num_pending += len(sessions)
+        table, indices = model.table, request.indices
+        if table.is_idle.each[indices].all():  # one operation instead of one for each session
+            for index in indices.tolist():
+                table.head[index] = request
+            table.is_idle.each[indices] = False
+        else:
+            request.unready = {
+                session for session in sessions if not session.enqueue(request) or not session.is_ready
+            }
+        if not request.unready:
+            self._begin_apart(request)
+
+    def advance(self, session: Session) -> None:
+        """Begin what can be begun; to be called whenever a session's queue or what it waits for has changed."""
+        while (entry := session.head) is not None and (session.is_ready or session.loss):
+            if entry.is_begun:
+                return
+            if isinstance(entry, Turn):
+                if session.loss is None:
+                    entry.is_begun = True
+                    entry.future.set_result(None)
+                    return
+                self._dequeue(entry, session)
+                entry.future.set_exception(session.loss)
+            elif session.loss is not None:
+                self._drop(entry, session, session.loss)
+            elif entry.follows is not None and entry.follows.has_failed:
+                # Whoever sent it knows already that it is not run.
+                entry.has_failed = entry.is_over = True
+                entry.follows = None
+                self._dequeue(entry, session)
+            else:
+                if entry.unready is not None:
+                    entry.unready.discard(session)
+                    if entry.unready:
+                        return
+                self._begin(entry)
+                if entry.is_over and len(entry.sessions) > 1:
+                    for other in entry.sessions:
+                        if other is not session:
+                            self.advance(other)
+        if entry is None and session.is_ready:
+            if session.loss:
+                session.give_up_index()
+            else:
+                self._rest(session.table, session.index)
+
+    def leave(self, model: ServedModel, requests: Sequence[StepRequest]) -> None:
+        """Take requests of one model that are over out of their queues, and begin what stands behind them."""
+        table = model.table
+        if len(requests) == 1 and len(requests[0].sessions) == 1:
+            (session,) = requests[0].sessions
+            self.leave_one(requests[0], session)
+            return self.advance(session)
+        indices = np.fromiter(
+            chain.from_iterable([r.indices.tolist() if r.num_rows > 1 else (r.index,) for r in requests]),
+            np.int64,
+        )
+        model.num_pending -= len(indices)
+        table.last_use_s.each[indices] = self._store.service_time_s
+        if not table.needs_attention.each[indices].any():
+            for index in indices.tolist():
+                table.head[index] = None
+            return self._rest(table, indices)
+        for request in requests:
+            for session in request.sessions:
+                session.dequeue(request)
+                self.advance(session)
+        return None
+
+    def leave_one(self, entry: StepRequest | Turn, session: Session) -> None:
+        """Take what is over out of a session's queue; whatever is behind it is begun by `advance`."""
+        session.dequeue(entry)
+        session.last_use_s = self._store.service_time_s
+        session.model.num_pending -= 1
+
+    def withdraw(self, request: StepRequest) -> None:
+        """Take a request out that is not begun."""
+        behind = [session for session in request.sessions if session.head is request]
+        for session in request.sessions:
+            self._dequeue(request, session)
+        for session in behind:
+            self.advance(session)
+
+    # Turns.
+
+    def enter(self, session: Session, needs_device: bool = False, is_our_own: bool = False) -> Turn:
+        """Take one's place in a session's queue, to be followed by `finish`.
+
+        A turn that neither needs the device nor has to wait is never one too many, nor is one of our own.
 
         Raises:
             QueueFullError; SessionMovedError or what else became of the session.
         """
-        self._check_is_here(session)
-        served = session.model
-        must_wait = needs_device or session.first_call is not None
-        if must_wait and not is_our_own and served.num_pending >= served.limits.max_pending_messages:
-            raise queue_full(served)
-        served.num_pending += 1
-        if batch is None:
-            future: asyncio.Future[Any] = served.loop.create_future()
-            call = Call(session, begin, future, partial(_settle, future), follows)
-        else:
-            call = batch[0].call(session, begin, batch[1])
-        served.room.is_idle.one[session.place] = False
-        if session.line_up(call):
-            self.serve(session)
-        return call
+        session.check_may_enter()
+        model = session.model
+        is_limited = not is_our_own and (needs_device or session.head is not None)
+        if is_limited and model.num_pending >= model.limits.max_pending_messages:
+            raise queue_full(model)
+        model.num_pending += 1
+        turn = Turn(session)
+        if session.enqueue(turn):
+            self.advance(session)
+        return turn
 
-    def enter_group(self, group: Group) -> None:
-        """Put a group in the lines of its sessions; whoever enters it has counted it among the pending."""
-        group.batch.calls.append(group)
-        room = group.served.room
-        if room.is_idle.each[group.places].all():
-            for place in group.places.tolist():
-                room.first_call[place] = group
-        else:
-            group.waiting.update([session for session in group.sessions if not session.line_up(group)])
-        room.is_idle.each[group.places] = False
-        if not group.waiting:
-            group.begin(group)
-
-    async def finish(self, waiting: Call | Batch) -> Any:
-        """What became of a call, or of each of a batch; whoever is cancelled here withdraws what has not begun.
+    async def finish(self, turn: Turn, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
+        """Wait for one's turn, and do something with the session alone; once begun, it is done to its end.
 
         Raises:
-            What the call raises.
+            What `work` raises, or what became of the session meanwhile.
         """
         try:
-            return await waiting.future
+            await asyncio.shield(turn.future)
         except asyncio.CancelledError:
-            self.withdraw([waiting] if isinstance(waiting, Call) else waiting.calls)
+            if not turn.is_begun and not turn.future.done():
+                turn.future.cancel()
+                is_first = turn.session.head is turn
+                self._dequeue(turn, turn.session)
+                if is_first:
+                    self.advance(turn.session)
+            elif turn.is_begun:
+                self._leave_turn(turn)
             raise
+        return await self.to_the_end(self._do(turn, work))
 
-    def withdraw(self, calls: Iterable[Call | Group]) -> None:
-        """The caller has left: take the calls out that have not begun; the others run to their end."""
-        for call in calls:
-            if isinstance(call, Group):
-                self._withdraw_group(call)
-                continue
-            if not call.future.cancel() and not call.future.cancelled():
-                call.future.exception()  # nobody else will ask, and asyncio would complain
-            self._withdraw(call)
-
-    # Serving.
-
-    def serve(self, session: Session) -> None:
-        """Begin what can be begun; to be called whenever a session's line or what it waits for has changed."""
-        while (call := session.first_call) is not None and (session.is_ready or session.loss):
-            if isinstance(call, Group):
-                if call.message is not None:
-                    return
-                if session.loss:
-                    self._drop(call, session, session.loss)
-                    continue
-                call.waiting.discard(session)
-                if not call.waiting:
-                    call.begin(call)
-                return
-            if call.is_begun:
-                return
-            if call.future.cancelled() or (call.follows is not None and call.follows.has_failed):
-                call.has_failed = True
-                self._leave(call)
-                continue
-            if session.loss:
-                self.fail(call, session.loss)
-                continue
-            call.is_begun = True
-            try:
-                call.begin(call)
-            except Exception as error:  # a bug in one call must not keep the others of its session waiting
-                self.fail(call, error)
-        if call is None and session.is_ready:
-            if session.loss:
-                self.keeper.vacate(session)
-            else:
-                self.keeper.rest(session.model, session.place)
-
-    def end(self, call: Call, result: object) -> None:
-        """Answer the call being served, unless what this replica knows may be out of date."""
-        if not self._journal.holds_lease:
-            return self.fail(call, LeaseLapsedError())
-        self._leave(call)
-        return call.settle(result)
-
-    def fail(self, call: Call, error: BaseException) -> None:
-        """Answer the call being served with an error."""
-        call.has_failed = True
-        self._leave(call)
-        call.settle(error)
-
-    def end_calls(self, company: CallsTogether, results: Sequence[object]) -> None:
-        """Answer calls that were served together, each with a result or an exception, as `end` and `fail` do one.
-
-        What stands behind them begins first: if it has to run, it goes to the engine before their answers are written.
-        """
-        if not self._journal.holds_lease:
-            results = [
-                result if isinstance(result, BaseException) else LeaseLapsedError() for result in results
-            ]
-        for call, result in zip(company.calls, results, strict=True):
-            call.has_failed = isinstance(result, BaseException)
-            _let_go(call)
-        try:
-            # Only now, since whose turn it is next sees what has become of those before.
-            self._leave_together(company, company.calls)
-        finally:
-            for call, result in zip(company.calls, results, strict=True):
-                call.settle(result)
-
-    def lose(self, session: Session, loss: ServingError) -> None:
-        """A session is here no more; what is in its line is told why, but what has begun in the engine ends there."""
-        if session.loss is None:
-            session.loss = loss
-            room = session.model.room
-            room.needs_care.one[session.place], room.is_idle.one[session.place] = True, False
-            room.num_lost += 1
-            self.keeper.lost(session)
-            if self.watching.of:
-                self.watching.end(session.session_id, loss)
-
-    def commit(self, changes: Sequence[Change], then: Callable[[list[ServingError | None]], None]) -> None:
-        """Commit changes, then make them part of their sessions; `then` is told what became of each.
-
-        A session whose change was not committed is lost.
-        """
-
-        def committed(outcomes: list[Outcome]) -> None:
-            errors: list[ServingError | None] = []
-            for change, outcome in zip(changes, outcomes, strict=True):
-                session = change.session
-                if outcome is not None:
-                    self.lose(session, loss_by(outcome, session.session_id))
-                errors.append(session.loss)
-                if session.loss:
-                    change.undo()
-                else:
-                    change.apply()
-            then(errors)
-
-        self._journal.commit([change.write for change in changes], committed)
-
-    def change(
+    async def exclusively(
         self,
         session: Session,
-        about: About,
-        apply: Callable[[], None] = lambda: None,
-        snapshot: bytes | None = None,
-        end_time_s: float | None = None,
-        releases: bool = False,
-        last_use_s: float | None = None,
-    ) -> Change:
-        """A change of a session that runs no step; by default it counts as a use."""
-        if last_use_s is None:
-            last_use_s = self._journal.service_time_s
+        work: Callable[[Session], Coroutine[Any, Any, T]],
+        needs_device: bool = False,
+        is_our_own: bool = False,
+    ) -> T:
+        """As `enter`, and then `finish`."""
+        return await self.finish(self.enter(session, needs_device, is_our_own), work)
 
-        def apply_all() -> None:
-            session.about, session.last_use_s = about, last_use_s
-            apply()
+    async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something to its end, whatever becomes of who asked for it."""
+        return await asyncio.shield(self.spawn(work))
 
-        write = Write(
-            session.session_id,
-            session.fence,
-            session.next_step,
-            last_use_s,
-            entry=session.entry(about, session.next_step, last_use_s, end_time_s),
-            snapshot=snapshot,
-            forget_before=None
-            if snapshot is None
-            else max(0, session.next_step - session.model.limits.retry_window_steps),
-            releases=releases,
-        )
-        return Change(session, write, apply_all)
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do something in the background; what it raises is told to whoever awaits it, and to nobody else."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
 
-    # Leaving.
+    async def _do(self, turn: Turn, work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
+        try:
+            result = await work(turn.session)
+            if not self._store.holds_lease:
+                raise LeaseLapsedError
+            return result
+        finally:
+            self._leave_turn(turn)
 
-    def end_group(self, group: Group) -> None:
-        """The message of a group has ended or is withdrawn: it is the turn of who waits behind it."""
-        self._leave_together(group, repeat(group, len(group.sessions)))
+    def _leave_turn(self, turn: Turn) -> None:
+        self.leave_one(turn, turn.session)
+        self.advance(turn.session)
 
-    def _leave_together(self, company: Company, calls: Iterable[Call | Group]) -> None:
-        """Take sessions that were served together out of line, each with its call, and begin what stands behind."""
-        served, places = company.served, company.places
-        served.num_pending -= len(places)
-        served.room.last_use_s.each[places] = self._journal.service_time_s
-        if not served.room.needs_care.each[places].any():
-            for place in places.tolist():
-                served.room.first_call[place] = None
-            return self.keeper.rest(served, places)
-        for session, call in zip(company.sessions, calls, strict=True):
-            session.leave_line(call)
-            self.serve(session)
-        return None
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # else asyncio would complain of one that nobody awaits
 
-    def _drop(self, group: Group, session: Session, error: ServingError) -> None:
-        """Take a session that is lost out of a group that has not begun."""
-        row = group.sessions.index(session)
-        index = int(group.indices[row])
-        session.leave_line(group)
-        group.served.num_pending -= 1
-        group.waiting.discard(session)
-        group.keep([other for other in range(len(group.sessions)) if other != row])
-        if not group.sessions:
-            group.batch.calls.remove(group)
-        group.batch.settle_error(index, error)
-        if group.sessions and not group.waiting:
-            group.begin(group)
+    # Sessions that leave memory.
 
-    def _leave(self, call: Call) -> None:
-        session = call.session
-        session.leave_line(call)
-        _let_go(call)
-        session.last_use_s = self._journal.service_time_s
+    def admit(self, session: Session) -> None:
+        """A session is in memory from now on."""
+        self.in_memory[session.session_id] = session
+
+    def lose(self, session: Session, loss: ServingError) -> None:
+        """A session is in memory no more: what is in its queue is told why, but what runs in the engine ends there."""
+        if session.loss is None:
+            session.loss = loss
+            table, index = session.table, session.index
+            table.needs_attention.one[index], table.is_idle.one[index] = True, False
+            table.num_lost += 1
+            if self.in_memory.get(session.session_id) is session:
+                del self.in_memory[session.session_id]
+            if self.watching.of:
+                self.watching.end(session.session_id, loss)
+        self.advance(session)
+
+    def _rest(self, table: SessionTable, indices: int | Rows) -> None:
+        """The queues of sessions are empty."""
+        if self.wanted:
+            indices = np.array(
+                [
+                    index
+                    for index in np.atleast_1d(indices).tolist()
+                    if (session := table.session[index]) and session.session_id not in self.wanted
+                ],
+                np.int64,
+            )
+        table.set_idle(indices)
+
+    def _dequeue(self, entry: StepRequest | Turn, session: Session) -> None:
+        session.dequeue(entry)
         session.model.num_pending -= 1
 
-    def _withdraw(self, call: Call) -> None:
-        session = call.session
-        if call not in session.calls:
+    def _drop(self, request: StepRequest, session: Session, loss: ServingError) -> None:
+        """Take a session that is lost out of a request that is not begun."""
+        self._dequeue(request, session)
+        if len(request.sessions) == 1:
+            request.errors[0] = loss
+            request.has_failed = request.is_over = True
+            request.reply_to.reply(request)
             return
-        if not call.is_begun:
-            session.leave_line(call)
-            session.model.num_pending -= 1
-            self.serve(session)
-        elif (message := call.message) is not None:  # else it has yet to get one, unless it is cancelled
-            company = call.company
-            row = company.sessions.index(session) if company else 0
-            slot = int(message.write_slots[row])
-            if session.model.withdraw(message, row):
-                session.model.slots.release(slot)
-                if company:
-                    company.keep([other for other in range(len(company.sessions)) if other != row])
-                self._leave(call)
-                self.serve(session)
+        row = request.sessions.index(session)
+        lost = StepRequest(
+            [session],
+            request.caller_inputs[row : row + 1],
+            None,
+            request.reply_to,
+            positions=[request.positions[row]],
+        )
+        lost.errors[0] = loss
+        if request.unready is not None:
+            request.unready.discard(session)
+        request.keep([other for other in range(len(request.sessions)) if other != row])
+        request.reply_to.reply(lost)
+        if not request.unready:
+            self._begin_apart(request)
 
-    def _withdraw_group(self, group: Group) -> None:
-        if group.message is None:
-            behind = [session for session in group.sessions if session.first_call is group]
-            group.served.num_pending -= len(group.sessions)
-            for session in group.sessions:
-                session.leave_line(group)
-            for session in behind:
-                self.serve(session)
-        elif not group.message.has_ended and group.served.withdraw(group.message):
-            group.served.slots.release_many(np.asarray(group.message.write_slots))
-            self.end_group(group)
-
-    def _check_is_here(self, session: Session) -> None:
-        if session.loss:
-            raise session.loss
-        if session.is_leaving:
-            raise SessionMovedError(session.session_id)
+    def _begin_apart(self, request: StepRequest) -> None:
+        """Begin a request outside `advance`, which else goes on with what is behind one that is over at once."""
+        self._begin(request)
+        if request.is_over:
+            for session in request.sessions:
+                self.advance(session)
 
 
-def _let_go(call: Call) -> None:
-    """A call that has left its line is to keep nothing alive, however long its caller keeps it."""
-    call.follows = call.message = call.company = None
-
-
-def move(session: Session, slot: int) -> None:
-    """Let a session's state be in another slot."""
-    session.model.slots.release(session.slot)
-    session.slot = slot
-
-
-def loss_by(outcome: Outcome, session_id: str) -> ServingError:
-    """What callers are told of a change that was not committed."""
-    return outcome if isinstance(outcome, ServingError) else SessionMovedError(session_id)
-
-
-def queue_full(served: ServedModel) -> QueueFullError:
-    """Too many messages wait for a model."""
-    return QueueFullError(served.model.label, served.limits.max_pending_messages)
-
-
-def _settle(future: asyncio.Future[Any], result: object) -> None:
-    if future.done():
-        return
-    if isinstance(result, BaseException):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
+def queue_full(model: ServedModel) -> QueueFullError:
+    """Too many requests wait for a model."""
+    return QueueFullError(model.model.label, model.limits.max_pending_messages)

@@ -1,28 +1,24 @@
-"""Served model: one version of a model in service, with its engine and its slots.
+"""Served model: one version of a model in service, with its engine, its slots and its sessions.
 
-It carries messages to the engine's thread and brings those that ended back into the event loop. Whose messages
-they are is `sessions.py`'s business; `lifecycle.py` makes one for each model that `repository.py` finds.
+It carries requests to the engine's thread and brings those that ended back into the event loop. `executor.py` says what
+runs; `launch.py` makes one for each model that `model/repository.py` finds.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import structlog
+from typing import cast
 
 from server.engine.engine import BatchReport, Engine
-from server.engine.request import Message
+from server.engine.request import EngineRequest
 from server.model.spec import StepModel
 from server.runtime.runner import ModelRunner
 from server.runtime.slots import SlotPool
-from server.sessions.retry_window import RetryWindows
-from server.sessions.table import Room
+from server.sessions.request import EngineCall, StepRequest
+from server.sessions.table import SessionTable
 from server.storage.codec import fingerprint
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -35,85 +31,67 @@ class SessionLimits:
 
 
 class ServedModel:
-    """One version of a model in service: its engine and its slots."""
+    """One version of a model in service."""
 
     def __init__(
         self,
         runner: ModelRunner,
         slots: SlotPool,
         limits: SessionLimits,
-        loop: asyncio.AbstractEventLoop,
+        commit: Callable[[ServedModel, list[StepRequest]], None],
         on_batch: Callable[[BatchReport], None] = lambda _: None,
     ) -> None:
-        """Start the engine; it reports to `loop`."""
+        """Start the engine; to be called in the event loop.
+
+        Args:
+            runner: the model on its device.
+            slots: of the runner's pools.
+            limits: what sessions may take.
+            commit: called in the event loop with the steps that a batch ended.
+            on_batch: called in the engine's thread after every batch.
+        """
         self.model: StepModel = runner.model
         self.runner = runner
         self.limits = limits
         self.slots = slots
-        self.room: Room[Any, Any] = Room(limits.max_resident_sessions)
-        self.histories = RetryWindows(
-            limits.max_resident_sessions + 1,
-            self.model.no_inputs,
-            self.model.no_outputs,
-            limits.retry_window_steps,
-        )
+        self.table = SessionTable(limits.max_resident_sessions, self.model, limits.retry_window_steps)
         self.fingerprint = fingerprint(runner.model, runner.device, runner.padded_batch_size)
         self.num_pending = 0
-        self.is_leaving = False
+        """Entries in the queues of its sessions, each counted for every session."""
+        self.is_draining = False
         """Its file is gone from the models directory: it serves the sessions it has, and takes no new ones."""
-        self._outbox: list[Message] = []
-        self.loop = loop
+        self._commit = commit
+        self._loop = asyncio.get_running_loop()
         self.engine = Engine(runner, self._hand_back, on_batch)
 
     @property
     def num_sessions(self) -> int:
         """Sessions in memory."""
-        return self.room.num_taken
+        return self.table.num_taken
 
-    def submit(self, message: Message) -> None:
-        """Run a message; its `on_ended` is called in the event loop when it has ended.
+    def submit(self, requests: Sequence[StepRequest]) -> None:
+        """Run steps; the executor commits what has ended."""
+        self.engine.submit(requests)
 
-        Messages that come in one turn of the event loop go to the engine together, so that they run together.
-        """
-        if not self._outbox:
-            self.loop.call_soon(self._flush)
-        self._outbox.append(message)
-
-    def submit_now(self, messages: list[Message]) -> None:
-        """Run messages, and what was submitted in this turn of the event loop, without waiting for its end."""
-        self._outbox += messages
-        self._flush()
-
-    def withdraw(self, message: Message, row: int | None = None) -> bool:
-        """Take a message back that has not begun, or only one of its sessions; says whether it is out."""
-        if row is not None and message.num_rows > 1:
-            return self.engine.leave_out(message, row)
-        if message in self._outbox:
-            self._outbox.remove(message)
-        elif not self.engine.withdraw(message):
-            return False
-        message.on_ended = None  # which knows it, as in `_end`
-        return True
+    async def run(self, call: EngineCall) -> None:
+        """Run a request of the server's own, and wait until it has ended."""
+        self.engine.submit([call])
+        await asyncio.shield(call.future)
 
     def close(self) -> None:
         """End the engine and free the device's memory, when no session is left. Blocks."""
         self.engine.close()
         self.runner.close()
 
-    def _flush(self) -> None:
-        if self._outbox:
-            self.engine.submit(self._outbox)
-            self._outbox = []
+    def _hand_back(self, ended: list[EngineRequest]) -> None:
+        self._loop.call_soon_threadsafe(self._take_back, ended)
 
-    def _hand_back(self, messages: list[Message]) -> None:
-        self.loop.call_soon_threadsafe(self._end, messages)
-
-    def _end(self, messages: list[Message]) -> None:
-        for message in messages:
-            # It knows the message: without this the two would stay until the collector comes.
-            on_ended, message.on_ended = message.on_ended, None
-            assert on_ended is not None
-            try:
-                on_ended(message)
-            except Exception as error:  # a bug in one must not keep those behind it waiting
-                log.error("what a message gave was lost", model=self.model.label, exc_info=error)
+    def _take_back(self, ended: list[EngineRequest]) -> None:
+        steps = []
+        for request in ended:
+            if isinstance(request, EngineCall):
+                request.future.set_result(None)
+            else:
+                steps.append(cast(StepRequest, request))
+        if steps:
+            self._commit(self, steps)

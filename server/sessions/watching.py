@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from ntm.tensor import Array
 from server.errors import ServingError
+from server.model.layout import Steps
 
 MOST_FRAMES = 32
 MOST_FRAME_BYTES = 8 * 2**20
@@ -30,10 +31,10 @@ class Frame:
     """One message of a session, after its commit; or, without steps, a reset."""
 
     first_step: int
-    inputs: Array | None
-    """[T, ...input shape]; None for a reset."""
-    outputs: Array | None
-    """[T, ...output shape]; None for a reset."""
+    inputs: Steps | None
+    """[T]; None for a reset."""
+    outputs: Steps | None
+    """[T]; None for a reset."""
     next_step: int
     state: Mapping[str, Array]
     """After the last step, by name, [...state shape] each in the graph's axes; empty if nobody asked for it."""
@@ -41,7 +42,8 @@ class Frame:
     @property
     def num_bytes(self) -> int:
         """What it takes in memory, about."""
-        arrays = [*self.state.values(), *(a for a in (self.inputs, self.outputs) if a is not None)]
+        arrays: list[Array] = [*self.state.values()]
+        arrays += [steps for steps in (self.inputs, self.outputs) if steps is not None]
         return sum(array.nbytes for array in arrays)
 
 

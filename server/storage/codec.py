@@ -1,17 +1,16 @@
-"""Records: what a store keeps of a session, as bytes, and how damage to it is noticed.
+"""Codec: what a store keeps of a session, as bytes, and how damage to it is noticed.
 
-A session is its last snapshot and the records since: one record for each message, with the inputs it had and the
+A session is its last snapshot and the records since: one record for each request, with the inputs it had and the
 outputs it gave. A snapshot is a safetensors file, the same that ExportSession gives. Everything carries a checksum,
 since a store can return what it was not given; a store itself (`server/storage`) looks into none of it.
 
-Shapes: T steps of a message.
+Shapes: T steps of a request.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from ntm.tensor import Array, numpy_dtype
+from server.model.layout import Steps
 from server.model.spec import StepModel, api_shape, from_api, to_api
 from server.runtime.provider import Device
 from server.storage.interface import Record
@@ -40,7 +40,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A message that failed: a repeat of it gets the same answer."""
+    """A request that failed: a repeat of it gets the same answer."""
 
     first_step: int
     inputs_digest: str
@@ -50,7 +50,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class SessionMetadata:
     """What an entry says of its session beside its id, its counter and its last use."""
 
     request: str
@@ -72,7 +72,7 @@ class About:
     num_recoveries: int = 0
     """Replays begun and not finished: a recovery that brings the server down must not be tried for ever."""
     failure: Failure | None = None
-    """The last message, if it failed."""
+    """The last request, if it failed."""
     end_reason: Literal["", "DELETED", "EXPIRED"] = ""
 
     def check_snapshot(self, snapshot: bytes) -> None:
@@ -86,7 +86,7 @@ class About:
 
     def with_snapshot(
         self, snapshot: bytes, step: int, reset_steps: tuple[int, ...], where: Fingerprint
-    ) -> About:
+    ) -> SessionMetadata:
         """The same with a snapshot of the state before a step, written here; nothing is left to be replayed."""
         return replace(
             self,
@@ -103,7 +103,7 @@ class About:
         return b"%08x" % zlib.crc32(text) + text
 
     @staticmethod
-    def decode(content: bytes) -> About:
+    def decode(content: bytes) -> SessionMetadata:
         """What `encode` gave.
 
         Raises:
@@ -114,19 +114,19 @@ class About:
             raise DamagedError("the entry's checksum is wrong")
         fields = json.loads(text)
         failure = fields.pop("failure")
-        about = About(**fields, failure=Failure(**failure) if failure else None)
+        about = SessionMetadata(**fields, failure=Failure(**failure) if failure else None)
         return replace(about, reset_steps=tuple(about.reset_steps))
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
-    """A message as it was applied."""
+class RecordedSteps:
+    """A request as it was applied."""
 
     first_step: int
-    inputs: Array
-    """[T, ...input shape]."""
-    outputs: Array
-    """[T, ...output shape]."""
+    inputs: Steps
+    """[T]."""
+    outputs: Steps
+    """[T]."""
     fingerprint: bytes
 
     @property
@@ -153,14 +153,14 @@ def fingerprint(model: StepModel, device: Device, padded_batch_size: int | None)
     return Fingerprint(text, hashlib.sha256(f"{text}, {model.digest}".encode()).digest()[:8])
 
 
-def encode_record(session_id: str, first_step: int, inputs: Array, outputs: Array, where: bytes) -> Record:
-    """A message's record.
+def encode_record(session_id: str, first_step: int, inputs: Steps, outputs: Steps, where: bytes) -> Record:
+    """A request's record.
 
     Args:
         session_id: whose it is; a record in another session's place is damage.
         first_step: index of the first step.
-        inputs: [T, ...input shape].
-        outputs: [T, ...output shape].
+        inputs: [T].
+        outputs: [T].
         where: the fingerprint's digest.
     """
     body = inputs.tobytes() + outputs.tobytes()
@@ -169,7 +169,7 @@ def encode_record(session_id: str, first_step: int, inputs: Array, outputs: Arra
     return Record(first_step, _HEADER.pack(checksum, first_step, num_steps, where) + body)
 
 
-def decode_record(session_id: str, record: Record, model: StepModel) -> Ran:
+def decode_record(session_id: str, record: Record, model: StepModel) -> RecordedSteps:
     """What a record says.
 
     Raises:
@@ -181,31 +181,26 @@ def decode_record(session_id: str, record: Record, model: StepModel) -> Ran:
     body = record.content[_HEADER.size :]
     if checksum != _record_checksum(session_id, first_step, num_steps, where, body):
         raise DamagedError(f"the checksum of the record of step {record.first_step} is wrong")
-    input_shape, output_shape = (
-        (num_steps, *model.no_inputs.shape[1:]),
-        (num_steps, *model.no_outputs.shape[1:]),
-    )
-    input_bytes = math.prod(input_shape) * model.no_inputs.itemsize
-    output_bytes = math.prod(output_shape) * model.no_outputs.itemsize
-    if first_step != record.first_step or len(body) != input_bytes + output_bytes:
+    input_bytes = num_steps * model.inputs.step_bytes
+    if first_step != record.first_step or len(body) != input_bytes + num_steps * model.outputs.step_bytes:
         raise DamagedError(f"the record of step {record.first_step} is of another session or model")
-    inputs = np.frombuffer(body[:input_bytes], model.no_inputs.dtype).reshape(input_shape)
-    outputs = np.frombuffer(body[input_bytes:], model.no_outputs.dtype).reshape(output_shape)
-    return Ran(first_step, inputs, outputs, where)
+    inputs = np.frombuffer(body[:input_bytes], model.inputs.dtype)
+    outputs = np.frombuffer(body[input_bytes:], model.outputs.dtype)
+    return RecordedSteps(first_step, inputs, outputs, where)
 
 
-def check_unbroken(messages: Sequence[Ran], snapshot_step: int, next_step: int) -> None:
+def check_unbroken(requests: Sequence[RecordedSteps], snapshot_step: int, next_step: int) -> None:
     """That the records lead from the snapshot to the counter without a gap.
 
     Raises:
         DamagedError: they do not.
     """
-    step = messages[0].first_step if messages else snapshot_step
+    step = requests[0].first_step if requests else snapshot_step
     meets_snapshot = step == snapshot_step
-    for message in messages:
-        if message.first_step != step:
+    for request in requests:
+        if request.first_step != step:
             raise DamagedError(f"the record of step {step} is missing")
-        step = message.end_step
+        step = request.end_step
         meets_snapshot = meets_snapshot or step == snapshot_step
     if step != next_step or not meets_snapshot:
         raise DamagedError(
@@ -297,8 +292,8 @@ def decode_snapshot(model: StepModel, data: bytes) -> Snapshot:
     return Snapshot(metadata, next_step, state)
 
 
-def digest_of(inputs: Array) -> str:
-    """Tells the inputs of a message that failed from others."""
+def digest_of(inputs: Steps) -> str:
+    """Tells the inputs of a request that failed from others."""
     return hashlib.sha256(inputs.tobytes()).hexdigest()
 
 

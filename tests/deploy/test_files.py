@@ -55,7 +55,7 @@ def test_the_environment_file_holds_no_secret() -> None:
 
 
 def metric_names() -> set[str]:
-    exposed = generate_latest(Metrics()._registry).decode()
+    exposed = generate_latest(Metrics().registry).decode()
     types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", exposed, re.MULTILINE))
     names = set(types)
     for name, kind in types.items():

@@ -28,9 +28,9 @@ from hypothesis.stateful import (
 
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
-from server.launch import Server
+from server.launch import build
 from server.settings import ServerSettings
-from server.storage.commit_writer import CommitWriter
+from server.storage.async_store import AsyncStore
 from tests import step_models
 from tests.reliability.helpers import reason_of, tried
 from tests.reliability.oracle import FIRST_ROW_THAT_FAILS, MODELS, Known, State, random_inputs
@@ -86,7 +86,7 @@ class RetryWindows(RuleBasedStateMachine):
         self.run(self._start())
 
     async def _start(self) -> None:
-        self.server = Server(
+        self.server = await build(
             ServerSettings(
                 models=self.models,
                 listen="127.0.0.1:0",
@@ -336,7 +336,7 @@ class RetryWindows(RuleBasedStateMachine):
         async def send() -> Any:
             with self.caller.hold(known.model):
                 answer = await tried(self.send(session_id, inputs, known.next_step, timeout=0.02))
-                while self.server._calls._num_calls:  # the server learns of it a moment later
+                while self.server.calls.num_calls:  # the server learns of it a moment later
                     await asyncio.sleep(0)
             return answer
 
@@ -563,10 +563,8 @@ def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callab
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "ahead_s", 0.0)
     for name in ("time_s", "service_time_s"):
-        get = getattr(CommitWriter, name).fget
-        monkeypatch.setattr(
-            CommitWriter, name, property(lambda journal, get=get: get(journal) + Clock.ahead_s)
-        )
+        get = getattr(AsyncStore, name).fget
+        monkeypatch.setattr(AsyncStore, name, property(lambda journal, get=get: get(journal) + Clock.ahead_s))
 
 
 @pytest.mark.usefixtures("_clock")

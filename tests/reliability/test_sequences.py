@@ -37,7 +37,7 @@ async def caller(restart: Restart, store: str) -> Caller:
 
 async def no_calls(caller: Caller) -> None:
     """Wait until the server has learnt of all cancellations."""
-    while caller.server._calls._num_calls:
+    while caller.server.calls.num_calls:
         await asyncio.sleep(0)
 
 
@@ -54,7 +54,7 @@ async def test_sessions_of_one_step_run_together_and_leave_nothing(caller: Calle
         await caller.stub.DeleteSession(pb.DeleteSessionRequest(session_id=f"s{index}"))
 
     np.testing.assert_array_equal(np.concatenate(outputs), inputs)
-    served = caller.server.sessions.model("accumulator", None)
+    served = caller.server.sessions.models.find("accumulator", None)
     assert (served.num_sessions, served.slots.num_used, served.num_pending) == (0, 0, 0)
 
 
@@ -100,7 +100,7 @@ async def test_a_late_step_of_a_session_that_expired_out_of_memory_is_refused(
     await caller.step(random_inputs(2), "out")
     await caller.create("accumulator", "in")
 
-    in_the_future(monkeypatch, caller.server.sessions.journal, 3601)
+    in_the_future(monkeypatch, caller.server.sessions.store, 3601)
     await caller.step(random_inputs(1), "in")
     await caller.server.sessions.expire_idle()
 
@@ -114,7 +114,7 @@ async def test_a_message_cancelled_after_its_first_turn_has_begun_runs_to_its_en
 ) -> None:
     inputs = random_inputs(5)
     await caller.create("accumulator")
-    runner = caller.server.sessions.model("accumulator", None).runner
+    runner = caller.server.sessions.models.find("accumulator", None).runner
     has_begun, may_go_on, run = threading.Event(), threading.Event(), runner.run
 
     def run_when_told(batch: np.ndarray, table: int = 0) -> np.ndarray:

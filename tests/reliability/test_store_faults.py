@@ -139,7 +139,7 @@ async def test_sessions_go_on_when_the_store_was_away_for_longer_than_a_lease(
     caller = await start()
     await caller.create("accumulator")
     await caller.step(inputs[:4], first_step=0)
-    journal = caller.server.sessions.journal
+    journal = caller.server.sessions.store
 
     line.refuse()
     while journal.holds_lease:
@@ -376,7 +376,7 @@ async def test_a_session_can_be_deleted_while_a_full_store_refuses_to_bring_it_b
             await asyncio.sleep(0)
         deletion = full.stub.DeleteSession(pb.DeleteSessionRequest(session_id="s"))
         deleting = asyncio.ensure_future(refusal_of(deletion))
-        while not deleting.done() and full.server.sessions.model("copy", None).num_pending < 2:
+        while not deleting.done() and full.server.sessions.models.find("copy", None).num_pending < 2:
             await asyncio.sleep(0)
 
     assert await looking in ("STORE_FULL", "SESSION_NOT_FOUND")

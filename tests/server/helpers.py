@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -15,6 +15,9 @@ from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import session_service_pb2_grpc
 from server.launch import Server
+from server.sessions.request import StepRequest, Waiter
+from server.storage.commit_writer import Outcome
+from server.storage.interface import Write
 
 Start = Callable[..., Awaitable[tuple[Server, str]]]
 INVALID, GONE, ORDER, TAKEN, EXHAUSTED = (
@@ -53,7 +56,61 @@ class Caller:
 
     def hold(self, model: str) -> Any:
         """Keep the model's engine from taking its next batch."""
-        return self.server.sessions.model(model, None).engine.device_held()
+        return self.server.sessions.models.find(model, None).engine.device_held()
+
+
+class Admitted:
+    """A step request that was admitted without gRPC, as `rpc/` admits them."""
+
+    def __init__(
+        self,
+        caller: Caller,
+        session_id: str,
+        inputs: np.ndarray,
+        first_step: int | None = None,
+        wants_state: bool = False,
+        follows: Admitted | None = None,
+    ) -> None:
+        self._executor = caller.server.sessions.executor
+        session = caller.server.sessions.in_memory[session_id]
+        self._model = session.model.model
+        (name,) = self._model.inputs.names
+        self._waiter = Waiter()
+        self.request = StepRequest(
+            [session],
+            self._model.inputs.pack({name: inputs})[None],
+            None if first_step is None else (first_step,),
+            self._waiter,
+            wants_state,
+            follows.request if follows else None,
+        )
+        self._executor.admit([self.request])
+
+    @property
+    def is_answered(self) -> bool:
+        return self._waiter.future.done()
+
+    def cancel(self) -> None:
+        self._executor.cancel(self.request)
+
+    async def result(self) -> tuple[np.ndarray, int, dict[str, np.ndarray]]:
+        """Outputs, the counter, and the state; raises what the request failed with."""
+        result = (await self._waiter.future).result()
+        (name,) = self._model.outputs.names
+        return self._model.outputs.tensor(result.outputs, name), result.next_step, result.state
+
+
+def submitted_to(caller: Caller, model: str, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What a model's engine is given from now on: the sessions of what it is given at once."""
+    served = caller.server.sessions.models.find(model, None)
+    submitted, submit = list[list[str]](), served.submit
+
+    def submit_and_note(requests: Sequence[StepRequest]) -> None:
+        submitted.append([session_id for request in requests for session_id in request.session_ids])
+        submit(requests)
+
+    monkeypatch.setattr(served, "submit", submit_and_note)
+    return submitted
 
 
 async def refused(call: Awaitable[Any], code: grpc.StatusCode, reason: str) -> dict[str, str]:
@@ -84,7 +141,7 @@ def accumulated(inputs: np.ndarray) -> np.ndarray:
 
 async def pending(caller: Caller, model: str, count: int) -> None:
     """Wait until so many messages wait for a model: each turn of the loop lets arrivals in."""
-    served = caller.server.sessions.model(model, None)
+    served = caller.server.sessions.models.find(model, None)
     while served.num_pending != count:
         await asyncio.sleep(0)
     await asyncio.sleep(0)  # what came in this turn goes to the engine in the next
@@ -92,11 +149,13 @@ async def pending(caller: Caller, model: str, count: int) -> None:
 
 async def crash(server: Server) -> None:
     """End a server as its death would: nothing is released, and no more is written."""
-    manager = server.sessions
-    manager.journal.commit = lambda *_: None  # type: ignore[method-assign]
+
+    async def unwritten(writes: Sequence[Write]) -> list[Outcome]:
+        return await asyncio.get_running_loop().create_future()
 
     async def nothing(timeout_s: float) -> bool:
         return True
 
-    manager.release_all = nothing  # type: ignore[method-assign]
+    server.sessions.store.commit = unwritten  # type: ignore[method-assign]
+    server.sessions.ownership.release_all = nothing  # type: ignore[method-assign]
     await server.stop()

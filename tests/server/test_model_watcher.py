@@ -99,7 +99,7 @@ async def listed(caller: Caller) -> list[tuple[str, int, int]]:
 
 
 def metrics(caller: Caller) -> str:
-    return generate_latest(caller.server._metrics._registry).decode()
+    return generate_latest(caller.server.metrics.registry).decode()
 
 
 def remove(root: Path, version: int = 1) -> None:
@@ -329,7 +329,7 @@ async def test_a_removed_version_serves_its_sessions_takes_no_new_ones_and_goes_
     caller, inputs = await start(store), random_inputs(4)
     await caller.create("test", request_id="r")
     await caller.step(inputs[:2])
-    served = caller.server.sessions.model("test", 1)
+    served = caller.server.sessions.models.find("test", 1)
     pool = weakref.ref(next(iter(served.runner._pools.values())))
 
     remove(root)
@@ -393,7 +393,7 @@ async def test_while_the_store_does_not_answer_a_removed_version_stays_and_new_o
         raise StoreUnavailableError
 
     with monkeypatch.context() as patch:
-        patch.setattr(caller.server.sessions.journal.store, "page", unavailable)
+        patch.setattr(caller.server.sessions.store.backend, "page", unavailable)
         await look(caller, 3)
         assert await listed(caller) == [("test", 2, READY), ("test", 1, LEAVING)]
     await unloaded(caller, log)
@@ -471,7 +471,7 @@ async def test_a_session_whose_state_could_not_be_read_is_given_to_the_store_at_
     caller, inputs = await start("sqlite", unload_after_s=1e-6), random_inputs(4)
     await caller.create("test")
     await caller.step(inputs[:2])
-    runner = caller.server.sessions.model("test", 1).runner
+    runner = caller.server.sessions.models.find("test", 1).runner
     read = runner.read
 
     def fail_once(slots: np.ndarray) -> dict[str, np.ndarray]:

@@ -94,7 +94,7 @@ async def test_steps_that_wait_are_bounded_and_count_no_more_when_their_caller_l
     for number in range(3):
         await alice.create(str(number))
     await bob.create("s")
-    with server.sessions.model("accumulator", None).engine.device_held():
+    with server.sessions.models.find("accumulator", None).engine.device_held():
         waiting = [
             alice.call["Step"](pb.StepRequest(session_id=str(number), inputs=to_message(random_inputs(4))))
             for number in range(2)

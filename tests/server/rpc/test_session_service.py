@@ -12,7 +12,7 @@ import pytest
 from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from server.sessions import manager as sessions
-from server.storage.commit_writer import CommitWriter
+from server.storage.async_store import AsyncStore
 from tests.server.helpers import (
     EXHAUSTED,
     GONE,
@@ -44,7 +44,7 @@ async def test_a_new_session_says_what_it_is(caller: Caller) -> None:
 
     assert (session.session_id, session.model_name, session.model_version) == ("my-session", "accumulator", 1)
     assert session.next_step == 0
-    assert session.store == caller.server.sessions.journal.store.kind
+    assert session.store == caller.server.sessions.store.backend.kind
     assert not session.HasField("expire_time")
 
 
@@ -116,7 +116,7 @@ async def test_what_is_remembered_of_sessions_that_ended_is_forgotten_in_time(
     for index in range(5):
         await caller.create("accumulator", f"s{index}", request_id=f"r{index}")
         await delete(caller, f"s{index}")
-    journal = caller.server.sessions.journal
+    journal = caller.server.sessions.store
     assert await journal.find_request("r0") is not None
 
     in_the_future(monkeypatch, journal, sessions.RETIREMENT_S + 1)
@@ -133,9 +133,9 @@ async def test_what_is_remembered_of_a_session_is_bounded_by_the_retry_window(ca
         await reset(caller)
 
     session = caller.server.sessions.in_memory["s"]
-    histories = session.model.histories
-    assert session.next_step - histories.oldest_step(session.place) == 16
-    assert len(histories.reset_steps(session.place)) <= 17
+    windows = session.table.retry_windows
+    assert session.next_step - windows.oldest_step(session.index) == 16
+    assert len(windows.reset_steps(session.index)) <= 17
 
 
 async def test_an_unused_session_can_be_deleted_when_the_queue_is_full(caller: Caller) -> None:
@@ -151,7 +151,7 @@ async def test_an_unused_session_can_be_deleted_when_the_queue_is_full(caller: C
 
 
 async def test_without_a_store_no_free_slot_is_refused_until_a_session_ends(caller: Caller) -> None:
-    if caller.server.sessions.journal.store.keeps_steps:
+    if caller.server.sessions.store.backend.keeps_steps:
         pytest.skip("with a store, sessions that wait there take no slot: see test_paging.py")
     for index in range(8):
         await caller.create("accumulator", f"s{index}")
@@ -163,7 +163,7 @@ async def test_without_a_store_no_free_slot_is_refused_until_a_session_ends(call
 
 async def test_slots_are_given_back_however_messages_end(caller: Caller) -> None:
     """Success, failure, reset, withdrawal and deletion: the pool is as full as before."""
-    served = caller.server.sessions.model("logarithm", None)
+    served = caller.server.sessions.models.find("logarithm", None)
     for round_number in range(20):
         session_id = f"s{round_number}"
         await caller.create("logarithm", session_id)
@@ -231,7 +231,7 @@ async def test_a_retired_id_is_free_again_after_24_hours(
     await caller.create("accumulator")
     await delete(caller)
 
-    in_the_future(monkeypatch, caller.server.sessions.journal, sessions.RETIREMENT_S + 1)
+    in_the_future(monkeypatch, caller.server.sessions.store, sessions.RETIREMENT_S + 1)
     await caller.server.sessions.purge()
 
     assert (await caller.create("accumulator")).next_step == 0
@@ -342,7 +342,7 @@ async def test_an_idle_session_expires_and_says_so(
     with caller.hold("accumulator"):
         step = asyncio.ensure_future(caller.step(random_inputs(1), "busy"))
         await pending(caller, "accumulator", 1)
-        in_the_future(monkeypatch, server.sessions.journal, 3601)
+        in_the_future(monkeypatch, server.sessions.store, 3601)
         await server.sessions.expire_idle()
 
     await step
@@ -353,10 +353,8 @@ async def test_an_idle_session_expires_and_says_so(
     await caller.channel.close()
 
 
-def in_the_future(monkeypatch: pytest.MonkeyPatch, journal: CommitWriter, seconds: float) -> None:
+def in_the_future(monkeypatch: pytest.MonkeyPatch, journal: AsyncStore, seconds: float) -> None:
     """Let the store's clocks be ahead of themselves."""
     for name in ("time_s", "service_time_s"):
-        clock = getattr(CommitWriter, name)
-        monkeypatch.setattr(
-            CommitWriter, name, property(lambda _, clock=clock: clock.fget(journal) + seconds)
-        )
+        clock = getattr(AsyncStore, name)
+        monkeypatch.setattr(AsyncStore, name, property(lambda _, clock=clock: clock.fget(journal) + seconds))

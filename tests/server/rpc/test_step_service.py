@@ -14,17 +14,18 @@ import structlog.testing
 
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
-from server.engine.request import Message
-from server.sessions.session import Batch, Call, Company
+from server.sessions.request import BatchReply, EngineCall, StepRequest, Waiter
 from tests.server.helpers import (
     GONE,
     INVALID,
     ORDER,
+    Admitted,
     Caller,
     accumulated,
     pending,
     random_inputs,
     refused,
+    submitted_to,
 )
 
 
@@ -216,9 +217,7 @@ async def test_a_numbered_message_that_failed_is_answered_again_without_running(
     good[:, 0], bad[:, 0] = 1.0, [1.0, 2.0, 99.0]
     await caller.create("fragile", "good")
     await caller.create("fragile", "bad")
-    served = caller.server.sessions.model("fragile", None)
-    submit, run = served.submit, list[str]()
-    monkeypatch.setattr(served, "submit", lambda message: (run.extend(message.session_ids), submit(message)))
+    run = submitted_to(caller, "fragile", monkeypatch)
 
     for num_batches in range(2):
         request = pb.BatchStepRequest(
@@ -230,7 +229,7 @@ async def test_a_numbered_message_that_failed_is_answered_again_without_running(
         assert [(error.index, error.reason) for error in answer.errors] == [(1, "STEP_FAILED")]
     await refused(caller.step(bad, "bad", first_step=0), grpc.StatusCode.INTERNAL, "STEP_FAILED")
 
-    assert run == ["good", "bad", "good"]
+    assert run == [["good", "bad"], ["good"]]
     np.testing.assert_array_equal(await caller.step(good, "bad", first_step=0), 2 * np.cumsum(good, axis=0))
 
 
@@ -393,7 +392,7 @@ async def test_a_batch_that_is_cancelled_takes_out_what_has_not_begun(caller: Ca
 async def test_a_move_that_fails_answers_every_caller_and_leaves_their_sessions(
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = caller.server.sessions.model("accumulator", None).runner
+    runner = caller.server.sessions.models.find("accumulator", None).runner
     inputs = random_inputs(2)
     for index in range(2):
         await caller.create("accumulator", f"s{index}")
@@ -418,7 +417,7 @@ async def test_a_move_that_fails_answers_every_caller_and_leaves_their_sessions(
 async def test_metrics_that_fail_do_not_stop_the_engine(
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = caller.server.sessions.model("accumulator", None).engine
+    engine = caller.server.sessions.models.find("accumulator", None).engine
     await caller.create("accumulator")
 
     monkeypatch.setattr(engine, "_on_batch", lambda report: 1 / 0)
@@ -430,7 +429,7 @@ async def test_a_bug_is_answered_internal_without_its_inside_and_logged_whole(
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await caller.create("accumulator")
-    monkeypatch.setattr(caller.server.sessions, "step", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(caller.server.sessions.executor, "admit", lambda *args, **kwargs: 1 / 0)
 
     with structlog.testing.capture_logs() as log:
         await refused(caller.step(random_inputs(1)), grpc.StatusCode.INTERNAL, "BUG")
@@ -479,21 +478,20 @@ async def test_what_has_been_answered_leaves_nothing_for_the_collector(roomy_cal
             assert not (await caller.stub.BatchStep(request)).errors
         await caller.state()
         await asyncio.sleep(0.05)  # for the stream's tasks to end
-        manager = caller.server.sessions
-        calls = [manager.step(manager.in_memory[name], random_inputs(1), None) for name in "uvwx"]
-        await asyncio.gather(*[call.future for call in calls])
-        assert [(call.message, call.company) for call in calls] == [(None, None)] * 4, (
-            "they keep what all have sent"
-        )
+        admitted = [Admitted(caller, name, random_inputs(1)) for name in "uvwx"]
+        await asyncio.gather(*[one.result() for one in admitted])
         with caller.hold("accumulator"):
-            cancelled = [manager.step(manager.in_memory[name], random_inputs(1), None) for name in "uvwx"]
+            cancelled = [Admitted(caller, name, random_inputs(1)) for name in "uvwx"]
             await asyncio.sleep(0)
-            manager.withdraw(cancelled)
-        del calls, cancelled
+            for one in cancelled:
+                one.cancel()
+        del admitted, cancelled, one
 
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        found = [item for item in gc.garbage if isinstance(item, Call | Company | Batch | Message)]
+        found = [
+            item for item in gc.garbage if isinstance(item, StepRequest | Waiter | BatchReply | EngineCall)
+        ]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()

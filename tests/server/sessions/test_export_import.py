@@ -122,7 +122,7 @@ async def test_a_snapshot_with_values_that_are_not_finite_is_refused(caller: Cal
     from server.storage.codec import encode_snapshot
 
     await caller.create("accumulator")
-    model = caller.server.sessions.model("accumulator", None).model
+    model = caller.server.sessions.models.find("accumulator", None).model
     state = {"sum": np.array([1, np.nan, 2], np.float32)}
 
     await refused(put_back(caller, encode_snapshot(model, 3, state)), INVALID, "INVALID_INPUT")

@@ -53,7 +53,7 @@ async def test_many_sessions_on_few_slots_give_what_each_would_alone(caller: Cal
 
     for outputs, of_session in zip(await asyncio.gather(*map(run, inputs)), inputs.values(), strict=True):
         np.testing.assert_array_equal(outputs, accumulated(of_session))
-    served = caller.server.sessions.model("accumulator", None)
+    served = caller.server.sessions.models.find("accumulator", None)
     assert served.num_sessions == len(caller.server.sessions.in_memory) == 3
     assert served.num_pending == 0
     assert served.slots.num_used <= 3
@@ -93,8 +93,8 @@ async def test_a_session_with_work_in_line_never_goes_out(caller: Caller) -> Non
         busy = [asyncio.ensure_future(caller.step(inputs, session_id)) for session_id in "abc"]
         await pending(caller, "accumulator", 3)
         other = asyncio.ensure_future(caller.step(inputs, "d"))
-        served = caller.server.sessions.model("accumulator", None)
-        while not served.room.num_waiting:
+        served = caller.server.sessions.models.find("accumulator", None)
+        while not served.table.num_waiting:
             await asyncio.sleep(0)
         assert set(caller.server.sessions.in_memory) == {"a", "b", "c"}
 
@@ -134,7 +134,7 @@ async def test_those_who_wait_for_room_are_not_without_number(
         await pending(caller, "accumulator", 1)
         for count, session_id in enumerate("bc"):
             steps.append(asyncio.ensure_future(caller.step(random_inputs(1), session_id)))
-            while server.sessions.model("accumulator", None).room.num_waiting != count + 1:
+            while server.sessions.models.find("accumulator", None).table.num_waiting != count + 1:
                 await asyncio.sleep(0)
         await refused(caller.step(random_inputs(1), "d"), EXHAUSTED, "QUEUE_FULL")
 

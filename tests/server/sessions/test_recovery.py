@@ -154,7 +154,7 @@ async def test_a_message_that_failed_is_answered_the_same_and_leaves_the_session
 
     for name, array in (await caller.state()).items():
         np.testing.assert_array_equal(array, state[name])
-    runner = caller.server.sessions.model("logarithm", None).runner
+    runner = caller.server.sessions.models.find("logarithm", None).runner
     with monkeypatch.context() as patch:
         patch.setattr(runner, "run", lambda inputs: 1 / 0)
         await refused(caller.step(bad, first_step=2), grpc.StatusCode.INTERNAL, "OUTPUT_NOT_FINITE")
@@ -169,7 +169,7 @@ async def test_a_session_that_was_brought_back_need_not_be_replayed_again(restar
     caller = await restart()
     await caller.state()
 
-    (claim,) = await caller.server.sessions.journal.claim(["s"])
+    (claim,) = await caller.server.sessions.store.claim(["s"])
     assert b'"snapshot_step":4' in claim.entry.content
     assert b'"num_recoveries":0' in claim.entry.content
 
@@ -223,19 +223,19 @@ async def test_a_session_lost_while_it_is_brought_back_keeps_its_place_until_not
     await caller.create("accumulator")
     await caller.step(inputs[:4])
     caller = await restart(max_resident_sessions=1)
-    served = caller.server.sessions.model("accumulator", None)
+    served = caller.server.sessions.models.find("accumulator", None)
     with caller.hold("accumulator"):
         lost = asyncio.ensure_future(caller.step(inputs[4:], first_step=4))
-        while not served.room.num_taken:
+        while not served.table.num_taken:
             await asyncio.sleep(0)
         while not served.slots.num_used:  # until its replay is in the engine's line
             await asyncio.sleep(0.001)
 
-        caller.server.sessions.journal._on_lapse()
+        caller.server.sessions.store.lease.lapse()
 
         await refused(lost, grpc.StatusCode.UNAVAILABLE, "LEASE_LAPSED")
-        assert served.room.num_taken == 1
-    while served.room.num_taken:
+        assert served.table.num_taken == 1
+    while served.table.num_taken:
         await asyncio.sleep(0.001)
     assert served.slots.num_used == 0
     np.testing.assert_array_equal(await caller.step(inputs[4:], first_step=4), accumulated(inputs)[4:])
@@ -263,7 +263,9 @@ async def test_a_session_whose_recovery_keeps_failing_is_quarantined_and_can_be_
     await caller.create("accumulator")
     await caller.step(random_inputs(4))
     caller = await restart()
-    monkeypatch.setattr(caller.server.sessions.model("accumulator", None).runner, "run", lambda inputs: 1 / 0)
+    monkeypatch.setattr(
+        caller.server.sessions.models.find("accumulator", None).runner, "run", lambda inputs: 1 / 0
+    )
 
     for _ in range(3):
         await refused(caller.state(), grpc.StatusCode.DATA_LOSS, "SESSION_CORRUPT")

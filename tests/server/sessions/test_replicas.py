@@ -112,7 +112,7 @@ async def test_a_batch_says_which_of_its_sessions_are_elsewhere(replicas: tuple[
         (2, "WRONG_REPLICA"),
     ]
     assert {error.metadata["replica"] for error in answer.errors} == {
-        other.server.sessions.journal.store.replica_id
+        other.server.sessions.store.backend.replica_id
     }
     for index in (1, 3):
         np.testing.assert_array_equal(to_array(answer.outputs)[index], accumulated(inputs[index]))
@@ -130,9 +130,9 @@ async def test_the_sessions_of_a_replica_that_stops_are_free_at_once(
 
     await one.server.stop()
 
-    assert await other.server.sessions.journal.find_request("") is None
+    assert await other.server.sessions.store.find_request("") is None
     for index in range(6):
-        (claim,) = await other.server.sessions.journal.claim([f"s{index}"])
+        (claim,) = await other.server.sessions.store.claim([f"s{index}"])
         assert claim.snapshot
         assert b'"snapshot_step":4' in claim.entry.content
         np.testing.assert_array_equal(
@@ -147,8 +147,9 @@ async def test_the_sessions_of_a_replica_that_died_are_taken_over_when_its_lease
     inputs = random_inputs(9)
     await one.create("accumulator")
     await one.step(inputs[:8], first_step=0)
-    store = one.server.sessions.journal.store
-    one.server.sessions.journal._closing.set()  # no more heartbeats
+    store = one.server.sessions.store.backend
+    beat = one.server.sessions.store.lease.last_beat
+    store.beat = lambda: beat  # type: ignore[method-assign]  # no more heartbeats
     store.close = lambda: None  # type: ignore[method-assign]
     await crash(one.server)
 
@@ -213,15 +214,16 @@ async def test_a_replica_that_was_cut_off_answers_nothing_stale_and_comes_back_a
     inputs = random_inputs(4)
     await one.create("accumulator")
     await one.step(inputs[:2], first_step=0)
-    journal = one.server.sessions.journal
-    old_id = journal.store.replica_id
+    store, ownership = one.server.sessions.store, one.server.sessions.ownership
+    old_id, lapsed = store.backend.replica_id, asyncio.Event()
 
-    lapsed = asyncio.Event()
-    drop_all = journal._on_lapse
-    journal._on_lapse = lambda: (drop_all(), lapsed.set())  # type: ignore[func-returns-value]
+    def lapse() -> None:
+        ownership.drop_all()
+        lapsed.set()
+
+    store.lease.watch(lapse, lambda _: None)  # it hears nobody
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "_on_asked", lambda _: None)
-        patch.setattr(journal.store, "beat", lambda: journal._beat)  # it believes to beat
+        patch.setattr(store.backend, "beat", lambda: store.lease.last_beat)  # it believes to beat
         outputs = await step_until_done(
             [other], pb.StepRequest(session_id="s", inputs=to_message(inputs[2:3]), first_step=2)
         )
@@ -230,7 +232,7 @@ async def test_a_replica_that_was_cut_off_answers_nothing_stale_and_comes_back_a
             await refused(call, grpc.StatusCode.UNAVAILABLE, "LEASE_LAPSED")
     await lapsed.wait()
 
-    assert journal.store.replica_id != old_id
+    assert store.backend.replica_id != old_id
     np.testing.assert_array_equal(await one.step(inputs[3:], first_step=3), accumulated(inputs)[3:])
 
 

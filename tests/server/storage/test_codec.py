@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.model.layout import Steps
 from server.model.spec import StepModel, load
 from server.runtime.provider import choose
 from server.storage.codec import (
-    About,
     DamagedError,
     Failure,
-    Ran,
+    RecordedSteps,
+    SessionMetadata,
     check_unbroken,
     decode_record,
     decode_snapshot,
@@ -49,26 +50,34 @@ def state(model: StepModel) -> dict[str, np.ndarray]:
     }
 
 
+def inputs_of(model: StepModel, num_steps: int) -> Steps:
+    return model.inputs.pack({model.inputs.names[0]: random_inputs(num_steps)})
+
+
+def outputs_of(model: StepModel, num_steps: int) -> Steps:
+    return model.outputs.pack({model.outputs.names[0]: random_inputs(num_steps, 1)})
+
+
 def test_an_entry_comes_back_as_it_was() -> None:
-    about = About(
+    metadata = SessionMetadata(
         "asked", 3, "d" * 64, 12.5, 7, 99, (1, 7), "here", True, 2, Failure(7, "ab", "STEP_FAILED", -1)
     )
 
-    assert About.decode(about.encode()) == about
-    assert About.decode(About("", 1, "", 0.0, 0).encode()).failure is None
+    assert SessionMetadata.decode(metadata.encode()) == metadata
+    assert SessionMetadata.decode(SessionMetadata("", 1, "", 0.0, 0).encode()).failure is None
 
 
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_an_entry_is_noticed(position: int, bit: int) -> None:
-    content = bytearray(About("asked", 3, "d" * 64, 12.5, 7, 99, (1, 7), "here").encode())
+    content = bytearray(SessionMetadata("asked", 3, "d" * 64, 12.5, 7, 99, (1, 7), "here").encode())
     content[position % len(content)] ^= 1 << bit
 
     with pytest.raises(DamagedError):
-        About.decode(bytes(content))
+        SessionMetadata.decode(bytes(content))
 
 
 def test_a_record_comes_back_as_it_was(model: StepModel) -> None:
-    inputs, outputs = random_inputs(4), random_inputs(4, 1)
+    inputs, outputs = inputs_of(model, 4), outputs_of(model, 4)
 
     ran = decode_record("s", encode_record("s", 9, inputs, outputs, HERE), model)
 
@@ -79,7 +88,7 @@ def test_a_record_comes_back_as_it_was(model: StepModel) -> None:
 
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_a_record_is_noticed(model: StepModel, position: int, bit: int) -> None:
-    content = bytearray(encode_record("s", 9, random_inputs(4), random_inputs(4, 1), HERE).content)
+    content = bytearray(encode_record("s", 9, inputs_of(model, 4), outputs_of(model, 4), HERE).content)
     content[position % len(content)] ^= 1 << bit
 
     with pytest.raises(DamagedError):
@@ -88,14 +97,14 @@ def test_a_flipped_bit_in_a_record_is_noticed(model: StepModel, position: int, b
 
 @pytest.mark.parametrize("cut", [0, 5, 23, 24, 100])
 def test_a_record_that_is_cut_short_is_noticed(model: StepModel, cut: int) -> None:
-    content = encode_record("s", 9, random_inputs(4), random_inputs(4, 1), HERE).content
+    content = encode_record("s", 9, inputs_of(model, 4), outputs_of(model, 4), HERE).content
 
     with pytest.raises(DamagedError):
         decode_record("s", Record(9, content[:cut]), model)
 
 
 def test_a_record_in_the_place_of_another_is_noticed(model: StepModel) -> None:
-    record = encode_record("s", 9, random_inputs(4), random_inputs(4, 1), HERE)
+    record = encode_record("s", 9, inputs_of(model, 4), outputs_of(model, 4), HERE)
 
     with pytest.raises(DamagedError):
         decode_record("another", record, model)
@@ -104,8 +113,8 @@ def test_a_record_in_the_place_of_another_is_noticed(model: StepModel) -> None:
 
 
 def test_records_must_lead_from_the_snapshot_to_the_counter() -> None:
-    def ran(first_step: int, num_steps: int) -> Ran:
-        return Ran(first_step, random_inputs(num_steps), random_inputs(num_steps), HERE)
+    def ran(first_step: int, num_steps: int) -> RecordedSteps:
+        return RecordedSteps(first_step, np.zeros(num_steps, "V4"), np.zeros(num_steps, "V4"), HERE)
 
     check_unbroken([], 4, 4)
     check_unbroken([ran(0, 4), ran(4, 2)], 4, 6)

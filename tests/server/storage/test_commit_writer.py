@@ -1,4 +1,4 @@
-"""The journal: what comes together is committed together, in order, and what is not committed is told."""
+"""The commit writer: what comes together is committed together, in order, and what is not committed is told."""
 
 from __future__ import annotations
 
@@ -47,39 +47,39 @@ def a_session(number: int) -> Write:
 
 
 async def test_changes_that_come_while_a_commit_is_under_way_go_into_the_next_together(store: Held) -> None:
-    journal = CommitWriter(store, lambda: store, beat_interval_s=60)
-    first = asyncio.ensure_future(journal.committed(a_session(0)))
+    writer = CommitWriter(lambda: store)
+    first = writer.commit([a_session(0)])
     await asyncio.to_thread(store.has_begun.wait, 20)
-    others = [asyncio.ensure_future(journal.committed(a_session(number))) for number in range(1, 6)]
-    while len(journal._queue) < 5:
+    others = [writer.commit([a_session(number)]) for number in range(1, 6)]
+    while writer.num_queued < 5:
         await asyncio.sleep(0)
 
     store.may_go.set()
 
-    assert [await each for each in (first, *others)] == [None] * 6
+    assert [await each for each in (first, *others)] == [[None]] * 6
     assert store.sizes == [1, 5]
-    await asyncio.to_thread(journal.close)
+    await asyncio.to_thread(writer.close)
 
 
 async def test_every_caller_of_a_commit_that_fails_is_told(store: Held) -> None:
-    journal = CommitWriter(store, lambda: store, beat_interval_s=60)
+    writer = CommitWriter(lambda: store)
     store.fails = True
     store.may_go.set()
 
-    outcomes = await asyncio.gather(*(journal.committed(a_session(number)) for number in range(3)))
+    outcomes = await asyncio.gather(*(writer.commit([a_session(number)]) for number in range(3)))
 
-    assert {type(outcome) for outcome in outcomes} == {StoreUnavailableError}
+    assert {type(outcome) for (outcome,) in outcomes} == {StoreUnavailableError}
     store.fails = False
-    assert await journal.committed(a_session(0)) is None
-    await asyncio.to_thread(journal.close)
+    assert await writer.commit([a_session(0)]) == [None]
+    await asyncio.to_thread(writer.close)
 
 
-async def test_what_is_in_line_is_written_before_the_journal_closes(store: Held) -> None:
-    journal = CommitWriter(store, lambda: store, beat_interval_s=60)
-    waiting = asyncio.ensure_future(journal.committed(a_session(0)))
+async def test_what_is_queued_is_written_before_the_writer_closes(store: Held) -> None:
+    writer = CommitWriter(lambda: store)
+    waiting = writer.commit([a_session(0)])
     await asyncio.sleep(0)
 
     store.may_go.set()
-    await asyncio.to_thread(journal.close)
+    await asyncio.to_thread(writer.close)
 
-    assert await waiting is None
+    assert await waiting == [None]

@@ -1,4 +1,4 @@
-"""`python -m server`: read the settings, set up the log, serve until told to stop."""
+"""`python -m server`: read the settings, set up the log, serve until told to stop; or `describe` a model file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import uvloop
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
+from server.describe_command import describe
 from server.errors import StartupError
 from server.launch import run
 from server.settings import ServerSettings, SettingsError, check_environment
@@ -17,6 +18,8 @@ from server.settings import ServerSettings, SettingsError, check_environment
 
 def main() -> int:
     """Serve; returns the exit status: 0 after a stop in good order, 1 for a start that failed, 2 for wrong settings."""
+    if sys.argv[1:2] == ["describe"]:
+        return describe(sys.argv[2:])
     try:
         check_environment()
         settings = CliApp.run(ServerSettings, cli_args=sys.argv[1:])

@@ -1,0 +1,147 @@
+"""`python -m server describe`: other people's files, from nothing but the file and what nobody can read off it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format
+
+from ntm.v1 import model_pb2
+from server.__main__ import main
+from server.model import spec
+from server.model.describe import Hints, draft
+from tests import foreign_models, step_models
+
+HINTS = {
+    "several inputs, outputs and states": [
+        "--input",
+        "goal:session",
+        "--initial",
+        "tail=ones",
+        "--initial",
+        "count=5",
+    ],
+    "open axes": ["--axis", "x.1=12", "--axis", "state=5"],
+}
+
+
+def file_of(tmp_path: Path, content: bytes) -> Path:
+    """The file as its makers would give it: without a spec."""
+    step, _ = step_models.read_back(content)
+    del step.metadata_props[:]
+    path = tmp_path / "step.onnx"
+    path.write_bytes(step.SerializeToString())
+    return path
+
+
+def describe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["server", "describe", *arguments])
+    return main()
+
+
+@pytest.mark.parametrize("kind", foreign_models.KINDS)
+def test_a_file_of_each_kind_is_described_proven_and_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    make, _ = foreign_models.KINDS[kind]
+    _, expected = step_models.read_back(make())
+    hints = HINTS.get(kind, [])
+    if kind == "a branch on a constant":
+        hints = ["--constant", "sr=16000"]
+    directory = tmp_path / "models" / "mine" / "1"
+
+    status = describe(monkeypatch, str(file_of(tmp_path, make())), *hints, "--publish", str(directory))
+
+    assert status == 0, capsys.readouterr()
+    assert "bit for bit" in capsys.readouterr().out
+    found = spec.load(directory / "model.onnx", "mine", 1).spec
+    assert {s.input_name: s.output_name for s in found.states} == {
+        s.input_name: s.output_name for s in expected.states
+    }
+    assert [tensor.name for tensor in found.inputs] == [tensor.name for tensor in expected.inputs]
+    assert {tensor.name for tensor in found.outputs} >= {tensor.name for tensor in expected.outputs}
+
+
+def test_the_spec_that_is_printed_is_the_one_to_put_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert describe(monkeypatch, str(file_of(tmp_path, step_models.delay_line()))) == 0
+
+    printed = capsys.readouterr().out
+    found = json_format.Parse(printed[printed.index("\n{") :], model_pb2.ModelSpec())
+    assert {(state.input_name, state.output_name) for state in found.states} == {
+        ("a", "next_a"),
+        ("b", "next_b"),
+    }
+
+
+def test_what_nobody_can_read_off_the_file_has_to_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = describe(monkeypatch, str(file_of(tmp_path, foreign_models.open_axes())))
+
+    assert status == 1
+    told = capsys.readouterr().out
+    assert "has to be told" in told
+    assert "--axis x.1=LENGTH" in told
+
+
+def test_states_without_names_in_common_are_paired_by_their_shapes(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    step (float[N,2] args_0, float[N,3] args_1, float[N,1,3] args_2)
+        => (float[N,3] linear_7, float[N,1,3] add_4, float[N,3] mul_9)
+    <int64[1] one = {1}, int64[1] end = {3}, int64[1] zero = {0}>
+    {
+        mean = ReduceMean <axes = [1], keepdims = 1> (args_0)
+        linear_7 = Add (args_1, mean)
+        wide = Unsqueeze (linear_7, one)
+        add_4 = Add (args_2, wide)
+        mul_9 = Neg (linear_7)
+    }
+    """
+    path = tmp_path / "step.onnx"
+    path.write_bytes(foreign_models.parse(text).SerializeToString())
+
+    found = draft(path, Hints(outputs=["mul_9"]))
+
+    assert {s.input_name: s.output_name for s in found.spec.states} == {
+        "args_1": "linear_7",
+        "args_2": "add_4",
+    }
+    assert not found.missing
+    assert any("args_2" in guess for guess in found.guessed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--state", "h=nothing"], "the graph has no output 'nothing'"),
+        (["--axis", "x=7"], "has no such open axis"),
+        (["--axis", "x"], "say INPUT=LENGTH"),
+        (["--initial", "sum=many"], "say zeros, ones, a number"),
+        (["--constant", "sum"], "say NAME=VALUE"),
+    ],
+)
+def test_a_hint_that_fits_nothing_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    complaint: str,
+) -> None:
+    assert describe(monkeypatch, str(file_of(tmp_path, step_models.accumulator())), *flags) == 1
+
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_version_that_is_there_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, directory = file_of(tmp_path, step_models.delay_line()), tmp_path / "mine" / "1"
+    assert describe(monkeypatch, str(file), "--publish", str(directory)) == 0
+    assert describe(monkeypatch, str(file), "--publish", str(directory)) == 1
+
+    assert "publish the next one" in capsys.readouterr().err
+    assert [path.name for path in directory.parent.iterdir()] == ["1"]

@@ -106,8 +106,8 @@ def write_large_model(models: Path) -> None:
     roles = {"memory": model_pb2.STATE_ROLE_MEMORY, "attention": model_pb2.STATE_ROLE_WRITE_WEIGHTING}
     spec = model_pb2.ModelSpec(
         name="large",
-        input=model_pb2.TensorSpec(name="x", dtype=fp32, shape=[8]),
-        output=model_pb2.TensorSpec(name="y", dtype=fp32, shape=[8]),
+        inputs=[model_pb2.TensorSpec(name="x", dtype=fp32, shape=[8])],
+        outputs=[model_pb2.TensorSpec(name="y", dtype=fp32, shape=[8])],
         states=[
             model_pb2.StateSpec(
                 input_name=name,

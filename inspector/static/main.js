@@ -118,8 +118,8 @@ function sessionItem(session) {
   const about = document.createElement("span");
   about.className = "faint";
   const store = session.store && session.store !== "none" ? `, ${session.store}` : "";
-  const principal = session.principal ? `, ${session.principal}` : "";
-  about.textContent = `${session.next_step} steps, ${age(session.create_time)} old${store}${principal}`;
+  const owner = session.owner ? `, ${session.owner}` : "";
+  about.textContent = `${session.next_step} steps, ${age(session.create_time)} old${store}${owner}`;
   button.append(id, about);
   button.title = session.session_id;
   button.setAttribute("aria-current", String(session.session_id === recording?.summary.session_id));

@@ -15,7 +15,7 @@ from benchmarks.bare import BareLoop
 from benchmarks.measuring import Case, Figures, side_by_side
 from benchmarks.textbook import TextbookStep
 from export import onnx_file
-from export.step import Step
+from export.step import CellStep
 from training.model import NTMCell
 
 SHIPPED_SIZE = "N=128 M=20, 1+1 heads"
@@ -55,6 +55,6 @@ def models(**sizes: Any) -> dict[str, bytes]:
     torch.manual_seed(0)
     cell = NTMCell(input_size=9, output_size=8, controller="lstm", controller_size=100, **sizes).eval()
     return {
-        "exported": onnx_file.graph(Step(cell)).SerializeToString(),
+        "exported": onnx_file.graph(CellStep(cell)).SerializeToString(),
         "textbook": onnx_file.trace(TextbookStep(cell).eval()).SerializeToString(),
     }

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.step import Step
+from export.step import CellStep
 from training.model import NTMCell
 from training.model.controller import LSTMLayer
 from training.model.heads import rows_of
 
 
-class TextbookStep(Step):
+class TextbookStep(CellStep):
     """One step of a cell with an LSTM controller, its memory as [B, N, M]."""
 
     def __init__(self, cell: NTMCell) -> None:
@@ -42,9 +42,9 @@ class TextbookStep(Step):
         state = super().initial_state(batch_size)
         return state | {"memory": state["memory"].mT.contiguous()}
 
-    def forward(self, inputs: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """As `Step.forward`."""
-        memory, read_weightings, write_weightings, read_vectors, hidden, cell = states
+        inputs, memory, read_weightings, write_weightings, read_vectors, hidden, cell = tensors
         hidden, cell = self.controller(torch.cat([inputs, read_vectors.flatten(1)], dim=-1), (hidden, cell))
         previous = torch.cat([read_weightings, write_weightings], dim=1)
         read_weightings, write_weightings = torch.split(

@@ -21,9 +21,7 @@ from training.errors import TrainingError
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     command = _restore if arguments[:1] == ["restore"] else _export
-    # A second thread brings nothing to tensors so small, and waits for its core when another process has it:
-    # measured on two cores with one taken, 46 s for an export instead of 15.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # See `publish.py`.
     try:
         command(arguments)
     except (ExportError, TrainingError) as error:

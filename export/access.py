@@ -22,21 +22,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.model import Cell, NTMCell
+from training.model import NTMCell
 from training.model.access import Accessed
 from training.model.addressing import focus_by_content, interpolate, shift
 from training.model.heads import Heads, HeadSizes, rows_of
 from training.model.memory import each_head, read
 
 
-def for_onnx_runtime(cell: Cell) -> Cell:
-    """The same cell with these heads and this access; a copy, and one without memory as it is."""
-    if not isinstance(cell, NTMCell):
-        return cell
-    cell = copy.deepcopy(cell)
-    _spread(cell.heads)
-    cell.access = access_in_onnx_runtime
-    return cell
+def for_onnx_runtime(module: nn.Module) -> nn.Module:
+    """The same module, every machine in it with these heads and this access; a copy, and one without as it is."""
+    if not any(isinstance(cell, NTMCell) for cell in module.modules()):
+        return module
+    module = copy.deepcopy(module)
+    for cell in module.modules():
+        if isinstance(cell, NTMCell):
+            _spread(cell.heads)
+            cell.access = access_in_onnx_runtime
+    return module
 
 
 def access_in_onnx_runtime(requested: Tensor, memory: Tensor, previous: Tensor, sizes: HeadSizes) -> Accessed:

@@ -2,6 +2,7 @@
 
     ExportError
     ├── TargetError            the target is not <name>/<version>, or exists already
+    ├── StepError              a module is no step that can be exported
     ├── RestoreError           no run can be made of a model file
     └── VerificationError      the written file does not do what the cell does
         (a checkpoint that is missing or truncated is a training.errors.CheckpointError)
@@ -18,6 +19,10 @@ class ExportError(Exception):
 
 class TargetError(ExportError):
     """The target is not a version directory, or it exists already."""
+
+
+class StepError(ExportError):
+    """A module is no step that can be exported."""
 
 
 class RestoreError(ExportError):

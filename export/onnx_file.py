@@ -19,7 +19,7 @@ from google.protobuf import json_format
 from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 
-from export.access import for_onnx_runtime
+from export.errors import StepError
 from export.spec import METADATA_KEY
 from export.step import Step
 from ntm.v1 import model_pb2
@@ -50,37 +50,61 @@ def _lp_normalization(op: Any, x: Any, **_: Any) -> Any:
     return op.LpNormalization(x, axis=-1, p=2)
 
 
-# The exporter takes torch's `normalize` apart, and a small step's time is its number of nodes: 6 % at batch 1. The
-# cell normalises along the last axis only, and its least norm, 1e-12, is 0 to a float32 key.
-_NORMALISE = pattern.RewriteRule(_divided_by_norm, _lp_normalization)
+def _is_torchs_along_the_last_axis(_context: Any, axis: Any, least: Any, **_: Any) -> bool:
+    """A norm of less than 1e-12 is 0 to a float32 key; another floor, or another axis, is not the same."""
+    if axis.const_value is None or least.const_value is None:
+        return False
+    return axis.const_value.numpy().tolist() == [-1] and bool(least.const_value.numpy() <= _LEAST_NORM)
+
+
+_LEAST_NORM = 1.01e-12
+# The exporter takes torch's `normalize` apart, and a small step's time is its number of nodes: 6 % at batch 1.
+_NORMALISE = pattern.RewriteRule(_divided_by_norm, _lp_normalization, _is_torchs_along_the_last_axis)
 
 
 def graph(step: Step) -> onnx.ModelProto:
     """The step as ONNX Runtime runs it best: by `access.py`, and one node where the exporter makes several."""
-    model: onnx.ModelProto = rewriter.rewrite(
-        trace(Step(for_onnx_runtime(step.cell), step.loss)), [_NORMALISE]
-    )
+    model: onnx.ModelProto = rewriter.rewrite(trace(step.for_onnx_runtime()), [_NORMALISE])
     return model
 
 
 def trace(step: Step) -> onnx.ModelProto:
-    """What the exporter makes of a step, for any batch size."""
+    """What the exporter makes of a step, for any batch size.
+
+    Raises:
+        StepError: the exporter cannot make a graph of the module for any batch size.
+    """
     # A batch of 1 would be taken for a constant.
-    example = [torch.zeros(2, step.cell.input_size), *step.initial_state(2).values()]
+    example = [*step.example_inputs(2).values(), *step.initial_state(2).values()]
     batch = torch.export.Dim(BATCH_AXIS)
+    axes = tuple({step.batch_axes[name]: batch} for name in step.input_names)
     with _quiet():
-        program = torch.onnx.export(
-            step,
-            tuple(example),
-            dynamo=True,
-            input_names=step.input_names,
-            output_names=step.output_names,
-            dynamic_shapes=({0: batch}, tuple({0: batch} for _ in step.state_names)),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                step,
+                tuple(example),
+                dynamo=True,
+                input_names=step.input_names,
+                output_names=step.output_names,
+                dynamic_shapes=(axes,),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise StepError(
+                "torch's exporter can make no graph of the module for any batch size. Where it depends on the values "
+                "of tensors, or has the number 1 for the batch, write it otherwise. The exporter says: "
+                f"{_reason(error)}"
+            ) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """What was wrong in the first place, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0]
 
 
 def _strip_source(model: onnx.ModelProto) -> None:

@@ -8,6 +8,7 @@ means and the state of generators, is not in the file, so the run cannot be resu
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from export.access import gather
 from export.errors import RestoreError
 from export.onnx_file import read_spec
 from export.spec import initial_value
-from export.step import Step
+from export.step import INPUT, CellStep
 from export.verification import follow
 from ntm.v1 import model_pb2
 from training import checkpoint as checkpoints
@@ -34,6 +35,7 @@ from training.records import METRICS
 
 _LARGEST_DIFFERENCE = 1e-4
 _NUM_STEPS = 20
+_PREFIX = re.compile(r"^(module\.)?cell\.")  # of the weights of a cell, in a graph
 _ONE_HOT = -1e4  # The logit of attention that is 0.
 
 
@@ -64,9 +66,9 @@ def restore(model_file: Path, run_dir: Path) -> Checkpoint:
         checkpoints.load_weights(cell, weights)
     except CheckpointError as error:
         raise RestoreError(f"{model_file}: {error}") from None
-    step = Step(cell.eval(), settings.task.loss)
+    step = CellStep(cell, settings.task.loss)
     inputs = settings.task.draw(4, max(settings.task.sizes()), torch.Generator().manual_seed(0)).inputs
-    difference = follow(model_file, step, inputs[:_NUM_STEPS].numpy())
+    difference = follow(model_file, step, {INPUT: inputs[:_NUM_STEPS].numpy()})
     if not difference <= _LARGEST_DIFFERENCE:
         raise RestoreError(
             f"the cell made of {model_file} differs from it by {difference:.2g}: it was exported by another version"
@@ -98,7 +100,7 @@ def _weights(cell: Cell, model: onnx.ModelProto, spec: model_pb2.ModelSpec) -> d
     arrays = {
         tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in model.graph.initializer
     }
-    graph = {name.removeprefix("cell."): array for name, array in arrays.items() if name.startswith("cell.")}
+    graph = {_PREFIX.sub("", name): array for name, array in arrays.items() if _PREFIX.match(name)}
     start = {state.input_name: torch.tensor(initial_value(state)) for state in spec.states}
     if isinstance(cell, NTMCell) and "heads.weight" in graph:
         graph["heads.weight"], graph["heads.bias"] = gather(
@@ -115,9 +117,10 @@ def _weights(cell: Cell, model: onnx.ModelProto, spec: model_pb2.ModelSpec) -> d
 
 def _shared_bias(model: onnx.ModelProto, arrays: dict[str, Tensor], name: str, own: Tensor) -> Tensor:
     """A bias that the exporter has left out, being zero, or keeps once under the name of another that is the same."""
-    weight = f"cell.{name.removesuffix('bias')}weight"
+    weight = f"{name.removesuffix('bias')}weight"
     for node in model.graph.node:
-        if weight in node.input and len(node.input) == 3 and node.input[2] in arrays:
+        is_its = weight in {_PREFIX.sub("", given) for given in node.input}
+        if is_its and len(node.input) == 3 and node.input[2] in arrays:
             return arrays[node.input[2]]
     return torch.zeros_like(own)
 

@@ -7,6 +7,7 @@ reads it from the file's metadata and checks it against the graph.
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -35,26 +36,39 @@ _API_AXES = {"memory": [1, 0]}
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
-def model_spec(name: str, step: Step, checkpoint: Checkpoint, settings: Settings) -> model_pb2.ModelSpec:
-    """Describe the step of a trained cell, under the name it will be served by."""
-    task = settings.task
-    fp32 = data_type(np.float32)
+def step_spec(
+    step: Step, name: str, *, task: str = "", descriptions: Mapping[str, str] | None = None
+) -> model_pb2.ModelSpec:
+    """Describe a step, under the name it will be served by.
+
+    Args:
+        step: the step.
+        name: of the model.
+        task: what it was trained to do.
+        descriptions: what inputs and outputs mean, by name.
+    """
+    about = descriptions or {}
     return model_pb2.ModelSpec(
         name=name,
-        task=task.name,
-        inputs=[
-            model_pb2.TensorSpec(
-                name=INPUT, dtype=fp32, shape=[step.cell.input_size], description=task.input_description
-            )
-        ],
-        outputs=[
-            model_pb2.TensorSpec(
-                name=OUTPUT, dtype=fp32, shape=[step.cell.output_size], description=task.output_description
-            )
-        ],
-        states=[_state_spec(name, tensor) for name, tensor in step.initial_state(1).items()],
-        provenance=_provenance(checkpoint, settings),
+        task=task,
+        inputs=[_tensor_spec(step, each, tensor, about) for each, tensor in step.inputs.items()],
+        outputs=[_tensor_spec(step, each, tensor, about) for each, tensor in step.outputs.items()],
+        states=[_state_spec(step, each, tensor) for each, tensor in step.states.items()],
     )
+
+
+def run_spec(name: str, step: Step, checkpoint: Checkpoint, settings: Settings) -> model_pb2.ModelSpec:
+    """Describe the step of a run's cell, and how it came to be."""
+    task = settings.task
+    descriptions = {INPUT: task.input_description, OUTPUT: task.output_description}
+    spec = step_spec(step, name, task=task.name, descriptions=descriptions)
+    spec.provenance.CopyFrom(_provenance(checkpoint, settings))
+    return spec
+
+
+def library_versions() -> dict[str, str]:
+    """Of what a file is made with."""
+    return {library: version(library) for library in _LIBRARIES} | {"python": platform.python_version()}
 
 
 def initial_value(state: model_pb2.StateSpec) -> Array:
@@ -64,17 +78,33 @@ def initial_value(state: model_pb2.StateSpec) -> Array:
     return np.full(tuple(state.shape), state.fill, dtype=numpy_dtype(state.dtype))
 
 
-def _state_spec(name: str, initial: Tensor) -> model_pb2.StateSpec:
-    values = initial[0].numpy()
-    spec = model_pb2.StateSpec(
-        input_name=name,
-        output_name=f"next_{name}",
-        role=_ROLES.get(name, model_pb2.STATE_ROLE_CONTROLLER),
+def _tensor_spec(step: Step, name: str, example: Tensor, about: Mapping[str, str]) -> model_pb2.TensorSpec:
+    axis = step.batch_axes[name]
+    values = example.select(axis, 0).numpy()
+    return model_pb2.TensorSpec(
+        name=name,
         dtype=data_type(values.dtype),
         shape=values.shape,
-        api_axes=_API_AXES.get(name, []),
+        batch_axis=axis,
+        description=about.get(name, ""),
     )
-    first = values.flat[0]
+
+
+def _state_spec(step: Step, name: str, initial: Tensor) -> model_pb2.StateSpec:
+    axis = step.batch_axes[name]
+    values = initial.select(axis, 0).contiguous().numpy()
+    in_cell = step.cell_states.get(name)
+    other = model_pb2.STATE_ROLE_OTHER if in_cell is None else model_pb2.STATE_ROLE_CONTROLLER
+    spec = model_pb2.StateSpec(
+        input_name=name,
+        output_name="" if name in step.session_inputs else f"next_{name}",
+        role=_ROLES.get(in_cell or "", other),
+        dtype=data_type(values.dtype),
+        shape=values.shape,
+        batch_axis=axis,
+        api_axes=_API_AXES.get(in_cell or "", []),
+    )
+    first = values.flat[0] if values.size else 0
     if (values == first).all():
         spec.fill = float(first)
     else:
@@ -83,6 +113,7 @@ def _state_spec(name: str, initial: Tensor) -> model_pb2.StateSpec:
 
 
 def _provenance(checkpoint: Checkpoint, settings: Settings) -> model_pb2.Provenance:
+    """How a model of a run came to be."""
     provenance = model_pb2.Provenance(
         training_command=checkpoint.command,
         seed=settings.seed,
@@ -94,8 +125,7 @@ def _provenance(checkpoint: Checkpoint, settings: Settings) -> model_pb2.Provena
             "training_cpu_seconds": checkpoint.cpu_seconds,
             **{f"solved_at_{unit}": value for unit, value in checkpoint.solved.items()},
         },
-        library_versions={library: version(library) for library in _LIBRARIES}
-        | {"python": platform.python_version()},
+        library_versions=library_versions(),
     )
     provenance.export_time.FromDatetime(datetime.now(UTC))
     provenance.training_config.update(checkpoint.settings)

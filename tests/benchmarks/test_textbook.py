@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.textbook import TextbookStep
-from export.step import Step
+from export.step import CellStep
 from training.model import NTMCell
 
 
@@ -15,7 +15,7 @@ from training.model import NTMCell
 def test_the_textbook_step_and_the_cell_are_the_same_over_many_steps(heads):
     torch.manual_seed(0)
     cell = NTMCell(input_size=3, output_size=2, memory_rows=8, row_width=4, controller_size=6, **heads)
-    step, textbook = Step(cell), TextbookStep(cell)
+    step, textbook = CellStep(cell), TextbookStep(cell)
     state, books = [*step.initial_state(5).values()], [*textbook.initial_state(5).values()]
 
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from export.access import for_onnx_runtime, write, write_by_one_head
-from export.step import Step
+from export.step import CellStep
 from training.model import NTMCell, PlainCell
 
 
@@ -26,7 +26,7 @@ def test_the_cell_for_onnx_runtime_computes_what_the_trained_one_does_over_many_
     cell = NTMCell(
         input_size=3, output_size=2, memory_rows=8, row_width=4, controller_size=6, **heads
     ).double()
-    trained, exported = Step(cell), Step(for_onnx_runtime(cell))
+    trained, exported = CellStep(cell), CellStep(for_onnx_runtime(cell))
     ours = theirs = [*trained.initial_state(5).values()]
 
     with torch.no_grad():

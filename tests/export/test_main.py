@@ -47,7 +47,7 @@ def test_the_best_checkpoint_is_exported_and_named_in_the_report(capsys, run_dir
     monkeypatch.setattr(
         publish, "write_onnx", lambda _step, spec, path: (exported.append(spec), path.touch())
     )
-    monkeypatch.setattr(publish, "verify", lambda *_arguments: Report(1, 1, 1, {}))
+    monkeypatch.setattr(publish, "verify", lambda *_arguments, **_options: Report(1, 1, 1, {}))
 
     assert main([str(run), str(tmp_path / "models" / "m" / "1")]) == 0
 
@@ -96,7 +96,7 @@ def test_a_truncated_checkpoint_is_refused(capsys, run_dir, tmp_path):
     broken.mkdir()
     (broken / BEST).write_bytes((run_dir / BEST).read_bytes()[:1000])
 
-    assert "is truncated or not a checkpoint" in refusal(capsys, broken, tmp_path / "models" / "m" / "1")
+    assert "is truncated, or not a checkpoint" in refusal(capsys, broken, tmp_path / "models" / "m" / "1")
     assert not (tmp_path / "models").exists()
 
 
@@ -115,11 +115,11 @@ def test_when_any_stage_fails_nothing_is_left(capsys, run_dir, tmp_path, monkeyp
     def write_something(_step, _spec, path):
         path.write_bytes(b"a file")
 
-    def fail(*_arguments):
+    def fail(*_arguments, **_options):
         raise VerificationError("it does not hold")
 
     monkeypatch.setattr(publish, "write_onnx", write_something)
-    monkeypatch.setattr(publish, "verify", lambda *_arguments: None)
+    monkeypatch.setattr(publish, "verify", lambda *_arguments, **_options: None)
     monkeypatch.setattr(publish, failing, fail)
 
     assert "it does not hold" in refusal(capsys, run_dir, tmp_path / "models" / "m" / "1")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from export.onnx_file import write_onnx
-from export.spec import model_spec
-from export.step import Step
+from export.spec import run_spec
+from export.step import CellStep, Step
 from tests.export.conftest import write_run
 from training.checkpoint import BEST, load, restore_cell
 
@@ -33,8 +33,8 @@ def dims(value) -> list[int | str]:
 def write(tmp_path: Path, *overrides: str) -> tuple[Path, Step]:
     content = load(write_run(tmp_path / "run", *overrides) / BEST)
     cell, settings = restore_cell(content)
-    step = Step(cell)
-    write_onnx(step, model_spec("small", step, content, settings), tmp_path / "model.onnx")
+    step = CellStep(cell)
+    write_onnx(step, run_spec("small", step, content, settings), tmp_path / "model.onnx")
     return tmp_path / "model.onnx", step
 
 

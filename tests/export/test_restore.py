@@ -110,11 +110,11 @@ def test_what_cannot_be_restored_is_refused_in_a_sentence(capsys, model_file, tm
     onnx.save(bare, tmp_path / "bare" / MODEL_FILE)
     (tmp_path / "other").mkdir()
     other = onnx.load(model_file)
-    [weight] = [tensor for tensor in other.graph.initializer if tensor.name == "cell.output.weight"]
+    [weight] = [tensor for tensor in other.graph.initializer if tensor.name == "module.cell.output.weight"]
     weight.name = "cell.output.gewicht"
     for node in other.graph.node:
         node.input[:] = [
-            "cell.output.gewicht" if name == "cell.output.weight" else name for name in node.input
+            "cell.output.gewicht" if name == "module.cell.output.weight" else name for name in node.input
         ]
     onnx.save(other, tmp_path / "other" / MODEL_FILE)
 

@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from export.onnx_file import read_spec
-from export.spec import initial_value, model_spec
-from export.step import Step
+from export.spec import initial_value, run_spec
+from export.step import CellStep
 from ntm.v1 import model_pb2, tensor_pb2
 from tests.export.conftest import write_run
 from training.checkpoint import BEST, load, restore_cell
@@ -59,9 +59,9 @@ def test_the_memory_is_shown_with_its_rows_first_however_the_graph_keeps_it(spec
 def test_initial_values_are_those_of_the_cell_bit_for_bit(tmp_path, memory):
     content = load(write_run(tmp_path / "run", f"--model.initial-memory={memory}") / BEST)
     cell, settings = restore_cell(content)
-    step = Step(cell)
+    step = CellStep(cell)
 
-    described = model_spec("small", step, content, settings)
+    described = run_spec("small", step, content, settings)
 
     initial = step.initial_state(1)
     for state in described.states:

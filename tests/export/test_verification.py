@@ -11,9 +11,9 @@ from onnx import numpy_helper
 
 from export.errors import VerificationError
 from export.onnx_file import write_onnx
-from export.spec import model_spec
-from export.step import Step
-from export.verification import BATCH_SIZES, verify
+from export.spec import run_spec
+from export.step import CellStep, Step
+from export.verification import BATCH_SIZES, task_sequences, verify
 from tests.export.conftest import write_run
 from training.checkpoint import BEST, load, restore_cell
 from training.tasks.copy import CopyTask
@@ -21,11 +21,11 @@ from training.tasks.copy import CopyTask
 
 @pytest.fixture(scope="module")
 def step(run_dir) -> Step:
-    return Step(restore_cell(load(run_dir / BEST))[0])
+    return CellStep(restore_cell(load(run_dir / BEST))[0])
 
 
 TASK = CopyTask(num_bits=3)
-LONG = [(100,)]
+SEQUENCES = task_sequences(TASK, [(100,)])
 
 
 def changed(model_file: Path, tmp_path: Path, change) -> Path:
@@ -37,7 +37,7 @@ def changed(model_file: Path, tmp_path: Path, change) -> Path:
 
 
 def test_a_good_file_is_reported_with_its_differences(model_file, step):
-    report = verify(model_file, step, TASK, LONG)
+    report = verify(model_file, step, SEQUENCES)
 
     assert report.differences.keys() == set(BATCH_SIZES) == {1, 2, 7, 64}
     assert all(max(difference) <= 1e-5 for difference in report.differences.values())
@@ -54,7 +54,7 @@ def test_a_weight_that_is_off_by_a_thousandth_is_found(model_file, step, tmp_pat
     path = changed(model_file, tmp_path, nudge)
 
     with pytest.raises(VerificationError, match="differ between ONNX Runtime and torch by"):
-        verify(path, step, TASK, LONG)
+        verify(path, step, SEQUENCES)
 
 
 def test_an_initial_state_that_is_not_the_cells_is_found(model_file, step, tmp_path):
@@ -66,7 +66,7 @@ def test_an_initial_state_that_is_not_the_cells_is_found(model_file, step, tmp_p
     path = changed(model_file, tmp_path, nudge)
 
     with pytest.raises(VerificationError, match="initial value of memory in the metadata is not the cell's"):
-        verify(path, step, TASK, LONG)
+        verify(path, step, SEQUENCES)
 
 
 def test_outputs_that_are_swapped_in_the_metadata_are_found(model_file, step, tmp_path):
@@ -83,7 +83,7 @@ def test_outputs_that_are_swapped_in_the_metadata_are_found(model_file, step, tm
     with pytest.raises(
         VerificationError, match="at batch 1, in one step, differ between ONNX Runtime and torch"
     ):
-        verify(path, step, TASK, LONG)
+        verify(path, step, SEQUENCES)
 
 
 def test_a_graph_that_is_not_valid_onnx_is_found(model_file, step, tmp_path):
@@ -93,15 +93,15 @@ def test_a_graph_that_is_not_valid_onnx_is_found(model_file, step, tmp_path):
     path = changed(model_file, tmp_path, break_it)
 
     with pytest.raises(VerificationError, match="not valid ONNX"):
-        verify(path, step, TASK, LONG)
+        verify(path, step, SEQUENCES)
 
 
 def test_rows_whose_bits_depend_on_the_batch_are_found(tmp_path):
     # Seventeen rows leave a remainder to scalar code, whose logarithm differs in the last bit.
     content = load(write_run(tmp_path / "run", "--model.memory-rows=17", "--model.num-read-heads=2") / BEST)
     cell, settings = restore_cell(content)
-    odd = Step(cell)
-    write_onnx(odd, model_spec("odd", odd, content, settings), tmp_path / "odd.onnx")
+    odd = CellStep(cell)
+    write_onnx(odd, run_spec("odd", odd, content, settings), tmp_path / "odd.onnx")
 
     with pytest.raises(VerificationError, match=r"have other bits than in a batch of 128; .* multiple of 4"):
-        verify(tmp_path / "odd.onnx", odd, TASK, LONG)
+        verify(tmp_path / "odd.onnx", odd, SEQUENCES)

@@ -65,7 +65,7 @@ def access_memory(requested: Tensor, before: Accessed, sizes: DNCSizes) -> Acces
     usage = used(before.usage, before.write_weightings.squeeze(1), retained)
     allocated = allocation(usage).unsqueeze(1)
     by_content = lookup(writing.lookup, before.memory)
-    weightings = writing.gate * (by_content + writing.allocation * (allocated - by_content))
+    weightings = writing.gate * (writing.allocation * allocated + writing.update * by_content)
     memory = before.memory
     if improvements.deallocation:
         memory = memory * retained.unsqueeze(1)

@@ -85,7 +85,10 @@ class WriteRequest(NamedTuple):
     add: Tensor
     """v [B, 1, M]."""
     allocation: Tensor
-    """g^a [B, 1, 1], in (0, 1): 1 writes to unused rows, 0 to those looked up."""
+    """g^a [B, 1, 1], in (0, 1), what share is written to unused rows."""
+    update: Tensor
+    """1 - g^a [B, 1, 1], what share to those looked up. Computed by itself: the difference is lost in rounding where
+    g^a is near 1, and a look-up tells rows apart by their direction where hardly anything is written, too."""
     gate: Tensor
     """g^w [B, 1, 1], in (0, 1): 0 writes nothing."""
 
@@ -135,11 +138,14 @@ def split(requested: Tensor, sizes: DNCSizes) -> tuple[ReadRequest, WriteRequest
     key, mask, strength, erase, add, allocation, gate = torch.split(
         writing.unsqueeze(1), sizes.write_sizes, dim=-1
     )
+    # ONNX Runtime's Sigmoid is no more exact near 0 than near 1; its Softmax is.
+    shares = torch.softmax(torch.cat([allocation, torch.zeros_like(allocation)], dim=-1), dim=-1)
     write = WriteRequest(
         _lookup(key, mask, strength, sizes),
         torch.sigmoid(erase),
         add,
-        torch.sigmoid(allocation),
+        shares[..., :1],
+        shares[..., 1:],
         torch.sigmoid(gate),
     )
     return read, write

@@ -114,10 +114,11 @@ def access_memory_forward(  # type: ignore[no-untyped-def]
             next_usage[b, n] = in_use * retained[n]
         _allocate(next_usage[b], order, allocated)
         _look_up(asked_write, is_masked, at_strength, memory[b], scores, kept[b, _LIKENESS], content)
-        allocation_gate, gate = _sigmoid(asked_write[at_gates]), _sigmoid(asked_write[at_gates + 1])
+        allocation, update = _sigmoid(asked_write[at_gates]), _sigmoid(-asked_write[at_gates])
+        gate = _sigmoid(asked_write[at_gates + 1])
         written = next_writing[b, 0]
         for n in range(num_rows):
-            written[n] = gate * (content[n] + allocation_gate * (allocated[n] - content[n]))
+            written[n] = gate * (allocation * allocated[n] + update * content[n])
 
         for m in range(width):
             erase, add = _sigmoid(asked_write[at_erase + m]), asked_write[at_add + m]
@@ -315,17 +316,17 @@ def access_memory_backward(  # type: ignore[no-untyped-def]
                 grad_left = grad_after[m, n] * (_ONE - erase * written[n])
                 grad_memory[b, m, n] = grad_left * (retained[n] if is_cleared else _ONE)
                 grad_retained[n] += grad_left * memory[b, m, n] if is_cleared else _ZERO
-        allocation_gate, gate = _sigmoid(asked_write[at_gates]), _sigmoid(asked_write[at_gates + 1])
-        grad_gate, grad_allocation_gate = _ZERO, _ZERO
+        allocation, update = _sigmoid(asked_write[at_gates]), _sigmoid(-asked_write[at_gates])
+        gate = _sigmoid(asked_write[at_gates + 1])
+        grad_gate, grad_allocation = _ZERO, _ZERO
         for n in range(num_rows):
-            apart = allocated[n] - content[n]
-            grad_gate += grad_written[n] * (content[n] + allocation_gate * apart)
-            grad_allocation_gate += grad_written[n] * apart
-        grad_asked_write[at_gates] = gate * grad_allocation_gate * allocation_gate * (_ONE - allocation_gate)
+            grad_gate += grad_written[n] * (allocation * allocated[n] + update * content[n])
+            grad_allocation += grad_written[n] * (allocated[n] - content[n])
+        grad_asked_write[at_gates] = gate * grad_allocation * allocation * update
         grad_asked_write[at_gates + 1] = grad_gate * gate * (_ONE - gate)
         for n in range(num_rows):
-            grad_content[n] = gate * (_ONE - allocation_gate) * grad_written[n]
-            grad_written[n] *= gate * allocation_gate  # From here on of what is allocated.
+            grad_content[n] = gate * update * grad_written[n]
+            grad_written[n] *= gate * allocation  # From here on of what is allocated.
         _look_up_backward(
             asked_write,
             is_masked,

@@ -12,6 +12,7 @@ from tests.training.model.dnc.helpers import EACH, empty, in_use
 from tests.training.model.dnc.reading import Machine
 from training.model.dnc.access import Accessed, access_memory, allocation, linked, retention, sharpen
 from training.model.dnc.heads import DNCSizes, Improvements
+from training.model.dnc.kernel import compiled_access
 
 
 @pytest.mark.parametrize("improvements", EACH)
@@ -98,6 +99,19 @@ def test_sharpening_keeps_where_a_walk_has_come_to():
 
     powers = torch.tensor([[[1.0, 27.0, 0.125, 0.0]]], dtype=torch.float64)
     assert_close(sharp, powers / powers.sum())
+
+
+@pytest.mark.parametrize("access", [access_memory, compiled_access])
+def test_what_hardly_is_written_is_written_as_exactly_as_the_rest(access):
+    sizes = DNCSizes(1, 2, Improvements(False, False, False))
+    requested = torch.zeros(1, sizes.num_requested, dtype=torch.float64)
+    requested[0, -2:] = torch.tensor([14.0, 3.0])  # nearly all is allocated, and written
+
+    exact = access_memory(requested, empty(sizes, 4), sizes).write_weightings
+    single = access(requested.float(), empty(sizes, 4, dtype=torch.float32), sizes).write_weightings
+
+    assert exact[0, 0, -1] < 1e-6
+    assert_close(single.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_a_freed_row_is_cleared_with_deallocation_and_stays_without():

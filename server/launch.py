@@ -35,6 +35,7 @@ from server.rpc import transport
 from server.rpc.access import Access
 from server.rpc.interceptors import CallInterceptor
 from server.rpc.model_service import ModelService
+from server.rpc.native import NativeServer
 from server.rpc.session_service import SessionService
 from server.rpc.validation import RequestLimits
 from server.runtime import provider as device
@@ -196,12 +197,15 @@ class Server:
         )
         self.access = Access(sessions, authenticator, settings.quotas, settings.snapshot_every_steps)
         self._session_service = SessionService(sessions, limits, self.access)
-        self._grpc = transport.make_server(chosen_transport.kind, [self.calls], settings.max_message_bytes)
+        self._grpc = transport.make_server(chosen_transport.kind, self.calls, settings.max_message_bytes)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(sessions, limits, chosen_transport.kind), self._grpc
         )
-        self._health_alone = transport.make_server("grpcio", [], settings.max_message_bytes)
+        if isinstance(self._grpc, NativeServer):
+            step = f"/{SERVICE_NAMES[0]}/Step"
+            self._grpc.add_direct_handler(step, self._session_service.step_directly)
+        self._health_alone = transport.make_server("grpcio", None, settings.max_message_bytes)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_alone)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection(
@@ -220,6 +224,7 @@ class Server:
             if self._identity is None:
                 port = self._grpc.add_insecure_port(settings.listen)
             else:
+                assert not isinstance(self._grpc, NativeServer)  # which `choose` does not give with TLS
                 port = self._grpc.add_secure_port(settings.listen, self._identity.grpc_credentials())
         except RuntimeError as error:
             await self.close()

@@ -71,6 +71,11 @@ class Access:
         """The name of the principal that a session belongs to."""
         return self._authenticator.owner_of(key)
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether steps are bounded for each principal."""
+        return self._quotas.counts_steps
+
     def begin_steps(self, num_steps: int, enter: Callable[[], T]) -> T:
         """Let steps of the caller in by what enters them; they count until its future is done.
 

@@ -17,8 +17,6 @@ from server.security import Authenticator, calling
 
 log = structlog.get_logger()
 
-STATUS_DETAILS_KEY = "grpc-status-details-bin"
-
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -49,6 +47,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             for task in self._watchers:
                 task.cancel()
         return True
+
+    @property
+    def lets_in_directly(self) -> bool:
+        """Whether calls need not be asked who they are from, nor be refused: a transport may begin them by itself."""
+        return not self._is_stopping and not self._authenticator.tells_apart
+
+    def note(self, rpc: str, code: grpc.StatusCode, start_s: float) -> None:
+        """A call is over that a transport began by itself, and counted in `num_calls`."""
+        self.num_calls -= 1
+        if self._is_stopping and not self.num_calls:
+            self._all_done.set()
+        self._metrics.count_call(rpc, code.name, perf_counter() - start_s)
 
     async def intercept_service(
         self,
@@ -193,10 +203,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise ServerStoppingError
 
     def _let_out(self, call: _Call) -> None:
-        self.num_calls -= 1
-        if self._is_stopping and not self.num_calls:
-            self._all_done.set()
-        self._metrics.count_call(call.rpc, call.code.name, perf_counter() - call.start_s)
+        self.note(call.rpc, call.code, call.start_s)
 
 
 class _Call:
@@ -228,5 +235,4 @@ def _tell(rpc: str, error: Exception) -> status.Status:
 
 
 async def _abort(told: status.Status, context: _Context) -> NoReturn:
-    trailing = ((STATUS_DETAILS_KEY, told.to_message().SerializeToString()),)
-    await context.abort(told.code, told.message, trailing)
+    await context.abort(told.code, told.message, tuple(told.trailing))

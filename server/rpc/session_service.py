@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from ntm.tensor import Array, fill, to_message
@@ -21,13 +22,14 @@ from server.errors import InvalidInputError, ServerStoppingError, ServingError
 from server.model.spec import StepModel, to_api
 from server.rpc import status, validation
 from server.rpc.access import Access
+from server.rpc.native import DirectCall
 from server.rpc.streaming import EnteredStep, ReadAhead
 from server.rpc.validation import RequestLimits
 from server.rpc.watching import watch
 from server.security import split_key
 from server.sessions.info import SessionInfo
 from server.sessions.manager import SessionManager
-from server.sessions.request import BatchReply, StepRequest, Waiter
+from server.sessions.request import BatchReply, ReplyTo, StepRequest, Waiter
 from server.sessions.session import Session
 
 log = structlog.get_logger()
@@ -117,7 +119,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     ) -> session_service_pb2.StepResponse:
         entered = self.enter(request, await self._find(request.session_id))
         answer = session_service_pb2.StepResponse()
-        fill_step_response(answer, entered, await self._finished(entered))
+        fill_step_response(answer, entered.state_names, await self._finished(entered))
         return answer
 
     async def StreamSteps(  # type: ignore[override]  # gRPC takes this form too, its stubs do not
@@ -128,7 +130,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         try:
             while (entered := await ahead.next()) is not None:
                 answer = session_service_pb2.StreamStepsResponse(session_id=entered.session_id)
-                fill_step_response(answer.step, entered, await entered.waiter.future)
+                fill_step_response(answer.step, entered.state_names, await entered.waiter.future)
                 await context.write(answer)
         finally:
             for left in ahead.close():
@@ -226,6 +228,31 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         self._access.audit("session imported", session.session_id)
         return session_service_pb2.ImportSessionResponse(session=self._message(session))
 
+    def step_directly(self, calls: Sequence[DirectCall]) -> list[DirectCall]:
+        """Step, for a transport that hands calls over as they come together; returns those that are no plain case."""
+        if self._access.counts_steps:
+            return [*calls]
+        in_memory, namespace = self._sessions.in_memory, self._access.namespace("")
+        left, admitted = list[DirectCall](), list[StepRequest]()
+        for call in calls:
+            try:
+                request = session_service_pb2.StepRequest.FromString(call.payload)
+                session = in_memory.get(namespace.key(request.session_id))
+                if session is None:
+                    left.append(call)
+                    continue
+                reply = _DirectStep(call)
+                steps, reply.state_names = self._step_request(request, session, reply)
+            except DecodeError:
+                left.append(call)
+            except ServingError as error:
+                call.fail(error)
+            else:
+                call.on_cancel = partial(self._executor.cancel, steps)
+                admitted.append(steps)
+        self._executor.admit(admitted)
+        return left
+
     def enter(
         self,
         request: session_service_pb2.StepRequest,
@@ -233,28 +260,39 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         follows: EnteredStep | None = None,
     ) -> EnteredStep:
         """Check a request for steps of a session, and admit it."""
-        validation.check_message_bytes(request.ByteSize(), self._limits)
-        model = session.model.model
-        inputs = validation.step_inputs(request.inputs, model, self._limits)
-        names = validation.check_state_names("include_state", request.include_state, model.spec)
-        field = "include_state" if names else "inputs.shape"
-        validation.check_answer_size(field, len(inputs), names, model, self._limits)
         waiter = Waiter()
-        steps = StepRequest(
-            [session],
-            model.inputs.pack({model.inputs.names[0]: inputs})[None],
-            (request.first_step,) if request.HasField("first_step") else None,
-            waiter,
-            wants_state=bool(names),
-            follows=follows.request if follows else None,
-        )
+        steps, names = self._step_request(request, session, waiter, follows.request if follows else None)
         entered = EnteredStep(steps, waiter, names)
 
         def admit() -> EnteredStep:
             self._executor.admit([steps])
             return entered
 
-        return self._access.begin_steps(len(inputs), admit)
+        return self._access.begin_steps(steps.caller_inputs.size, admit)
+
+    def _step_request(
+        self,
+        request: session_service_pb2.StepRequest,
+        session: Session,
+        reply_to: ReplyTo,
+        follows: StepRequest | None = None,
+    ) -> tuple[StepRequest, list[str]]:
+        """Check a request for steps of a session; returns it, and the states that it asks for."""
+        validation.check_message_bytes(request.ByteSize(), self._limits)
+        model = session.model.model
+        inputs = validation.step_inputs(request.inputs, model, self._limits)
+        names = validation.check_state_names("include_state", request.include_state, model.spec)
+        field = "include_state" if names else "inputs.shape"
+        validation.check_answer_size(field, len(inputs), names, model, self._limits)
+        steps = StepRequest(
+            [session],
+            model.inputs.pack({model.inputs.names[0]: inputs})[None],
+            (request.first_step,) if request.HasField("first_step") else None,
+            reply_to,
+            wants_state=bool(names),
+            follows=follows,
+        )
+        return steps, names
 
     async def _enter_next(
         self, request: session_service_pb2.StepRequest, follows: EnteredStep | None
@@ -347,8 +385,34 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             self._idle_streams.discard(task)
 
 
+class _DirectStep:
+    """A Step that is answered as soon as it is known."""
+
+    __slots__ = ("_call", "state_names")
+
+    def __init__(self, call: DirectCall) -> None:
+        self._call = call
+        self.state_names: list[str] = []
+
+    def reply(self, request: StepRequest) -> None:
+        """Answer the call."""
+        answer = session_service_pb2.StepResponse()
+        try:
+            fill_step_response(answer, self.state_names, request)
+        except Exception as error:
+            if not isinstance(error, ServingError):
+                log.error("a call failed unexpectedly", rpc="Step", exc_info=error)
+            self._call.fail(error)
+        else:
+            self._call.respond(answer.SerializeToString())
+
+    def add(self, request: StepRequest) -> None:
+        """One session's request is never divided."""
+        raise AssertionError
+
+
 def fill_step_response(
-    answer: session_service_pb2.StepResponse, entered: EnteredStep, request: StepRequest
+    answer: session_service_pb2.StepResponse, state_names: Sequence[str], request: StepRequest
 ) -> None:
     """Say what became of steps.
 
@@ -360,8 +424,8 @@ def fill_step_response(
     fill(answer.outputs, model.outputs.tensor(result.outputs, model.outputs.names[0]))
     answer.next_step = result.next_step
     answer.approximate = session.metadata.is_approximate
-    if entered.state_names:
-        answer.state.extend(_state_messages(entered.state_names, result.state, model.spec))
+    if state_names:
+        answer.state.extend(_state_messages(state_names, result.state, model.spec))
 
 
 def _if_alike(

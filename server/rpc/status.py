@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from server import errors
 
 DOMAIN = "ntm.v1"
+DETAILS_KEY = "grpc-status-details-bin"
 
 # Messages quote what the caller sent, and a status has to fit into gRPC's 8 KiB of metadata, twice over.
 _MAX_MESSAGE_CHARACTERS = 500
@@ -62,6 +63,11 @@ class Status:
     message: str
     metadata: dict[str, str]
     retry_after_s: float | None = None
+
+    @property
+    def trailing(self) -> list[tuple[str, str | bytes]]:
+        """The metadata that tells it whole."""
+        return [(DETAILS_KEY, self.to_message().SerializeToString())]
 
     def to_message(self) -> status_pb2.Status:
         """As the rich error that travels in the trailing metadata `grpc-status-details-bin`."""

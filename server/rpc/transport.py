@@ -7,14 +7,14 @@ a grpcio server behind it. `grpcio` has everything. `lifecycle.py` adds the serv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import grpc
-import pygrpc_native.aio
 
 from server.errors import TransportError
+from server.rpc.interceptors import CallInterceptor
+from server.rpc.native import NativeServer
 
 _HANDSHAKE_TIMEOUT_MS = 10_000
 
@@ -47,14 +47,12 @@ def choose(requested: Literal["auto", "native", "grpcio"], needs_tls: bool = Fal
     return Choice("native", "it can serve what is asked")
 
 
-def make_server(
-    kind: Kind, interceptors: Sequence[grpc.aio.ServerInterceptor], max_message_bytes: int
-) -> grpc.aio.Server:
+def make_server(kind: Kind, interceptor: CallInterceptor | None, max_message_bytes: int) -> grpc.aio.Server:
     """A server that serves nothing yet and listens nowhere.
 
     Args:
         kind: what carries the calls.
-        interceptors: run around every call.
+        interceptor: runs around every call; the native transport needs one.
         max_message_bytes: of one answer at most. Twice as large a request is taken, so that one somewhat too large is
             told which field is at fault.
     """
@@ -65,5 +63,9 @@ def make_server(
         ("grpc.so_reuseport", 0),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
     ]
-    make = pygrpc_native.aio.server if kind == "native" else grpc.aio.server
-    return make(interceptors=interceptors, options=options)
+    server = grpc.aio.server(interceptors=[interceptor] if interceptor else [], options=options)
+    if kind == "grpcio":
+        return server
+    assert interceptor is not None
+    # It has what a server is asked for here, under the same names.
+    return cast(grpc.aio.Server, NativeServer(interceptor, server, 2 * max_message_bytes, max_message_bytes))

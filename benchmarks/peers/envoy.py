@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
+
+import yaml
 
 from benchmarks.peers.naive import ROOT
 from tests.valkey import free_port
 
 _PATIENCE_S = 20.0
-_REPLICA = re.compile(r"^( *)- endpoint:\n.*address: replica, port_value: 50051.*\n", re.MULTILINE)
 
 
 @contextmanager
@@ -43,23 +44,29 @@ def routing(addresses: Sequence[str], num_threads: int = 2) -> Iterator[tuple[st
 
 
 def configuration(addresses: Sequence[str], grpc_port: int, stats_port: int, admin_port: int) -> str:
-    """deploy/envoy/envoy.yaml with these addresses as the replicas, and ports of its own."""
+    """deploy/envoy/envoy.yaml without TLS, with these addresses as the replicas, and ports of its own."""
     text = (ROOT / "deploy" / "envoy" / "envoy.yaml").read_text()
     for port, own in ((50052, grpc_port), (9902, stats_port), (9901, admin_port)):
         text = text.replace(f"port_value: {port}", f"port_value: {own}")
+    config = _without("transport_socket", yaml.safe_load(text))
+    [replicas] = [
+        cluster for cluster in config["static_resources"]["clusters"] if cluster["name"] == "replicas"
+    ]
+    endpoints = [
+        {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
+        for host, _, port in (address.rpartition(":") for address in addresses)
+    ]
+    replicas["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
+    return yaml.safe_dump(config)
 
-    def endpoints(found: re.Match[str]) -> str:
-        lines = []
-        for host, _, port in (address.rpartition(":") for address in addresses):
-            lines.append(f"{found[1]}- endpoint:\n")
-            lines.append(
-                f"{found[1]}    address: {{socket_address: {{address: {host}, port_value: {port}}}}}\n"
-            )
-        return "".join(lines)
 
-    text, count = _REPLICA.subn(endpoints, text)
-    assert count == 1, "deploy/envoy/envoy.yaml names the replicas in another way"
-    return text
+def _without(key: str, config: Any) -> Any:
+    """A configuration without any entry of this name."""
+    if isinstance(config, dict):
+        return {name: _without(key, value) for name, value in config.items() if name != key}
+    if isinstance(config, list):
+        return [_without(key, entry) for entry in config]
+    return config
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:

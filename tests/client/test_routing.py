@@ -199,7 +199,7 @@ async def go_on(running: Load, num_calls: int = 100) -> None:
 
 @contextlib.asynccontextmanager
 async def loaded(replicas: Replicas) -> AsyncIterator[Load]:
-    async with load(replicas.address) as running:
+    async with load(replicas.address, {}) as running:
         await go_on(running)
         yield running
 

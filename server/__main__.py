@@ -1,18 +1,22 @@
-"""`python -m server`: read the settings, set up the log, serve until told to stop; or `describe` a model file."""
+"""`python -m server`: read the settings, set up the log, serve until told to stop; or `describe` a model file.
+
+`python -m server check-config`, with the same flags, environment and file, says whether a server could start with them:
+it reads settings, certificates, tokens, keys and models, and touches neither ports nor the store.
+"""
 
 from __future__ import annotations
 
-import logging
 import sys
 
-import structlog
 import uvloop
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
+from server import log
 from server.describe_command import describe
 from server.errors import StartupError
 from server.launch import run
+from server.model import repository
 from server.settings import ServerSettings, SettingsError, check_environment
 
 
@@ -22,7 +26,9 @@ def main() -> int:
         return describe(sys.argv[2:])
     try:
         check_environment()
-        settings = CliApp.run(ServerSettings, cli_args=sys.argv[1:])
+        arguments = sys.argv[1:]
+        only_checks = arguments[:1] == ["check-config"]
+        settings = CliApp.run(ServerSettings, cli_args=arguments[only_checks:])
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"])).replace("_", "-")
@@ -31,8 +37,10 @@ def main() -> int:
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
-    _set_up_log(settings.log_format)
+    log.set_up(settings.log_format)
     try:
+        if only_checks:
+            return _check(settings)
         uvloop.run(run(settings))
     except StartupError as error:
         print(f"the server does not start: {error}", file=sys.stderr)
@@ -40,24 +48,17 @@ def main() -> int:
     return 0
 
 
-def _set_up_log(log_format: str) -> None:
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks
-            if log_format == "json"
-            else structlog.processors.StackInfoRenderer(),
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+def _check(settings: ServerSettings) -> int:
+    """Read all that a start would read.
+
+    Raises:
+        StartupError: something of it cannot be used.
+    """
+    settings.authenticator()
+    settings.tls_identity()
+    models = repository.load_all(settings.models)
+    print(f"these settings can be used, with {', '.join(sorted(model.label for model in models.values()))}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import re
+import os
 import signal
 import sys
+import threading
 from time import monotonic
 
 import structlog
@@ -49,11 +50,15 @@ from server.sessions.manager import SessionManager
 from server.sessions.served_model import ServedModel, SessionLimits
 from server.settings import ServerSettings
 from server.storage.async_store import AsyncStore
-from server.storage.factory import open_store
+from server.storage.factory import open_store, without_secrets
 from server.storage.interface import Store
 
 log = structlog.get_logger()
 
+EXIT_THREAD_DIED = 70
+"""The status of a process that ended since one of its threads did."""
+_THREAD_DEATH_PAUSE_S = 2.0
+"""Time for probes and routers to see that health has turned. What was answered is in the store."""
 _STORE_PAUSE_S = 1.0
 _STORE_PAUSES_PER_WARNING = 30
 _HOUSE_PAUSE_S = 10.0
@@ -266,6 +271,10 @@ class Server:
             log.warning("sessions are kept in memory only, and end with this process")
         return port
 
+    async def turn_unhealthy(self) -> None:
+        """Say that this server can serve no more."""
+        await self._health.enter_graceful_shutdown()
+
     async def stop(self) -> None:
         """Take no new work, finish what is in progress, and close."""
         log.info("stopping", drain_timeout_s=self._settings.drain_timeout_s)
@@ -352,7 +361,7 @@ async def _open_store(settings: ServerSettings, metrics: Metrics) -> AsyncStore:
                 # Without what stands before the @ of the URL, which can be a password.
                 log.warning(
                     "waiting for the session store: start it, or give another --store",
-                    store=re.sub(r"//.*@", "//", settings.store),
+                    store=without_secrets(settings.store),
                     cause=str(error.__cause__ or error),
                 )
             await asyncio.sleep(_STORE_PAUSE_S)
@@ -367,6 +376,15 @@ async def run(settings: ServerSettings) -> None:
     server = await build(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def on_thread_death(died: threading.ExceptHookArgs) -> None:
+        name = died.thread.name if died.thread is not None else "?"
+        # First of all: whatever else fails, the process ends, and a supervisor starts it again.
+        threading.Timer(_THREAD_DEATH_PAUSE_S, os._exit, [EXIT_THREAD_DIED]).start()
+        loop.call_soon_threadsafe(lambda: asyncio.ensure_future(server.turn_unhealthy()))
+        log.error("a thread died: the process ends", thread=name, exc_info=died.exc_value)
+
+    threading.excepthook = on_thread_death
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     await server.start()

@@ -6,6 +6,7 @@ export in progress lives in one.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from contextlib import suppress
@@ -122,4 +123,8 @@ def _stamp_of_one(path: Path) -> tuple[int, int, int] | None:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return None
+        raise
     return status.st_size, status.st_mtime_ns, status.st_ino

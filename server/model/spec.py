@@ -93,6 +93,9 @@ def load(path: Path, name: str, version: int) -> StepModel:
     Raises:
         ModelFileError: it is not an ONNX file, has no spec, or spec and graph disagree; all reasons are listed.
     """
+    for file in (path, path.with_name(SIDECAR_NAME)):
+        if file.exists() and not file.is_file():
+            raise ModelFileError(str(path), [f"{file.name} is not a file: a directory, a pipe or a device"])
     try:
         content = path.read_bytes()
         step = onnx.load(path)
@@ -306,6 +309,8 @@ def _state_problems(state: model_pb2.StateSpec) -> Iterator[str]:
     if state.api_axes and sorted(state.api_axes) != list(range(len(state.shape))):
         yield f"{where}: api_axes {list(state.api_axes)} is not an order of its {len(state.shape)} axes"
     initial = state.WhichOneof("initial")
+    if initial == "fill" and not math.isfinite(state.fill):
+        yield f"{where}: its initial value {state.fill} is not finite"
     if initial is None and state.output_name:
         yield f"{where} has no initial value: give fill or values"
     if initial == "values":
@@ -313,6 +318,9 @@ def _state_problems(state: model_pb2.StateSpec) -> Iterator[str]:
             to_array(state.values)
         except TensorError as error:
             yield f"{where}: its initial values are damaged: {error}"
+        else:
+            if not np.isfinite(to_array(state.values)).all():
+                yield f"{where}: its initial values are not all finite"
         if (state.values.dtype, list(state.values.shape)) != (state.dtype, list(state.shape)):
             yield (
                 f"{where}: its initial values are {_describe(state.values.dtype, state.values.shape)}, "

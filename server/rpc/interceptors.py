@@ -10,12 +10,15 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 
-from server.errors import ServerStoppingError, ServingError, UnauthenticatedError
+from server.errors import InvalidInputError, ServerStoppingError, ServingError, UnauthenticatedError
 from server.metrics import Metrics
 from server.rpc import status
 from server.security import Authenticator, calling
 
 log = structlog.get_logger()
+
+MALFORMED: Any = object()
+"""In the place of a request whose bytes are no message of its kind."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -90,12 +93,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
                 self._around(rpc, handler.stream_stream),
-                request_deserializer=handler.request_deserializer,
+                request_deserializer=_tolerant(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
             self._around(rpc, handler.unary_unary),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -160,7 +163,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return grpc.unary_stream_rpc_method_handler(
             around,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -181,6 +184,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _handle(self, handle: Any, request: Any, context: _Context) -> Any:
         """Handle a call for whoever makes it."""
+        if request is MALFORMED:
+            raise malformed()
         authenticator = self._authenticator
         if not authenticator.tells_apart:
             return await handle(request, context)
@@ -221,6 +226,25 @@ class _Call:
         told = _tell(self.rpc, error)
         self.code = told.code
         await _abort(told, context)
+
+
+def malformed() -> InvalidInputError:
+    """What is said of a request whose bytes are no message of its kind."""
+    return InvalidInputError("request", "its bytes are not a message of this rpc: see protos/ntm/v1")
+
+
+def _tolerant(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """As a deserializer, but what cannot be read is answered as bad input is, and fills no log."""
+    if deserializer is None:
+        return None
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except Exception:  # whatever protobuf finds
+            return MALFORMED
+
+    return deserialize
 
 
 def _is_open_to_all(method: str) -> bool:

@@ -22,6 +22,7 @@ from server.errors import InvalidInputError, ServerStoppingError, ServingError
 from server.model.spec import StepModel, to_api
 from server.rpc import status, validation
 from server.rpc.access import Access
+from server.rpc.interceptors import MALFORMED, malformed
 from server.rpc.native import DirectCall
 from server.rpc.streaming import EnteredStep, ReadAhead
 from server.rpc.validation import RequestLimits
@@ -375,6 +376,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         self._idle_streams.add(task)
         try:
             request = await context.read()
+            if request is MALFORMED:
+                raise malformed()
             return None if request is grpc.aio.EOF else request
         except asyncio.CancelledError:
             if self._is_stopping:

@@ -121,6 +121,10 @@ def check_state_names(field: str, names: Sequence[str], spec: model_pb2.ModelSpe
     if not names:
         return []
     known = [state.input_name for state in spec.states]
+    if len(names) > len(known):
+        raise InvalidInputError(
+            field, f"{len(names)} names: this model has {len(known)} states, each wanted once"
+        )
     for name in names:
         if name not in known:
             raise InvalidInputError(

@@ -29,6 +29,11 @@ from server.runtime.provider import Device
 from server.storage.interface import Record
 
 FORMAT = "ntm.v1"
+MAX_IMPORTED_STEP = 2**52
+"""A session counts on from there for longer than anybody lives, in numbers that every store keeps exactly (Valkey's
+scripts have 53 bits for them)."""
+_MAX_HEADER_BYTES = 2**18
+"""Of a safetensors file: names, shapes and metadata."""
 
 # Checksum, first step, number of steps, fingerprint; then the inputs and the outputs.
 _HEADER = struct.Struct("<IqI8s")
@@ -252,13 +257,15 @@ def snapshot_metadata(data: bytes) -> dict[str, str]:
     """
     try:
         length = int.from_bytes(data[:8], "little")
+        if length > _MAX_HEADER_BYTES:
+            raise DamagedError(f"its header has more than {_MAX_HEADER_BYTES} bytes")
         metadata = json.loads(data[8 : 8 + length])["__metadata__"]
         if metadata["format"] != FORMAT:
             raise DamagedError(f"its format is {metadata['format']!r}, not {FORMAT!r}")
         for name in ("model_name", "model_version", "model_digest", "next_step", "crc32"):
             metadata[name]
         return {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError("it is not a safetensors file with a session's metadata") from error
 
 
@@ -274,6 +281,8 @@ def decode_snapshot(model: StepModel, data: bytes) -> Snapshot:
         next_step, checksum = int(metadata["next_step"]), int(metadata["crc32"], 16)
     except (SafetensorError, ValueError, KeyError) as error:
         raise DamagedError(f"it is not a whole safetensors file: {error}") from error
+    if not 0 <= next_step <= MAX_IMPORTED_STEP:
+        raise DamagedError(f"its step counter, {next_step}, is not from 0 to {MAX_IMPORTED_STEP}")
     names = {spec.input_name for spec in model.spec.states}
     if set(tensors) != names:
         raise DamagedError(f"it has the tensors {sorted(tensors)}, the model {sorted(names)}")
@@ -287,7 +296,7 @@ def decode_snapshot(model: StepModel, data: bytes) -> Snapshot:
             )
         state[name] = np.array(from_api(spec, array), order="C")
     ordered = {spec.input_name: tensors[spec.input_name] for spec in model.spec.states}
-    if next_step < 0 or checksum != _state_checksum(ordered, next_step):
+    if checksum != _state_checksum(ordered, next_step):
         raise DamagedError("its checksum is wrong")
     return Snapshot(metadata, next_step, state)
 

@@ -12,6 +12,12 @@ from server.storage.memory import MemoryStore
 from server.storage.sqlite import SqliteStore
 
 
+def without_secrets(url: str) -> str:
+    """A store's URL as it may be shown: without what stands before the @, and without its options."""
+    scheme, separator, rest = url.partition("://")
+    return scheme + separator + rest.partition("?")[0].rpartition("@")[2]
+
+
 def open_store(
     url: str,
     *,

@@ -121,6 +121,7 @@ class SqliteStore:
             self._lock_file = _lock(self._path)
             on_failure.callback(os.close, self._lock_file)
             try:
+                _keep_private(self._path)
                 self._writer = self._connect()
                 on_failure.callback(self._writer.close)
                 _check_ours(self._writer, self._path)
@@ -163,6 +164,19 @@ class SqliteStore:
                 finally:
                     self._limit_pages(spare=0)
                 return [next(ended) if _ends(write) else full for write in writes]
+            except (OverflowError, UnicodeEncodeError, sqlite3.DataError) as error:
+                # One that cannot be written must not take the others with it.
+                if len(writes) == 1:
+                    return [StoreUnavailableError(f"it cannot be written: {error}")]
+                return [self._commit_alone(write) for write in writes]
+
+    def _commit_alone(self, write: Write) -> Refusal | StoreError | None:
+        try:
+            return self._commit([write])[0]
+        except StoreError as error:
+            return error
+        except (OverflowError, UnicodeEncodeError, sqlite3.DataError) as error:
+            return StoreUnavailableError(f"it cannot be written: {error}")
 
     def _commit(self, writes: Sequence[Write]) -> list[Refusal | StoreError | None]:
         owned: dict[str, _Owned | None] = {}  # what changes in self._owned once the transaction is on disk
@@ -490,6 +504,14 @@ def _migrate(connection: sqlite3.Connection) -> None:
             f"BEGIN IMMEDIATE; {steps} PRAGMA application_id = {_APPLICATION_ID};"
             f"PRAGMA user_version = {len(_SCHEMA_STEPS)}; COMMIT;"
         )
+
+
+def _keep_private(path: Path) -> None:
+    """Let nobody but the server's user read the sessions; SQLite gives the files beside it the same rights."""
+    with suppress(OSError):  # what the rest of opening says better, or another's file that this one may use
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
 
 
 @contextmanager

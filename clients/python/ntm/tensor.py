@@ -30,6 +30,8 @@ _DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[Any]] = {
     tensor_pb2.DATA_TYPE_UINT32: np.dtype("<u4"),
     tensor_pb2.DATA_TYPE_UINT64: np.dtype("<u8"),
 }
+_MAX_AXES = 64
+"""Of a numpy array."""
 _DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 
 
@@ -81,6 +83,8 @@ def to_array(tensor: tensor_pb2.Tensor) -> Array:
             too many, or neither 0 nor 1 in a boolean.
     """
     dtype = numpy_dtype(tensor.dtype)
+    if len(tensor.shape) > _MAX_AXES:
+        raise TensorError("shape", f"shape has {len(tensor.shape)} axes: at most {_MAX_AXES} make an array")
     shape = tuple(tensor.shape)
     if min(shape, default=0) < 0:
         raise TensorError("shape", f"shape {list(shape)} has a negative axis")

@@ -1,0 +1,249 @@
+"""What one caller, or one file, could do to all others, and no longer can; on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ntm.tensor import to_message
+from ntm.v1 import session_service_pb2 as pb
+from ntm.v1 import tensor_pb2
+from server.launch import EXIT_THREAD_DIED
+from server.storage.codec import MAX_IMPORTED_STEP
+from server.storage.factory import open_store, without_secrets
+from server.storage.interface import NEW, Entry, Write
+from tests.conftest import ROOT
+from tests.server.helpers import INVALID, Caller, accumulated, random_inputs, refused
+
+
+def with_next_step(snapshot: bytes, next_step: int) -> bytes:
+    """A snapshot as somebody could forge it: another counter, and the checksum that goes with it."""
+    import zlib
+
+    length = int.from_bytes(snapshot[:8], "little")
+    metadata = json.loads(snapshot[8 : 8 + length])["__metadata__"]
+    tensors = safetensors.numpy.load(snapshot)
+    checksum = zlib.crc32(str(next_step).encode())
+    for name, array in tensors.items():
+        checksum = zlib.crc32(array.tobytes(), zlib.crc32(name.encode(), checksum))
+    metadata |= {"next_step": str(next_step), "crc32": f"{checksum:08x}"}
+    return safetensors.numpy.save(tensors, metadata)
+
+
+@pytest.mark.parametrize("next_step", [2**53, 2**63 - 1, 2**64, 10**40, -1])
+async def test_a_snapshot_with_an_absurd_counter_is_refused_and_leaves_nothing(
+    caller: Caller, next_step: int
+) -> None:
+    await caller.create("accumulator")
+    snapshot = (await caller.stub.ExportSession(pb.ExportSessionRequest(session_id="s"))).snapshot
+
+    for number in range(12):  # more than there are places
+        request = pb.ImportSessionRequest(
+            snapshot=with_next_step(snapshot, next_step), session_id=f"i{number}"
+        )
+        await refused(caller.stub.ImportSession(request), INVALID, "INVALID_INPUT")
+
+    await caller.create("accumulator", "another")
+    assert len((await caller.stub.ListSessions(pb.ListSessionsRequest())).sessions) == 2
+
+
+async def test_a_session_from_the_largest_counter_steps_on_and_does_not_disturb_its_neighbours(
+    caller: Caller,
+) -> None:
+    await caller.create("accumulator")
+    await caller.create("accumulator", "neighbour")
+    snapshot = (await caller.stub.ExportSession(pb.ExportSessionRequest(session_id="s"))).snapshot
+    request = pb.ImportSessionRequest(snapshot=with_next_step(snapshot, MAX_IMPORTED_STEP), session_id="far")
+    await caller.stub.ImportSession(request)
+    inputs = random_inputs(8)
+
+    for start in range(0, 8, 2):
+        rows = inputs[start : start + 2]
+        far, near = await asyncio.gather(caller.step(rows, "far"), caller.step(rows, "neighbour"))
+        assert far.tobytes() == near.tobytes() == accumulated(inputs)[start : start + 2].tobytes()
+    assert await caller.next_step("far") == MAX_IMPORTED_STEP + 8
+
+
+@pytest.mark.parametrize("number", [2**53, 2**63 - 1, 2**63, 2**64 - 1])
+async def test_absurd_step_numbers_are_refused_and_the_neighbours_go_on(caller: Caller, number: int) -> None:
+    await caller.create("accumulator")
+    await caller.create("accumulator", "t")
+    inputs = random_inputs(2)
+    tensor = to_message(np.stack([inputs, inputs]))
+
+    batch = await caller.stub.BatchStep(
+        pb.BatchStepRequest(session_ids=["s", "t"], first_steps=[number, 0], inputs=tensor)
+    )
+    assert [(error.index, error.reason) for error in batch.errors] == [(0, "STEP_GAP")]
+    for call in (
+        caller.step(inputs, first_step=number),
+        caller.stub.ResetSession(pb.ResetSessionRequest(session_id="s", at_step=number)),
+        caller.stub.ForkSession(pb.ForkSessionRequest(source_session_id="s", at_step=number)),
+    ):
+        await refused(call, grpc.StatusCode.FAILED_PRECONDITION, "STEP_GAP")
+
+
+async def test_a_shape_of_millions_of_axes_is_refused_before_anything_is_made_of_it(caller: Caller) -> None:
+    await caller.create("accumulator")
+    absurd = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FP32, shape=[1] * 120_000, raw=b"1234")
+    request = pb.StepRequest(session_id="s", inputs=absurd)
+
+    with pytest.raises(grpc.aio.AioRpcError, match="shape has 120000 axes"):
+        await caller.stub.Step(request)
+
+
+@pytest.mark.parametrize("rpc", ["Step", "StreamSteps", "CreateSession", "BatchStep"])
+async def test_bytes_that_are_no_message_are_bad_input_and_not_a_bug(
+    caller: Caller, rpc: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = f"/ntm.v1.SessionService/{rpc}"
+
+    async def call() -> None:
+        if rpc == "StreamSteps":
+            await anext(aiter(caller.channel.stream_stream(path)(iter([b"\xff"]))))
+        else:
+            await caller.channel.unary_unary(path)(b"\xff")
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call()
+
+    assert caught.value.code() == INVALID
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+
+
+async def test_names_of_states_are_counted_before_they_are_looked_at(caller: Caller) -> None:
+    await caller.create("accumulator")
+    names = ["total"] * 10_000
+
+    request = pb.GetStateRequest(session_id="s", names=names)
+    await refused(caller.stub.GetState(request), INVALID, "INVALID_INPUT")
+
+
+def test_a_write_that_cannot_be_encoded_fails_alone(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path}/s.sqlite3", sync="normal")
+
+    def beginning(session_id: str, next_step: int) -> Write:
+        entry = Entry(session_id, "copy", "", next_step, 0.0, b"")
+        return Write(session_id, NEW, next_step, 0.0, entry=entry)
+
+    outcomes = store.commit([beginning("a", 0), beginning("b", 2**70), beginning("c", 0)])
+
+    assert [outcome is None for outcome in outcomes] == [True, False, True]
+    assert [entry.session_id for entry in store.page("", 10, "")] == ["a", "c"]
+    store.close()
+
+
+def test_nobody_else_can_read_the_store(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite3"
+    path.touch(0o644)
+    store = open_store(f"sqlite:///{path}", sync="normal")
+
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("s.sqlite3*")} == {0o600}
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:secret@h:1/0", "redis://h:1/0"),
+        ("redis://h:1/0?password=secret", "redis://h:1/0"),
+        ("rediss://:p@ss@h/0?password=secret&x=1", "rediss://h/0"),
+        ("sqlite:///data/s", "sqlite:///data/s"),
+        ("none", "none"),
+    ],
+)
+def test_a_stores_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
+
+
+def ended(models: Path, *flags: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "server", *flags, "--models", str(models), "--store", "none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def make_pipe(models: Path) -> None:
+    (models / "pipe" / "1").mkdir(parents=True)
+    os.mkfifo(models / "pipe" / "1" / "model.onnx")
+
+
+def make_device_link(models: Path) -> None:
+    (models / "zero" / "1").mkdir(parents=True)
+    (models / "zero" / "1" / "model.onnx").symlink_to("/dev/zero")
+
+
+def make_spec_directory(models: Path) -> None:
+    (models / "accumulator" / "1" / "model_spec.json").mkdir()
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_device_link, make_spec_directory])
+def test_what_is_no_file_is_refused_by_name_and_not_read(models: Path, make: Callable[[Path], None]) -> None:
+    make(models)
+
+    status, said = ended(models)
+
+    assert status == 1
+    assert "is not a file" in said
+    assert "Traceback" not in said
+
+
+def test_a_link_to_itself_is_no_model(models: Path) -> None:
+    (models / "loop" / "1").mkdir(parents=True)
+    (models / "loop" / "1" / "model.onnx").symlink_to("model.onnx")
+
+    status, said = ended(models, "check-config")
+
+    assert (status, "accumulator/1" in said, "loop" in said) == (0, True, False)
+
+
+def test_check_config_says_what_is_wrong_and_starts_nothing(models: Path, tmp_path: Path) -> None:
+    assert ended(models, "check-config")[0] == 0
+    assert ended(models, "check-config", "--tokens", str(tmp_path / "none"))[0] == 1
+    assert ended(models, "check-config", "--max-batch-size", "0")[0] == 2
+    assert ended(tmp_path / "nowhere", "check-config")[0] == 1
+
+
+def test_a_thread_that_dies_ends_the_process_with_a_status_to_restart_by(
+    models: Path, tmp_path: Path
+) -> None:
+    program = """
+import sys, threading, time
+from server import launch
+start = launch.Server.start
+
+async def start_and_die(self):
+    port = await start(self)
+    threading.Thread(target=lambda: 1 / 0, name="engine").start()
+    return port
+
+launch.Server.start = start_and_die
+from server.__main__ import main
+sys.exit(main())
+"""
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "--models",
+        str(models),
+        "--store",
+        "none",
+        "--listen",
+        "127.0.0.1:0",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+    assert done.returncode == EXIT_THREAD_DIED
+    assert "a thread died" in done.stderr

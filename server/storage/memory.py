@@ -9,6 +9,7 @@ import bisect
 import heapq
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,6 +29,9 @@ from server.storage.interface import (
     Write,
     new_replica_id,
 )
+
+_MOST_ENDED = 20_000
+"""Ended sessions whose ids are kept free, under a kilobyte each. The oldest are forgotten before their time."""
 
 
 class _Session:
@@ -57,6 +61,8 @@ class MemoryStore:
         self.replica_id: str = new_replica_id()
         self._sessions: dict[str, _Session] = {}
         self._requests: dict[str, _Session] = {}
+        self._ended: deque[tuple[str, _Session]] = deque()
+        """Those that have ended, in order of time."""
         self._living: list[str] = []  # ids in order; to insert one among 100k moves under a megabyte
         self._last_fence = FIRST_FENCE
         self._opened_s = time.monotonic()
@@ -94,6 +100,9 @@ class MemoryStore:
             if write.entry.end_time_s is not None:
                 session.entry = replace(write.entry, end_time_s=time.time())
                 session.fence = None
+                self._ended.append((write.session_id, session))
+                if len(self._ended) > _MOST_ENDED:
+                    self._forget(*self._ended.popleft())
                 del self._living[bisect.bisect_left(self._living, write.session_id)]
         return None
 
@@ -158,14 +167,16 @@ class MemoryStore:
     def purge(self, ended_before_s: float) -> int:
         """See Store.purge."""
         with self._lock:
-            purged = [
-                session_id
-                for session_id, session in self._sessions.items()
-                if session.entry.end_time_s is not None and session.entry.end_time_s < ended_before_s
-            ]
-            for session_id in purged:
-                self._requests.pop(self._sessions.pop(session_id).entry.request_id, None)
-        return len(purged)
+            num_purged = 0
+            while self._ended and (self._ended[0][1].entry.end_time_s or 0.0) < ended_before_s:
+                self._forget(*self._ended.popleft())
+                num_purged += 1
+        return num_purged
+
+    def _forget(self, session_id: str, session: _Session) -> None:
+        del self._sessions[session_id]
+        if session.entry.request_id:
+            del self._requests[session.entry.request_id]
 
     def beat(self) -> Beat:
         """See Store.beat."""

@@ -88,6 +88,10 @@ _SAVE_ALONE_AFTER_S = 60.0
 idle server writes once a minute, and a crash takes back no more than that."""
 _BUSY_TIMEOUT_S = 1.0
 """Other programs may read the file, to back it up or to look into it, and hold a lock for a moment."""
+_FORGOTTEN_AT_ONCE = 1000
+"""Ended sessions that one transaction forgets: some 10 ms."""
+_MOST_FORGETTINGS = 4
+"""Tries of one commit to make room by forgetting sessions that have ended."""
 _SPARE_PAGES = 16
 """What ending sessions may take in a full store, as their index entries come before the room that they make."""
 
@@ -156,19 +160,51 @@ class SqliteStore:
             try:
                 return self._commit(writes)
             except StoreFullError as full:
-                # What makes room must not fail with what needs it.
-                ends = [write for write in writes if _ends(write)]
-                self._limit_pages(spare=_SPARE_PAGES)
-                try:
-                    ended = iter(self._commit(ends))
-                finally:
-                    self._limit_pages(spare=0)
-                return [next(ended) if _ends(write) else full for write in writes]
+                return self._commit_when_full(writes, full)
             except (OverflowError, UnicodeEncodeError, sqlite3.DataError) as error:
                 # One that cannot be written must not take the others with it.
                 if len(writes) == 1:
                     return [StoreUnavailableError(f"it cannot be written: {error}")]
                 return [self._commit_alone(write) for write in writes]
+
+    def _commit_when_full(
+        self, writes: Sequence[Write], full: StoreFullError
+    ) -> list[Refusal | StoreError | None]:
+        """What makes room must not fail with what needs it; and those that have ended make room for those that live."""
+        ends = [write for write in writes if _ends(write)]
+        others = [write for write in writes if not _ends(write)]
+        with self._spare_pages():
+            ended = iter(self._commit(ends))
+        outcomes: Sequence[Refusal | StoreError | None] = [full] * len(others)
+        for _ in range(_MOST_FORGETTINGS if others else 0):
+            with self._spare_pages():
+                num_forgotten = self._forget_ended(float("inf"))
+            if not num_forgotten:
+                break
+            try:
+                outcomes = self._commit(others)
+                break
+            except StoreFullError:
+                continue
+        rest = iter(outcomes)
+        return [next(ended) if _ends(write) else next(rest) for write in writes]
+
+    def _forget_ended(self, before_s: float) -> int:
+        """Forget some of the sessions that ended before a time, the oldest first; returns how many."""
+        with self._transaction() as writer:
+            return writer.execute(
+                "DELETE FROM session WHERE key IN (SELECT key FROM session "
+                "WHERE end_time_s IS NOT NULL AND end_time_s < ? ORDER BY end_time_s LIMIT ?)",
+                (before_s, _FORGOTTEN_AT_ONCE),
+            ).rowcount
+
+    @contextmanager
+    def _spare_pages(self) -> Iterator[None]:
+        self._limit_pages(spare=_SPARE_PAGES)
+        try:
+            yield
+        finally:
+            self._limit_pages(spare=0)
 
     def _commit_alone(self, write: Write) -> Refusal | StoreError | None:
         try:
@@ -350,8 +386,13 @@ class SqliteStore:
 
     def purge(self, ended_before_s: float) -> int:
         """See Store.purge."""
-        with self._write_lock, self._transaction() as writer:
-            return writer.execute("DELETE FROM session WHERE end_time_s < ?", (ended_before_s,)).rowcount
+        num_purged = 0
+        while True:
+            with self._write_lock:  # given back after each piece, so that steps go on between
+                num_now = self._forget_ended(ended_before_s)
+            num_purged += num_now
+            if num_now < _FORGOTTEN_AT_ONCE:
+                return num_purged
 
     def beat(self) -> Beat:
         """See Store.beat."""

@@ -22,7 +22,7 @@ from ntm.v1 import tensor_pb2
 from server.launch import EXIT_THREAD_DIED
 from server.storage.codec import MAX_IMPORTED_STEP
 from server.storage.factory import open_store, without_secrets
-from server.storage.interface import NEW, Entry, Write
+from server.storage.interface import FIRST_FENCE, NEW, Entry, Record, Write
 from tests.conftest import ROOT
 from tests.server.helpers import INVALID, Caller, accumulated, random_inputs, refused
 
@@ -143,6 +143,48 @@ def test_a_write_that_cannot_be_encoded_fails_alone(tmp_path: Path) -> None:
     assert [outcome is None for outcome in outcomes] == [True, False, True]
     assert [entry.session_id for entry in store.page("", 10, "")] == ["a", "c"]
     store.close()
+
+
+@pytest.mark.parametrize("num_living", [1, 5])
+def test_sessions_that_have_ended_make_room_for_those_that_live(tmp_path: Path, num_living: int) -> None:
+    store = open_store(f"sqlite:///{tmp_path}/s.sqlite3", sync="normal", max_bytes=2**20)
+
+    def entry(session_id: str, next_step: int = 0, end_time_s: float | None = None) -> Entry:
+        return Entry(session_id, "copy", f"r-{session_id}", next_step, 0.0, b"x" * 400, end_time_s)
+
+    def create(session_id: str) -> object:
+        return store.commit([Write(session_id, NEW, 0, 0.0, entry=entry(session_id))])[0]
+
+    living = [f"living{number}" for number in range(num_living)]
+    assert [create(session_id) for session_id in living] == [None] * num_living
+    for start in range(0, 6000, 50):
+        ids = [f"{number:032}" for number in range(start, start + 50)]
+        assert [create(session_id) for session_id in ids] == [None] * 50
+        ends = [Write(i, FIRST_FENCE, 0, 0.0, entry=entry(i, end_time_s=1.0)) for i in ids]
+        assert store.commit(ends) == [None] * 50
+
+    for step in range(100):
+        records = [Write(i, FIRST_FENCE, step + 1, 0.0, record=Record(step, b"x" * 1000)) for i in living]
+        outcomes = store.commit(records)
+        assert outcomes == [None] * num_living, step
+    assert store.look(f"{5999:032}") is not None
+    assert store.look(f"{0:032}") is None
+    store.close()
+
+
+def test_a_store_in_memory_keeps_a_bounded_number_of_ended_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.storage.memory._MOST_ENDED", 10)
+    store = open_store("none")
+    for number in range(50):
+        entry = Entry(str(number), "copy", f"r{number}", 0, 0.0, b"")
+        store.commit([Write(str(number), NEW, 0, 0.0, entry=entry)])
+        ended = Entry(str(number), "copy", f"r{number}", 0, 0.0, b"", 1.0)
+        store.commit([Write(str(number), FIRST_FENCE, 0, 0.0, entry=ended)])
+
+    assert [number for number in range(50) if store.look(str(number))] == [*range(40, 50)]
+    assert [number for number in range(50) if store.find_request(f"r{number}")] == [*range(40, 50)]
+    assert store.purge(float("inf")) == 10
+    assert store.purge(float("inf")) == 0
 
 
 def test_nobody_else_can_read_the_store(tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ inspect: $(VENV)/.inspect ## See sessions at work, in a browser: a page on 127.0
 test: $(VENV)/.dev $(VENV)/.chromium ## Run the tests.
 	@$(BIN)/python -m pytest --numprocesses 2
 
+.PHONY: pictures
+pictures: $(VENV)/.dev $(VENV)/.chromium ## Take the pictures of docs/inspector.md anew.
+	@$(BIN)/python -m tests.inspector.pictures
+
 .PHONY: chaos
 chaos: $(VENV)/.dev ## Kill a server 200 times on each durable store, and try many random histories; bounded at 20 minutes.
 	@$(BIN)/python -m tests.chaos

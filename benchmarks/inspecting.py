@@ -32,9 +32,9 @@ from ntm.v1 import model_pb2, tensor_pb2
 ROWS, COLUMNS = 64, 1024
 NUM_STEPS = 1000
 NUM_WATCHERS = 10
-ROUNDS = 6
-ROUND_S = 4.0
-SWEEP_MOVES = 400
+ROUNDS = 5
+ROUND_S = 3.0
+SWEEP_MOVES = 120
 
 _PROBE = """() => {
     const seen = window.seen = { frames: [], late: 0 };
@@ -58,11 +58,8 @@ def main() -> int:
         write_large_model(models)
         address, _ = stack.enter_context(serving(models))
         copy_address, _ = stack.enter_context(serving(MODELS))
-        for row in in_a_page(address, "large", "64 × 1024"):
-            table.add_row(*row)
-        for row in in_a_page(copy_address, "copy", "copy model"):
-            table.add_row(*row)
-        for row in asyncio.run(watched(copy_address)):
+        rows = [*in_a_page(address, "large", "64 × 1024"), *in_a_page(copy_address, "copy", "copy model")]
+        for row in [*rows, *asyncio.run(watched(copy_address))]:
             table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return 0

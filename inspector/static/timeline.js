@@ -73,6 +73,7 @@ export class TimeLine {
       strong.textContent = lane.name;
       const about = document.createElement("span");
       about.textContent = ` ${lane.about}`;
+      if (lane.order) name.title = `rows ${lane.order.join(", ")}`;
       name.append(strong, about);
       const hold = document.createElement("div");
       hold.className = "lane-hold";
@@ -129,7 +130,8 @@ export class TimeLine {
             const block = state.lane.block_columns;
             const order = this.shows.used ? this.inUse(column, head * rows, rows) : null;
             const taken = block > 1 ? `, ${block} taken together` : "";
-            const span = order ? `${order.length * block} of ${state.lane.columns} rows, ${order[0] * block} on top` : `${state.lane.columns} rows`;
+            const top = order && state.lane.shown_rows <= 2 ? `, ${order[0] * block} on top` : "";
+            const span = order ? `${order.length * block} of ${state.lane.columns}${top}` : `${state.lane.columns} rows`;
             lanes.push({
               id: `${state.name}.${head}`, kind: "attention", name: `${tone}${heads}`, tone, rows: order?.length ?? rows, order,
               about: `${span}${taken}`, scale: new Scale(tone, 0, 1),
@@ -221,10 +223,10 @@ export class TimeLine {
       return;
     }
     const isAttention = lane.kind === "attention";
-    const mostLines = isAttention ? Math.max(32, Math.floor(ATTENTION_HEIGHT / numAttention)) : MOST_LINES;
+    const mostLines = isAttention ? Math.max(56, Math.floor(ATTENTION_HEIGHT / numAttention)) : MOST_LINES;
     const rowsPerLine = Math.ceil(lane.rows / mostLines);
     const lines = Math.ceil(lane.rows / rowsPerLine);
-    const lineHeight = Math.max(1, Math.min(isAttention ? 14 : 8, Math.floor(mostLines / lines)));
+    const lineHeight = Math.max(1, Math.min(isAttention ? 14 : 8, Math.round(mostLines / lines)));
     const isSingle = rowsPerLine === 1 && this.stepsPerColumn === 1;
     paintLane(canvas, this.total, lane.rows, this.stepsPerColumn, rowsPerLine, lane.cells, lane.scale, isSingle ? lane.decorate : undefined);
     setSize(canvas, this.width, lines * lineHeight);

@@ -38,20 +38,20 @@ def copy(page: Page, path: Path) -> None:
 
 
 def compare(page: Page, path: Path) -> None:
-    """A number is edited at step 10, both sessions go on with the same inputs, and their memories are held together."""
+    """A number is edited before the recall, both sessions recall, and their memories are held together."""
     source = page.create("copy")
     page.load("copy", length=20, seed=0)
     page.run(41)
-    go_to(page, 10)
-    page.page.fill("#edit-row", "124")
+    go_to(page, 21)
+    page.page.fill("#edit-row", "118")
     page.page.fill("#edit-column", "4")
-    page.page.fill("#edit-value", "4")
+    page.page.fill("#edit-value", "-4")
     page.page.click("#edit-form button")
     page.other_session(source)
-    page.load("zeros", steps=10)
-    page.run(10)
+    page.load("zeros", steps=20)
+    page.run(20)
     page.page.select_option("#compare-with", source)
-    page.until("document.getElementById('compare-about').textContent.startsWith('Both after 20 steps')")
+    page.until("document.getElementById('compare-about').textContent.startsWith('Both after 41 steps')")
     page.page.locator("section:has(#compare-title)").screenshot(path=path)
 
 
@@ -77,6 +77,7 @@ def go_to(page: Page, moment: int) -> None:
 
 def height_to(page: Page, selector: str) -> float:
     """Of the page down to the end of an element; the window is made as high."""
+    page.page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     box = page.page.locator(selector).bounding_box()
     assert box is not None
     height = round(box["y"] + box["height"] + 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,3 +95,28 @@ def test_a_version_exported_while_the_server_runs_is_served(
     assert [entry for entry in server.log if entry["level"] == "error"] == []
     with Client(server.address) as client, client.session("small") as session:
         assert session.run(np.zeros((2, 4))).shape == (2, 3)
+
+
+def test_a_dnc_goes_on_where_it_was_after_the_server_is_killed(
+    tmp_path: Path, start_server: Callable[..., ServerProcess]
+) -> None:
+    run = write_run(tmp_path / "run", "--model.architecture=dnc", "--model.num-read-heads=2")
+    models, store = tmp_path / "models", f"sqlite:///{tmp_path}/sessions.sqlite3"
+    assert export([str(run), str(models / "dnc" / "1")]) == 0
+    cell, _ = restore_cell(load(run / BEST))
+    inputs = np.random.default_rng(0).integers(0, 2, (24, cell.input_size)).astype(np.float32)
+
+    first = start_server(models, store=store)
+    with Client(first.address) as client:
+        session = client.session("dnc")
+        before = session.run(inputs[:15])
+        first.signal(signal.SIGKILL)
+    with Client(start_server(models, store=store).address) as client:
+        session = client.attach(session.session_id)
+        after, state = session.run(inputs[15:]), session.state()
+
+    with torch.no_grad():
+        expected, final = unroll(cell, torch.from_numpy(inputs)[:, None])
+    np.testing.assert_allclose(np.concatenate([before, after]), torch.sigmoid(expected[:, 0]), atol=1e-5)
+    np.testing.assert_allclose(state["links"], final.links[0], atol=1e-4)
+    np.testing.assert_allclose(state["usage"], final.usage[0], atol=1e-4)

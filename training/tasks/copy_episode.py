@@ -37,6 +37,10 @@ class CopyEpisodeTask(Task):
     max_copies: int = Field(default=6, ge=1)
     """Most copies in a training sequence."""
 
+    sparse_share: float = Field(default=0.0, ge=0, le=1)
+    """In training alone, this share of the sequences has few ones, or none: random bits hide what a machine does with
+    vectors that are alike, or like a pause."""
+
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> CopyEpisodeTask:
         in_order("min_length", self.min_length, "max_length", self.max_length)
@@ -76,6 +80,16 @@ class CopyEpisodeTask(Task):
         length, copies = size
         vectors = random_bits(length * copies, batch_size, self.num_bits, generator=generator)
         return self._laid_out(vectors, copies)
+
+    def draw_for_training(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
+        """As `draw`, with sequences of few ones: see `sparse_share`."""
+        if not self.sparse_share:
+            return self.draw(batch_size, size, generator)
+        length, copies = size
+        vectors = random_bits(length * copies, batch_size, self.num_bits, generator=generator)
+        is_sparse = torch.rand(batch_size, 1, generator=generator) < self.sparse_share
+        kept = torch.where(is_sparse, torch.rand(batch_size, 1, generator=generator), 1.0)
+        return self._laid_out(vectors * (torch.rand(vectors.shape, generator=generator) < kept), copies)
 
     def draw_patterned(
         self, pattern: Pattern, batch_size: int, size: Size, generator: torch.Generator

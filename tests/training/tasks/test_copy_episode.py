@@ -34,3 +34,15 @@ def test_vectors_can_be_of_a_pattern():
 
     assert not sequences.targets.any()
     assert sequences.inputs.sum() == 3 * 4
+
+
+def test_some_sequences_of_training_have_few_ones():
+    task = CopyEpisodeTask(sparse_share=0.5)
+
+    inputs, targets, mask = task.draw_for_training(400, (5, 4), torch.Generator().manual_seed(0))
+
+    assert mask is not None
+    ones = targets.sum(dim=(0, 2)) / mask[:, 0].sum() / 8
+    assert 0.3 < (ones < 0.4).float().mean() < 0.6
+    assert (ones < 0.05).any()
+    assert torch.equal(inputs[..., :8].sum(dim=0), targets.sum(dim=0))

@@ -243,6 +243,8 @@ class NoFreeSlotError(ServingError):
 class QueueFullError(ServingError):
     """Too many messages wait for the model."""
 
+    retry_after_s = 0.1
+
     def __init__(self, model: str, max_pending: int) -> None:
         super().__init__(
             f"{max_pending} messages wait for model {model!r}, as many as may: try again after a pause, or raise "

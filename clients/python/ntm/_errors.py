@@ -7,6 +7,8 @@ ClientError
 │   ├── AlreadyExistsError     ALREADY_EXISTS: choose another id
 │   ├── PreconditionError      FAILED_PRECONDITION: the session does not fit what is served here
 │   │   └── StepOrderError     the session is at another step, `next_step`
+│   ├── UnauthenticatedError   UNAUTHENTICATED: the server does not know who calls
+│   ├── PermissionDeniedError  PERMISSION_DENIED: whoever calls may not do this
 │   ├── DataLossError          DATA_LOSS: the session cannot be brought back as it was
 │   └── UnimplementedError     UNIMPLEMENTED: the server does not have this rpc
 ├── TransientError             the same call may succeed later, and can be made again
@@ -15,8 +17,9 @@ ClientError
 │   └── ResourceExhaustedError RESOURCE_EXHAUSTED: try again later, or ask for less
 └── InternalError              everything else: the model or the server failed
 
-`UnavailableError` is what the client repeats by itself. A call that ended INTERNAL, CANCELLED or UNKNOWN without a
-reason of the server's is one too: a router, or a server that was killed, ended it.
+`UnavailableError` is what the client repeats by itself, and `ResourceExhaustedError` where the server says when. A call
+that ended INTERNAL, CANCELLED or UNKNOWN without a reason of the server's is one of the first: a router, or a server
+that was killed, ended it.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ class ClientError(Exception):
         """The server's stable reason, such as "STEP_GAP"; "" where there is none."""
         self.metadata = metadata
         """More about it, such as the field at fault."""
+        self.retry_after_s: float | None = None
+        """After how many seconds the server would take the same call, if it said so. The client waits by itself."""
 
 
 class RefusedError(ClientError):
@@ -81,6 +86,14 @@ class DataLossError(RefusedError):
     """The session cannot be brought back as it was: delete it, and replay its inputs in a new one."""
 
 
+class UnauthenticatedError(RefusedError):
+    """The server does not know who calls: give the client a `token`, or `tls` with a certificate, that it knows."""
+
+
+class PermissionDeniedError(RefusedError):
+    """Whoever calls may not do this."""
+
+
 class TransientError(ClientError):
     """The same call may succeed later; making it again is safe."""
 
@@ -114,6 +127,8 @@ _TYPES: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
     grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
     grpc.StatusCode.DATA_LOSS: DataLossError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
@@ -142,10 +157,15 @@ def from_rpc(error: grpc.RpcError) -> ClientError:
     trailing: Any = error.trailing_metadata() or ()
     for key, value in trailing:
         if key == _STATUS_DETAILS_KEY:
+            info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
             for detail in status_pb2.Status.FromString(value).details:
-                info = error_details_pb2.ErrorInfo()
-                if detail.Unpack(info) and info.domain == _DOMAIN:
-                    return from_status(code.value[0], info.reason, message, dict(info.metadata))
+                detail.Unpack(info)
+                detail.Unpack(retry)
+            if info.domain == _DOMAIN:
+                told = from_status(code.value[0], info.reason, message, dict(info.metadata))
+                if retry.HasField("retry_delay"):
+                    told.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+                return told
     if code in _CODES_OF_BROKEN_CALLS:
         return UnavailableError(code, "", message, {})
     return from_status(code.value[0], "", message, {})

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from ntm import AsyncClient, UnauthenticatedError
 from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from server.security.tokens import line_of
-from tests.server.helpers import EXHAUSTED, Start, pending, random_inputs, refused
+from tests.server.helpers import EXHAUSTED, Start, accumulated, pending, random_inputs, refused
 from tests.server.rpc.test_ownership import Principal
 
 
@@ -112,6 +113,29 @@ async def test_steps_that_wait_are_bounded_and_count_no_more_when_their_caller_l
     with pytest.raises(grpc.aio.AioRpcError, match="9"):
         await alice.step("2", random_inputs(9))
     await bob.step("s", random_inputs(8))
+
+
+async def test_the_client_waits_as_long_as_it_is_told_and_gets_its_steps(
+    serve: Start, models: Path, settings: dict[str, Any]
+) -> None:
+    _, address = await serve(models, **settings, max_steps_per_s_per_principal=200)
+    inputs = random_inputs(400)
+
+    async with AsyncClient(address, token="a") as client:
+        session = await client.session("accumulator")
+        outputs = [await session.run(inputs[start : start + 100]) for start in range(0, 400, 100)]
+
+    np.testing.assert_array_equal(np.concatenate(outputs), accumulated(inputs))
+
+
+async def test_a_client_without_a_token_is_told_so_by_a_type_of_its_own(
+    serve: Start, models: Path, settings: dict[str, Any]
+) -> None:
+    _, address = await serve(models, **settings)
+
+    async with AsyncClient(address) as client:
+        with pytest.raises(UnauthenticatedError, match="token"):
+            await client.models()
 
 
 def _counting(server: Any) -> Any:

@@ -54,7 +54,8 @@ class Recall:
     @property
     def output(self) -> Bits:
         """[length, 8] in (0, 1), the recalled part."""
-        return self.trace.outputs[self.length + 1 :]
+        outputs: Bits = self.trace.outputs[self.length + 1 :]
+        return outputs
 
     def weighting(self, name: str) -> npt.NDArray[np.float32]:
         """[N, 2 length + 1]: where the first head of a kind looked at each step."""

@@ -121,8 +121,9 @@ class ModelLoader:
 
     @property
     def _num_slots(self) -> int:
-        # Every session may hold one slot and have a request at work in another.
-        return 2 * self._settings.max_resident_sessions
+        # Every session may hold a slot with its state and one with what it began from, and have a request at work in a
+        # third.
+        return 3 * self._settings.max_resident_sessions
 
 
 async def build(settings: ServerSettings) -> Server:

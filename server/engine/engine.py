@@ -28,7 +28,7 @@ from server.engine.request import EngineRequest
 from server.engine.scheduler import Scheduler
 from server.errors import EngineFailedError, OutputNotFiniteError, StepFailedError
 from server.model.layout import Steps
-from server.runtime.runner import ModelRunner, Rows
+from server.runtime.runner import INITIAL_SLOT, ModelRunner, Rows
 from server.runtime.state_cache import StateCache
 
 log = structlog.get_logger()
@@ -228,6 +228,7 @@ class Engine:
         if not are_in_order:
             self._cache.forget(write_slots)  # whose state is in a batch row has it nowhere else
         num_rows = len(rows)
+        initial_rows = self._initial_rows(batch, rows)
         pieces = [r.inputs[:, r.steps_done : r.steps_done + num_turns] for r in batch]
         together = (np.concatenate(pieces) if len(pieces) > 1 else pieces[0]).swapaxes(0, 1)
         if are_in_order:
@@ -242,7 +243,7 @@ class Engine:
             self._cache.make_room_for_run(bank, num_rows)
             self._hand_back()
             try:
-                outputs = self._runner.run(inputs[num_done : num_done + num], bank)
+                outputs = self._runner.run(inputs[num_done : num_done + num], bank, initial_rows)
             except Exception:  # ONNX Runtime raises types of its own for what a model does
                 num_failed = num
                 break
@@ -259,6 +260,20 @@ class Engine:
         self._cache.add(self._runner.seats(bank, num_rows)[rows], write_slots)
         for _ in range(num_failed):
             self._take_turn_alone([request for request in batch if not request.has_ended])
+
+    @staticmethod
+    def _initial_rows(batch: list[EngineRequest], rows: Rows) -> Rows | None:
+        """By batch row, where the state is from which a step that is reset begins; None: the model's own for all."""
+        if all(request.initial_slots is None for request in batch):
+            return None
+        initial_rows = np.empty(len(rows), np.int64)
+        initial_rows[rows] = _joined(
+            [
+                [INITIAL_SLOT] * request.num_rows if request.initial_slots is None else request.initial_slots
+                for request in batch
+            ]
+        )
+        return initial_rows
 
     def _take_outputs(self, batch: list[EngineRequest], outputs: Steps) -> None:
         """Give requests their next outputs, [R, K]; a session whose outputs are not finite has failed."""
@@ -288,7 +303,11 @@ class Engine:
                 self._runner.move(np.array([slots[row]]), np.array([self._runner.first_seat(0)]))
                 try:
                     inputs = np.ascontiguousarray(request.inputs[np.newaxis, row, step])
-                    outputs[row] = self._runner.run(inputs[np.newaxis])[0]
+                    initial_row = None if request.initial_slots is None else [request.initial_slots[row]]
+                    outputs[row] = self._runner.run(
+                        inputs[np.newaxis],
+                        initial_rows=None if initial_row is None else np.array(initial_row),
+                    )[0]
                 except Exception as error:  # as above
                     log.error(
                         "a step failed",

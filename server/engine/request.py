@@ -31,6 +31,7 @@ class EngineRequest:
         "errors",
         "first_steps",
         "has_ended",
+        "initial_slots",
         "inputs",
         "is_started",
         "load_state",
@@ -81,6 +82,8 @@ class EngineRequest:
         self.shared_slots = shared_slots
         self.load_state = load_state
         self.reads_state = reads_state
+        self.initial_slots: Sequence[int] | Rows | None = None
+        """S, where the state is from which steps that are reset begin; None: the model's own for all."""
         self.outputs: Steps | None = None
         """[S, T]; None until the first turn."""
         self.state: dict[str, Array] | None = None

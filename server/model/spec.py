@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from onnx import helper
 
 from ntm.tensor import Array, TensorError, data_type, numpy_dtype, to_array, type_name
 from ntm.v1 import model_pb2, tensor_pb2
-from server.errors import ModelFileError
+from server.errors import InvalidInputError, ModelFileError
 from server.model.layout import StepLayout
 
 METADATA_KEY = "ntm.v1.ModelSpec"
@@ -63,18 +63,6 @@ class StepModel:
     def outputs(self) -> StepLayout:
         """How the outputs of a step stand in its bytes."""
         return StepLayout(self.output_tensors)
-
-    @cached_property
-    def no_inputs(self) -> Array:
-        """The inputs of no steps, [0, ...input shape]."""
-        [tensor] = self.spec.inputs
-        return np.empty((0, *tensor.shape), numpy_dtype(tensor.dtype))
-
-    @cached_property
-    def no_outputs(self) -> Array:
-        """The outputs of no steps, [0, ...output shape]."""
-        [tensor] = self.spec.outputs
-        return np.empty((0, *tensor.shape), numpy_dtype(tensor.dtype))
 
     @cached_property
     def output_bytes(self) -> int:
@@ -120,6 +108,35 @@ def initial_value(state: model_pb2.StateSpec) -> Array:
 def is_session_input(state: model_pb2.StateSpec) -> bool:
     """Whether no step changes it."""
     return not state.output_name
+
+
+def initial_state(spec: model_pb2.ModelSpec, given: Mapping[str, Array]) -> dict[str, Array]:
+    """Values that a session is to begin from, by name, in the API's axes, checked: the same in the graph's axes.
+
+    Raises:
+        InvalidInputError: a name, a shape or a dtype is not the model's, a value is not finite, or a session input that
+            has no initial value is missing.
+    """
+    states = {state.input_name: state for state in spec.states}
+    for name, array in given.items():
+        field = f"initial_state[{name}]"
+        if name not in states:
+            raise InvalidInputError(field, f"it is no state of this model: it has {', '.join(states)}")
+        state = states[name]
+        if array.dtype != numpy_dtype(state.dtype):
+            raise InvalidInputError(
+                f"{field}.dtype", f"{type_name(data_type(array.dtype))} must be {type_name(state.dtype)}"
+            )
+        if array.shape != api_shape(state):
+            raise InvalidInputError(f"{field}.shape", f"{list(array.shape)} must be {list(api_shape(state))}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InvalidInputError(f"{field}.raw", "it has values that are not finite")
+    for name, state in states.items():
+        if state.WhichOneof("initial") is None and name not in given:
+            raise InvalidInputError(
+                "initial_state", f"session input {name!r} has no value of its own: give one"
+            )
+    return {name: np.ascontiguousarray(from_api(states[name], array)) for name, array in given.items()}
 
 
 def api_shape(state: model_pb2.StateSpec) -> tuple[int, ...]:

@@ -52,6 +52,11 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
                 fell_back_to_cpu=device.fell_back,
                 batch_invariant=served.runner.is_batch_invariant,
                 padded_batch_size=served.runner.padded_batch_size or 0,
+                batching=model_service_pb2.BATCHING_ROW_BY_ROW
+                if served.runner.row_by_row
+                else model_service_pb2.BATCHING_TOGETHER,
+                step_alone_s=served.runner.turn_times_s.get(1, 0),
+                step_of_full_batch_s=served.runner.turn_times_s.get(served.runner.max_batch_size, 0),
                 onnxruntime_version=ort.__version__,
             ),
             limits=model_service_pb2.Limits(

@@ -16,7 +16,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from ntm.tensor import Array, fill, to_message
+from ntm.tensor import Array, to_message
 from ntm.v1 import model_pb2, session_pb2, session_service_pb2, session_service_pb2_grpc
 from server.errors import InvalidInputError, ServerStoppingError, ServingError
 from server.model.spec import StepModel, to_api
@@ -25,6 +25,7 @@ from server.rpc.access import Access
 from server.rpc.interceptors import MALFORMED, malformed
 from server.rpc.native import DirectCall
 from server.rpc.streaming import EnteredStep, ReadAhead
+from server.rpc.tensors import fill_outputs
 from server.rpc.validation import RequestLimits
 from server.rpc.watching import watch
 from server.security import split_key
@@ -66,7 +67,9 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     ) -> session_service_pb2.CreateSessionResponse:
         new = self._new_keys(request.session_id, request.request_id)
         version = request.model_version if request.HasField("model_version") else None
-        begin = partial(self._sessions.create, request.model_name, version, *new)
+        validation.check_message_bytes(request.ByteSize(), self._limits)
+        given = validation.initial_state(request.initial_state)
+        begin = partial(self._sessions.create, request.model_name, version, *new, given)
         session = await self._access.begin(begin, request.model_name, new[1])
         self._access.audit("session created", session.session_id)
         return session_service_pb2.CreateSessionResponse(session=self._message(session))
@@ -152,7 +155,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                 "first_steps",
                 f"{len(first_steps)} for {len(ids)} sessions: send one for each, or none",
             )
-        inputs = validation.batch_inputs(request.inputs, len(ids), self._limits)
+        given = validation.batch_inputs(request, len(ids), self._limits)
         keys = [*map(self._access.namespace("").key, ids)]
         found = await self._find_each(ids, keys)
         first = next((session for session in found if isinstance(session, Session)), None)
@@ -163,12 +166,11 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                 batch.fail(position, error)
             return _batch_message(batch, None)
         model = first.model.model
-        validation.check_batch_fits(inputs, model, self._limits)
+        steps = validation.batch_steps(given, model, self._limits)
 
         def check(session: Session) -> None:
             validation.check_alike("session_ids", session.model.model.spec, model.spec)
 
-        steps = model.inputs.pack({model.inputs.names[0]: inputs})
         alike = [_if_alike(session, check) for session in found]
         batch = self._access.begin_steps(
             steps.size, lambda: self._sessions.admit_each(keys, alike, steps, first_steps, check)
@@ -281,13 +283,13 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         """Check a request for steps of a session; returns it, and the states that it asks for."""
         validation.check_message_bytes(request.ByteSize(), self._limits)
         model = session.model.model
-        inputs = validation.step_inputs(request.inputs, model, self._limits)
+        inputs = validation.step_inputs(request, model, self._limits)
         names = validation.check_state_names("include_state", request.include_state, model.spec)
         field = "include_state" if names else "inputs.shape"
         validation.check_answer_size(field, len(inputs), names, model, self._limits)
         steps = StepRequest(
             [session],
-            model.inputs.pack({model.inputs.names[0]: inputs})[None],
+            inputs[None],
             (request.first_step,) if request.HasField("first_step") else None,
             reply_to,
             wants_state=bool(names),
@@ -424,7 +426,7 @@ def fill_step_response(
     """
     result, session = request.result(), request.sessions[0]
     model = session.model.model
-    fill(answer.outputs, model.outputs.tensor(result.outputs, model.outputs.names[0]))
+    fill_outputs(answer, result.outputs, model)
     answer.next_step = result.next_step
     answer.approximate = session.metadata.is_approximate
     if state_names:
@@ -479,7 +481,7 @@ def _batch_message(result: BatchReply, model: StepModel | None) -> session_servi
             metadata=told.metadata,
         )
     if result.outputs is not None and model is not None:
-        fill(response.outputs, model.outputs.tensor(result.outputs, model.outputs.names[0]))
+        fill_outputs(response, result.outputs, model)
     return response
 
 

@@ -120,7 +120,7 @@ class ReadAhead:
             return True
         if request.session_id != self._unanswered[-1].session_id:
             return True  # it stands in another queue, and must not run if one before it fails
-        shape = request.inputs.shape
+        shape = (request.named_inputs[0].value if request.named_inputs else request.inputs).shape
         num_steps = shape[0] if shape else 0
         for entered in self._unanswered:
             num_steps += entered.request.caller_inputs.shape[1]

@@ -10,9 +10,10 @@ from typing import Any
 
 import grpc
 
-from ntm.tensor import Array, fill, to_message
+from ntm.tensor import Array, to_message
 from ntm.v1 import session_pb2, session_service_pb2
 from server.model.spec import to_api
+from server.rpc.tensors import fill_inputs, fill_outputs
 from server.sessions.manager import SessionManager
 from server.sessions.session import Session
 
@@ -53,8 +54,8 @@ async def watch(
             answer.step.approximate = session.metadata.is_approximate
             if frame.inputs is not None and frame.outputs is not None:
                 model = session.model.model
-                fill(answer.inputs, model.inputs.tensor(frame.inputs, model.inputs.names[0]))
-                fill(answer.step.outputs, model.outputs.tensor(frame.outputs, model.outputs.names[0]))
+                fill_inputs(answer, frame.inputs, model)
+                fill_outputs(answer.step, frame.outputs, model)
                 answer.step.state.extend(state_messages(session, names, frame.state))
             if answer.ByteSize() > max_message_bytes:
                 num_too_large = answer.num_lost_messages + 1

@@ -64,7 +64,8 @@ class Device:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        # What fails also raises, and whoever catches it logs it: a trial run may fail.
+        options.log_severity_level = 4
         session = ort.InferenceSession(model, options, providers=[(self.provider, self._provider_options())])
         active = session.get_providers()
         if active[0] != self.provider:

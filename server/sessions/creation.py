@@ -9,6 +9,7 @@ import hashlib
 import json
 import secrets
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from server.errors import (
     SessionMovedError,
     StepOrderError,
 )
+from server.model import spec
 from server.runtime.runner import INITIAL_SLOT
 from server.sessions.executor import StepExecutor
 from server.sessions.info import SessionInfo, SessionInfos
@@ -41,6 +43,7 @@ from server.storage.codec import (
     SessionMetadata,
     Snapshot,
     decode_snapshot,
+    encode_initial_state,
     encode_snapshot,
     snapshot_metadata,
 )
@@ -69,7 +72,12 @@ class Creation:
         self._infos = infos
 
     async def create(
-        self, model_name: str, version: int | None, session_id: str, request_id: str
+        self,
+        model_name: str,
+        version: int | None,
+        session_id: str,
+        request_id: str,
+        initial_state: Mapping[str, Array] | None = None,
     ) -> SessionInfo:
         """Create a session in the initial state, or return the one that this request made before.
 
@@ -78,16 +86,23 @@ class Creation:
             version: version of the model, or None for the newest.
             session_id: id of the session, or "" to have one made.
             request_id: names the request, or "".
+            initial_state: by name, in the API's axes, what it begins from instead of the model's own values.
 
         Raises:
-            ModelNotFoundError, ModelLeavingError, SessionExistsError, SessionIdRetiredError, RequestIdReusedError,
-            NoFreeSlotError, StoreError.
+            InvalidInputError: `initial_state` does not fit the model. ModelNotFoundError, ModelLeavingError,
+            SessionExistsError, SessionIdRetiredError, RequestIdReusedError, NoFreeSlotError, StoreError.
         """
-        request = _request("create", model_name, version, session_id)
+        given = initial_state or {}
+        request = _request("create", model_name, version, session_id, *_digests(given))
         try:
             served = self._models.find(model_name, version)
             metadata = SessionMetadata(
-                request, served.model.version, served.model.digest, self._store.time_s, 0
+                request,
+                served.model.version,
+                served.model.digest,
+                self._store.time_s,
+                0,
+                initial_state=encode_initial_state(spec.initial_state(served.model.spec, given)),
             )
             return await self._queues.to_the_end(self._add(served, session_id, request_id, metadata, 0))
         except (ModelNotFoundError, ModelLeavingError):
@@ -124,7 +139,14 @@ class Creation:
                 failure=None,
             )
             return await self._add(
-                source.model, session_id, request_id, metadata, source.next_step, snapshot, source.slot
+                source.model,
+                session_id,
+                request_id,
+                metadata,
+                source.next_step,
+                snapshot,
+                source.slot,
+                source.initial_slot,
             )
 
         if repeated := await self._repeated(request_id, request):
@@ -157,6 +179,7 @@ class Creation:
             self._store.time_s,
             snapshot.next_step,
             zlib.crc32(data),
+            initial_state=snapshot.initial_state,
         )
         return await self._queues.to_the_end(
             self._add(
@@ -190,6 +213,7 @@ class Creation:
         next_step: int,
         snapshot: bytes = b"",
         slot: int = INITIAL_SLOT,
+        initial_slot: int = INITIAL_SLOT,
         state: dict[str, Array] | None = None,
     ) -> SessionInfo:
         """Make a session, in memory if there is room; a repeat of its request gets what that made."""
@@ -199,7 +223,8 @@ class Creation:
             session_id += secrets.token_hex(16)
         keeps_steps = self._store.backend.keeps_steps
         # With a store, a state comes into memory as that of any other session does, by its first call.
-        index = None if state is not None and keeps_steps else served.table.take()
+        is_to_be_loaded = state is not None or (metadata.initial_state and initial_slot == INITIAL_SLOT)
+        index = None if is_to_be_loaded and keeps_steps else served.table.take()
         if index is None and not keeps_steps:
             if repeated := await self._repeated(request_id, metadata.request):
                 return repeated
@@ -227,8 +252,9 @@ class Creation:
         session = Session(
             session_id, request_id, served, index, metadata, FIRST_FENCE, next_step, last_use_s, held
         )
+        session.initial_slot = served.slots.hold(initial_slot)
         self._queues.admit(session)
-        if state is not None:
+        if is_to_be_loaded:
             self._replay.restore(session, [], state)
         self._queues.advance(session)
         return self._infos.of(session)
@@ -260,6 +286,17 @@ class Creation:
         if entry.end_time_s is not None:
             raise SessionIdRetiredError(entry.session_id)
         return self._infos.of_entry(entry)
+
+
+def _digests(given: Mapping[str, Array]) -> list[str]:
+    """Tells the values of one request from those of another; nothing for none."""
+    if not given:
+        return []
+    parts = [
+        f"{name} {given[name].dtype} {given[name].shape} ".encode() + given[name].tobytes()
+        for name in sorted(given)
+    ]
+    return [hashlib.sha256(b"".join(parts)).hexdigest()]
 
 
 def _request(*said: object) -> str:

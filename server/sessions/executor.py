@@ -34,6 +34,7 @@ from server.errors import (
     StepFailedError,
 )
 from server.model.layout import Steps
+from server.runtime.runner import INITIAL_SLOT
 from server.sessions.changes import loss_by
 from server.sessions.queues import SessionQueues
 from server.sessions.request import NOBODY, EngineCall, StepRequest
@@ -161,6 +162,9 @@ class StepExecutor:
                 raise StateNotKeptError(end_step - 1, next_step)
             write_slot = slot
         request.prepare(inputs, (next_step,), (slot,), (write_slot,), model.slots.shared(slot))
+        initial_slot = table.initial_slot.one[index]
+        if initial_slot != INITIAL_SLOT:
+            request.initial_slots = (initial_slot,)
         return True
 
     def _prepare_many(self, request: StepRequest) -> bool:
@@ -188,6 +192,9 @@ class StepExecutor:
                 model.slots.take_many(num_sessions),
                 model.slots.shared_many(slots),
             )
+            initial_slots = table.initial_slot.each[request.indices]
+            if np.count_nonzero(initial_slots != INITIAL_SLOT):
+                request.initial_slots = initial_slots
         for session in others:
             self.queues.advance(session)
         return num_sessions > 0

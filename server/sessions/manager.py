@@ -28,7 +28,6 @@ from server.errors import (
     StoreFullError,
 )
 from server.model.layout import Steps
-from server.runtime.runner import INITIAL_SLOT
 from server.sessions.changes import change_of, commit_change
 from server.sessions.claims import end_error
 from server.sessions.creation import Creation
@@ -240,10 +239,10 @@ class SessionManager:
             As `step`.
         """
         next_step, state = await self.state(session)
-        return encode_snapshot(session.model.model, next_step, state)
+        return encode_snapshot(session.model.model, next_step, state, session.metadata.initial_state)
 
     async def reset(self, session_id: str, at_step: int | None) -> SessionInfo:
-        """Put a session back to the initial state; a repeat of a reset made before changes nothing.
+        """Put a session back to the state it began from; a repeat of a reset made before changes nothing.
 
         Raises:
             As `step`.
@@ -264,7 +263,7 @@ class SessionManager:
             )
             write = change_of(session, metadata, self.store.service_time_s, snapshot=b"")
             await commit_change(self.store, self._queues, session, metadata, write)
-            session.move_to(INITIAL_SLOT)
+            session.move_to(session.model.slots.hold(session.initial_slot))
             windows.add_reset(index)
             if self.watching.of:
                 self.watching.offer(session.session_id, Frame(step, None, None, step, {}))

@@ -34,6 +34,7 @@ from server.storage.codec import (
     DamagedError,
     RecordedSteps,
     check_unbroken,
+    decode_initial_state,
     decode_record,
     decode_snapshot,
     encode_snapshot,
@@ -70,7 +71,7 @@ class Replay:
             RecoveryError: what the store has cannot be used.
         """
         replay, state = self._read_claim(session, claim)
-        if replay or state is not None:
+        if replay or state is not None or session.metadata.initial_state:
             self.restore(session, replay, state)
 
     def restore(self, session: Session, replay: list[RecordedSteps], state: dict[str, Array] | None) -> None:
@@ -139,7 +140,9 @@ class Replay:
     ) -> EngineCall:
         served, model = session.model, session.model.model
         inputs = np.concatenate([model.inputs.none(0), *(steps.inputs for steps in replay)])
-        source = INITIAL_SLOT if state is None else served.slots.take()
+        if session.metadata.initial_state and session.initial_slot == INITIAL_SLOT:
+            await self._load_initial_state(session)
+        source = served.slots.hold(session.initial_slot) if state is None else served.slots.take()
         target = served.slots.take() if replay else source
         call = EngineCall(
             [session.session_id],
@@ -150,6 +153,7 @@ class Replay:
             load_state=None if state is None else {name: a[np.newaxis] for name, a in state.items()},
             reads_state=bool(replay),
         )
+        call.initial_slots = (session.initial_slot,)
         await served.run(call)
         if replay:
             served.slots.release(source)
@@ -168,6 +172,28 @@ class Replay:
             if recorded != call.outputs.tobytes():
                 raise SessionCorruptError(session.session_id, "its steps, run again, gave other outputs")
         return call
+
+    async def _load_initial_state(self, session: Session) -> None:
+        """Put the state that a session began from into a slot that it holds from now on."""
+        served = session.model
+        try:
+            state = decode_initial_state(session.metadata.initial_state, served.model)
+        except DamagedError as error:
+            raise SessionCorruptError(session.session_id, str(error)) from error
+        slot = served.slots.take()
+        call = EngineCall(
+            [session.session_id],
+            (session.next_step,),
+            served.model.inputs.none(1, 0),
+            (slot,),
+            (slot,),
+            load_state={name: value[np.newaxis] for name, value in state.items()},
+        )
+        await served.run(call)
+        if session.loss or call.errors:
+            served.slots.release(slot)
+            raise session.loss or call.errors[0]
+        session.initial_slot = slot
 
     async def _note_attempt(self, session: Session) -> None:
         metadata = replace(session.metadata, num_recoveries=session.metadata.num_recoveries + 1)

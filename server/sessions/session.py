@@ -109,6 +109,15 @@ class Session:
     def slot(self, slot: int) -> None:
         self.table.slot.one[self.index] = slot
 
+    @property
+    def initial_slot(self) -> int:
+        """Where the state is that it began from and a reset returns to; held for it."""
+        return self.table.initial_slot.one[self.index]
+
+    @initial_slot.setter
+    def initial_slot(self, slot: int) -> None:
+        self.table.initial_slot.one[self.index] = slot
+
     def move_to(self, slot: int) -> None:
         """Let its state be in another slot, and release the one it was in."""
         self.model.slots.release(self.slot)
@@ -190,6 +199,7 @@ class Session:
             table.num_failed -= self._metadata.failure is not None
             table.num_lost -= 1
             self.model.slots.release(table.slot.one[index])
+            self.model.slots.release(table.initial_slot.one[index])
             table.retry_windows.end(index)
             table.give_up(index)
 

@@ -56,6 +56,8 @@ class SessionTable:
         """The session's counter: it only grows."""
         self.slot = Column(num_rows, INITIAL_SLOT)
         """Where its state is."""
+        self.initial_slot = Column(num_rows, INITIAL_SLOT)
+        """Where the state is that it began from and a reset returns to."""
         self.head: list[Entry | None] = [None] * num_rows
         """The first entry of its queue: what is being done, or is next."""
         self.needs_attention = Column(num_rows, False)
@@ -103,7 +105,7 @@ class SessionTable:
     def give_up(self, index: int) -> None:
         """Give an index up, to whoever waits longest."""
         self.session[index] = None
-        self.slot.one[index] = INITIAL_SLOT
+        self.slot.one[index] = self.initial_slot.one[index] = INITIAL_SLOT
         self.needs_attention.one[index] = self.is_idle.one[index] = False
         while self._waiting:
             waiting = self._waiting.popleft()

@@ -9,6 +9,7 @@ Shapes: T steps of a request.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import struct
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 
 from ntm.tensor import Array, numpy_dtype
 from server.model.layout import Steps
-from server.model.spec import StepModel, api_shape, from_api, to_api
+from server.model.spec import StepModel, api_shape, from_api, initial_value, to_api
 from server.runtime.provider import Device
 from server.storage.interface import Record
 
@@ -34,6 +35,10 @@ MAX_IMPORTED_STEP = 2**52
 scripts have 53 bits for them)."""
 _MAX_HEADER_BYTES = 2**18
 """Of a safetensors file: names, shapes and metadata."""
+# Of entries and the records that go with them. 1 had the inputs of a step without its reset.
+_FORMAT_VERSION = 2
+# Before the names of tensors that say what a session began from; no model has a name that begins so.
+_INITIAL = "ntm.initial."
 
 # Checksum, first step, number of steps, fingerprint; then the inputs and the outputs.
 _HEADER = struct.Struct("<IqI8s")
@@ -79,6 +84,9 @@ class SessionMetadata:
     failure: Failure | None = None
     """The last request, if it failed."""
     end_reason: Literal["", "DELETED", "EXPIRED"] = ""
+    initial_state: str = ""
+    """What it began from and a reset returns to, as `encode_initial_state` gives it; empty: the model's own."""
+    format: int = _FORMAT_VERSION
 
     def check_snapshot(self, snapshot: bytes) -> None:
         """That the snapshot is this session's last; b"" for none.
@@ -118,6 +126,11 @@ class SessionMetadata:
         if content[:8] != b"%08x" % zlib.crc32(text):
             raise DamagedError("the entry's checksum is wrong")
         fields = json.loads(text)
+        if fields.get("format", 1) != _FORMAT_VERSION:
+            raise DamagedError(
+                "it was written by another version of the server, whose records this one does not read: take it out "
+                "there with ExportSession and bring it in here with ImportSession, or delete it"
+            )
         failure = fields.pop("failure")
         about = SessionMetadata(**fields, failure=Failure(**failure) if failure else None)
         return replace(about, reset_steps=tuple(about.reset_steps))
@@ -214,27 +227,57 @@ def check_unbroken(requests: Sequence[RecordedSteps], snapshot_step: int, next_s
         )
 
 
-def encode_snapshot(model: StepModel, next_step: int, state: Mapping[str, Array]) -> bytes:
+def encode_initial_state(values: Mapping[str, Array]) -> str:
+    """The values of some states, in the graph's axes, as text; "" for none."""
+    return base64.b64encode(safetensors.numpy.save(dict(values))).decode() if values else ""
+
+
+def decode_initial_state(text: str, model: StepModel) -> dict[str, Array]:
+    """The whole state that a session with such values begins from, in the graph's axes.
+
+    Raises:
+        DamagedError: they are not of this model.
+    """
+    state = {spec.input_name: initial_value(spec) for spec in model.spec.states}
+    if not text:
+        return state
+    try:
+        values: dict[str, Array] = safetensors.numpy.load(base64.b64decode(text, validate=True))
+    except (SafetensorError, ValueError) as error:
+        raise DamagedError(f"its initial state is not what was written: {error}") from error
+    for name, value in values.items():
+        if name not in state or (value.dtype, value.shape) != (state[name].dtype, state[name].shape):
+            raise DamagedError(f"its initial state has {name!r} as the model has not")
+        if not np.isfinite(value).all():
+            raise DamagedError(f"its initial state has values of {name!r} that are not finite")
+    return state | values
+
+
+def encode_snapshot(
+    model: StepModel, next_step: int, state: Mapping[str, Array], initial_state: str = ""
+) -> bytes:
     """A session's whole state, as a safetensors file with metadata.
 
     Args:
         model: the session's model.
         next_step: its counter.
         state: by name, [...state shape] each, in the graph's axes; the file has the API's.
+        initial_state: as the session's metadata has it, where the snapshot is all that will be known of it.
     """
     tensors = {
         spec.input_name: np.array(to_api(spec, state[spec.input_name]), order="C")
         for spec in model.spec.states
     }
+    begun_from = _initial_tensors(initial_state)
     return safetensors.numpy.save(
-        tensors,
+        tensors | begun_from,
         {
             "format": FORMAT,
             "model_name": model.name,
             "model_version": str(model.version),
             "model_digest": model.digest,
             "next_step": str(next_step),
-            "crc32": f"{_state_checksum(tensors, next_step):08x}",
+            "crc32": f"{_state_checksum(tensors | begun_from, next_step):08x}",
         },
     )
 
@@ -247,6 +290,8 @@ class Snapshot:
     next_step: int
     state: dict[str, Array]
     """By name, [...state shape] each, in the graph's axes."""
+    initial_state: str = ""
+    """What the session began from, as its metadata has it."""
 
 
 def snapshot_metadata(data: bytes) -> dict[str, str]:
@@ -283,6 +328,7 @@ def decode_snapshot(model: StepModel, data: bytes) -> Snapshot:
         raise DamagedError(f"it is not a whole safetensors file: {error}") from error
     if not 0 <= next_step <= MAX_IMPORTED_STEP:
         raise DamagedError(f"its step counter, {next_step}, is not from 0 to {MAX_IMPORTED_STEP}")
+    begun_from = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(_INITIAL)}
     names = {spec.input_name for spec in model.spec.states}
     if set(tensors) != names:
         raise DamagedError(f"it has the tensors {sorted(tensors)}, the model {sorted(names)}")
@@ -296,9 +342,11 @@ def decode_snapshot(model: StepModel, data: bytes) -> Snapshot:
             )
         state[name] = np.array(from_api(spec, array), order="C")
     ordered = {spec.input_name: tensors[spec.input_name] for spec in model.spec.states}
-    if checksum != _state_checksum(ordered, next_step):
+    if checksum != _state_checksum(ordered | begun_from, next_step):
         raise DamagedError("its checksum is wrong")
-    return Snapshot(metadata, next_step, state)
+    initial_state = encode_initial_state({n.removeprefix(_INITIAL): value for n, value in begun_from.items()})
+    decode_initial_state(initial_state, model)
+    return Snapshot(metadata, next_step, state, initial_state)
 
 
 def digest_of(inputs: Steps) -> str:
@@ -308,6 +356,13 @@ def digest_of(inputs: Steps) -> str:
 
 def _record_checksum(session_id: str, first_step: int, num_steps: int, where: bytes, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(f"{session_id} {first_step} {num_steps} ".encode() + where))
+
+
+def _initial_tensors(initial_state: str) -> dict[str, Array]:
+    if not initial_state:
+        return {}
+    values = safetensors.numpy.load(base64.b64decode(initial_state))
+    return {f"{_INITIAL}{name}": values[name] for name in sorted(values)}
 
 
 def _state_checksum(tensors: Mapping[str, Array], next_step: int) -> int:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         UnimplementedError,
     )
     from ntm._results import BatchResult, Trace, Watched
+    from ntm._steps import Steps
     from ntm._sync import Client, Session
 else:
     import importlib
@@ -51,6 +52,7 @@ else:
         "BatchResult": "ntm._results",
         "Client": "ntm._sync",
         "Session": "ntm._sync",
+        "Steps": "ntm._steps",
         "Tls": "ntm._channel",
         "Trace": "ntm._results",
         "Watched": "ntm._results",
@@ -85,6 +87,7 @@ __all__ = [
     "ResourceExhaustedError",
     "Session",
     "StepOrderError",
+    "Steps",
     "Tls",
     "Trace",
     "TransientError",

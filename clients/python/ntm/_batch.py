@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import numpy.typing as npt
 
 from ntm._errors import ClientError, UnavailableError, from_status
 from ntm._progress import SessionProgress
 from ntm._requests import metadata
 from ntm._results import BatchResult
-from ntm.tensor import Array, to_array, to_message
+from ntm._steps import Inputs, fill_inputs, outputs_of, shown
+from ntm.tensor import Array
 from ntm.v1 import session_service_pb2
 
 
@@ -30,18 +30,18 @@ class Batch:
         self.has_answers = False
         self._sessions = sessions
         self._inputs = inputs
-        model = sessions[0].model
-        self._outputs = np.zeros((*inputs.shape[:2], *model.spec.outputs[0].shape), model.output_dtype)
+        self._outputs = sessions[0].model.no_outputs(*inputs.shape[:2])
         self._errors: dict[int, ClientError] = {}
         self._were_misplaced: set[int] = set()
 
     def request(self, group: Sequence[int]) -> session_service_pb2.BatchStepRequest:
         """Numbered messages for the sessions of a group."""
-        return session_service_pb2.BatchStepRequest(
+        request = session_service_pb2.BatchStepRequest(
             session_ids=[self._sessions[index].session_id for index in group],
             first_steps=[self._sessions[index].next_step for index in group],
-            inputs=to_message(self._inputs[group]),
         )
+        fill_inputs(request, self._inputs[group])
+        return request
 
     def metadata(self, group: Sequence[int]) -> tuple[tuple[str, str], ...]:
         """Sends a group to the replica of its first session."""
@@ -55,7 +55,7 @@ class Batch:
             for error in response.errors
         }
         approximate = set(response.approximate)
-        outputs = to_array(response.outputs) if response.HasField("outputs") else None
+        outputs = outputs_of(response, 2) if response.HasField("outputs") or response.named_outputs else None
         for position, index in enumerate(group):
             if position in errors:
                 self._errors[index] = errors[position]
@@ -100,18 +100,20 @@ class Batch:
 
     def result(self) -> BatchResult:
         """What all the calls together came to."""
-        return BatchResult(self._outputs, dict(sorted(self._errors.items())))
+        return BatchResult(shown(self._outputs), dict(sorted(self._errors.items())))
 
 
-def batch_inputs(sessions: Sequence[SessionProgress], inputs: npt.ArrayLike) -> Array:
-    """The inputs of a batch as an array [S, T, ...input shape].
+def batch_inputs(
+    sessions: Sequence[SessionProgress], inputs: Inputs, resets: npt.ArrayLike | None = None
+) -> Array:
+    """The inputs of a batch as one array of steps, [S, T].
 
     Raises:
         ValueError: there is no session, or as many rows as sessions are missing, or as `Model.inputs`.
     """
     if not sessions:
         raise ValueError("send at least one session")
-    array = sessions[0].model.inputs(inputs, num_leading_axes=2)
+    array = sessions[0].model.inputs(inputs, num_leading_axes=2, resets=resets)
     if len(array) != len(sessions):
         raise ValueError(f"inputs have {len(array)} rows for {len(sessions)} sessions: send one for each")
     return array

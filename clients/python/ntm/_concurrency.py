@@ -12,19 +12,21 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import grpc
-import numpy.typing as npt
+
+from ntm._steps import Inputs, Steps
 
 T = TypeVar("T")
 
 AsyncFunction: TypeAlias = Callable[..., Awaitable[T]]
 Function: TypeAlias = Callable[..., T]
 
-AsyncChunks: TypeAlias = AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike]
+Chunk: TypeAlias = Inputs | Steps
+AsyncChunks: TypeAlias = AsyncIterable[Chunk] | Iterable[Chunk]
 """What a stream takes its chunks from; an asynchronous one takes them from either kind of iterable."""
-Chunks: TypeAlias = Iterable[npt.ArrayLike]
+Chunks: TypeAlias = Iterable[Chunk]
 
-AsyncChunkIterator: TypeAlias = AsyncIterator[npt.ArrayLike] | Iterator[npt.ArrayLike]
-ChunkIterator: TypeAlias = Iterator[npt.ArrayLike]
+AsyncChunkIterator: TypeAlias = AsyncIterator[Chunk] | Iterator[Chunk]
+ChunkIterator: TypeAlias = Iterator[Chunk]
 
 
 END: Any = object()
@@ -41,14 +43,14 @@ def chunk_iterator(chunks: Chunks) -> ChunkIterator:
     return iter(chunks)
 
 
-async def async_next_chunk(chunks: AsyncChunkIterator) -> npt.ArrayLike:
+async def async_next_chunk(chunks: AsyncChunkIterator) -> Chunk:
     """The next chunk, or `END`."""
     if isinstance(chunks, AsyncIterator):
         return await anext(chunks, END)
     return next(chunks, END)
 
 
-def next_chunk(chunks: ChunkIterator) -> npt.ArrayLike:
+def next_chunk(chunks: ChunkIterator) -> Chunk:
     """The next chunk, or `END`."""
     return next(chunks, END)
 

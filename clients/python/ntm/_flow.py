@@ -9,12 +9,11 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy.typing as npt
-
 from ntm import _requests as requests
 from ntm._errors import ClientError, UnavailableError
 from ntm._progress import Ahead, SessionProgress
-from ntm.tensor import Array, to_array
+from ntm._steps import Inputs, Steps, inputs_of, outputs_of
+from ntm.tensor import Array
 from ntm.v1 import session_service_pb2
 
 
@@ -50,13 +49,14 @@ class Flow:
         """Whether all chunks were taken and given out."""
         return self._has_ended and not self._chunks
 
-    def add(self, chunk: npt.ArrayLike) -> None:
-        """Take a chunk [T, ...input shape], after what an earlier stream sent ahead and this one does not repeat.
+    def add(self, chunk: Inputs | Steps) -> None:
+        """Take a chunk of T steps, after what an earlier stream sent ahead and this one does not repeat.
 
         Raises:
             ValueError: as `Model.inputs`.
         """
-        inputs = self._session.model.inputs(chunk)
+        chunk = chunk if isinstance(chunk, Steps) else Steps(chunk)
+        inputs = self._session.model.inputs(chunk.inputs, resets=chunk.resets)
         before = self._sent_before.since(self._end_step)
         if not before.is_repeated_by(inputs):
             self._append(before.messages, is_wanted=False)
@@ -83,7 +83,7 @@ class Flow:
 
     def answered(self, answer: session_service_pb2.StepResponse) -> None:
         """Take in the answer to the first message that had none."""
-        self._answered.append((self._unanswered.popleft(), to_array(answer.outputs)))
+        self._answered.append((self._unanswered.popleft(), outputs_of(answer)))
         self._session.approximate = answer.approximate
 
     def ready(self) -> Array | None:
@@ -111,7 +111,7 @@ class Flow:
     def ahead(self) -> Ahead:
         """The messages that may have run beyond the step that the session was moved to."""
         sent = (*(message for message, _ in self._answered), *self._unanswered)
-        inputs = (to_array(message.request.step.inputs) for message in sent)
+        inputs = (inputs_of(message.request.step) for message in sent)
         before = self._sent_before.since(self._sent_end_step)
         return Ahead(self._session.next_step, (*inputs, *before.messages))
 
@@ -122,7 +122,7 @@ class Flow:
     def _append(self, messages: Iterable[Array], is_wanted: bool) -> None:
         for inputs in messages:
             step = requests.step(self._session.session_id, self._end_step, inputs)
-            self._unsent.append(_Message(session_service_pb2.StreamStepsRequest(step=step)))
+            self._unsent.append(_Message(session_service_pb2.StreamStepsRequest(step=step), len(inputs)))
             self._end_step += len(inputs)
         self._chunks.append((self._end_step, is_wanted))
 
@@ -138,6 +138,7 @@ class _Message:
     """A message of a stream, kept as it is sent: callers may fill one array with chunk after chunk."""
 
     request: session_service_pb2.StreamStepsRequest
+    num_steps: int
     was_sent_before: bool = False
     """It was under way when the stream broke, so it may have run."""
 
@@ -147,7 +148,7 @@ class _Message:
 
     @property
     def end_step(self) -> int:
-        return self.first_step + self.request.step.inputs.shape[0]
+        return self.first_step + self.num_steps
 
 
 def check_in_flight(max_in_flight: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ntm._routing import ROUTING_KEY
+from ntm._steps import fill_inputs
 from ntm.tensor import Array, to_message
-from ntm.v1 import model_service_pb2, session_service_pb2
+from ntm.v1 import model_service_pb2, session_service_pb2, tensor_pb2
 
 
 def get_model(name: str, version: int | None) -> model_service_pb2.GetModelRequest:
@@ -16,7 +17,7 @@ def get_model(name: str, version: int | None) -> model_service_pb2.GetModelReque
 
 
 def create_session(
-    model_name: str, version: int | None, session_id: str | None
+    model_name: str, version: int | None, session_id: str | None, initial_state: Mapping[str, Array]
 ) -> session_service_pb2.CreateSessionRequest:
     """Asks for a session, named so that a repeat makes no second one."""
     return session_service_pb2.CreateSessionRequest(
@@ -24,6 +25,10 @@ def create_session(
         model_version=version,
         session_id=session_id or _new_id(),
         request_id=_new_id(),
+        initial_state=[
+            tensor_pb2.NamedTensor(name=name, value=to_message(value))
+            for name, value in initial_state.items()
+        ],
     )
 
 
@@ -48,12 +53,11 @@ def step(
     session_id: str, first_step: int, inputs: Array, include_state: Iterable[str] = ()
 ) -> session_service_pb2.StepRequest:
     """A numbered message for one session."""
-    return session_service_pb2.StepRequest(
-        session_id=session_id,
-        first_step=first_step,
-        inputs=to_message(inputs),
-        include_state=include_state,
+    request = session_service_pb2.StepRequest(
+        session_id=session_id, first_step=first_step, include_state=include_state
     )
+    fill_inputs(request, inputs)
+    return request
 
 
 def import_session(snapshot: bytes, session_id: str | None) -> session_service_pb2.ImportSessionRequest:

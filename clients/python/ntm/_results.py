@@ -12,6 +12,7 @@ import numpy as np
 
 from ntm._errors import ClientError
 from ntm._model import Model
+from ntm._steps import Outputs, inputs_of, outputs_of, shown
 from ntm.tensor import Array, to_array
 from ntm.v1 import session_pb2, session_service_pb2
 
@@ -20,8 +21,8 @@ from ntm.v1 import session_pb2, session_service_pb2
 class Trace:
     """Outputs of a run, with state as it was after each step."""
 
-    outputs: Array
-    """[T, ...output shape]."""
+    outputs: Outputs
+    """[T, ...output shape], by name where there are several."""
     state: dict[str, Array]
     """By name, [T, ...state shape] each."""
 
@@ -32,10 +33,10 @@ class Watched:
 
     first_step: int
     """Index of the first of the steps."""
-    inputs: Array | None
-    """[T, ...input shape]; None where there are no steps."""
-    outputs: Array | None
-    """[T, ...output shape]; None where there are no steps."""
+    inputs: Outputs | None
+    """[T, ...input shape], by name where there are several; None where there are no steps."""
+    outputs: Outputs | None
+    """[T, ...output shape], likewise; None where there are no steps."""
     next_step: int
     """Index of the step after the last."""
     state: dict[str, Array]
@@ -50,19 +51,19 @@ class Watched:
 class BatchResult:
     """Outputs of many sessions."""
 
-    outputs: Array
-    """[S, T, ...output shape]; the rows of sessions that failed are zero."""
+    outputs: Outputs
+    """[S, T, ...output shape], by name where there are several; the rows of sessions that failed are zero."""
     errors: dict[int, ClientError]
     """Why sessions failed, by index."""
 
 
 def watched(answer: session_service_pb2.WatchSessionResponse) -> Watched:
     """One answer of a watch."""
-    has_steps = answer.HasField("inputs")
+    has_steps = answer.HasField("inputs") or bool(answer.named_inputs)
     return Watched(
         answer.first_step,
-        to_array(answer.inputs) if has_steps else None,
-        to_array(answer.step.outputs) if has_steps else None,
+        shown(inputs_of(answer)) if has_steps else None,
+        shown(outputs_of(answer.step)) if has_steps else None,
         answer.step.next_step,
         state_arrays(answer.step.state),
         answer.num_lost_messages,
@@ -81,4 +82,4 @@ def trace_of(
     """The answers to single steps as one run."""
     states = [state_arrays(answer.state) for answer in answers]
     stacked = {name: np.stack([state[name] for state in states]) for name in names} if states else {}
-    return Trace(model.join([to_array(answer.outputs) for answer in answers]), stacked)
+    return Trace(shown(model.join([outputs_of(answer) for answer in answers])), stacked)

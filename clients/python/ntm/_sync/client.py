@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,8 +19,10 @@ from ntm._model import Model
 from ntm._results import BatchResult
 from ntm._retries import retrying
 from ntm._routing import LOOKUP_INTERVAL_S, Address, Renewed, target
+from ntm._steps import Inputs
 from ntm._sync.connection import Connection
 from ntm._sync.session import Session
+from ntm.tensor import Array
 from ntm.v1 import model_service_pb2, session_pb2, session_service_pb2
 
 if TYPE_CHECKING:
@@ -105,7 +107,12 @@ class Client:
         return self._call(self._model_service.GetModel, requests.get_model(name, version))
 
     def session(
-        self, model_name: str, *, version: int | None = None, session_id: str | None = None
+        self,
+        model_name: str,
+        *,
+        version: int | None = None,
+        session_id: str | None = None,
+        initial_state: Mapping[str, npt.ArrayLike] | None = None,
     ) -> Session:
         """Create a session; leaving its `with` block deletes it.
 
@@ -113,11 +120,18 @@ class Client:
             model_name: name of the model.
             version: version of the model; the newest by default.
             session_id: id of the session; 128 random bits by default.
+            initial_state: values of states and session inputs, by name, that the session begins from and returns to by
+                a reset; the model's own by default.
 
         Raises:
-            NotFoundError: no such model. AlreadyExistsError: the id is taken. ResourceExhaustedError: no free slot.
+            ValueError, InvalidInputError: `initial_state` does not fit the model. NotFoundError: no such model.
+            AlreadyExistsError: the id is taken. ResourceExhaustedError: no free slot.
         """
-        request = requests.create_session(model_name, version, session_id)
+        values: dict[str, Array] = {}
+        if initial_state:
+            model = Model(self.model(model_name, version))
+            version, values = model.info.model.version, model.initial_state(initial_state)
+        request = requests.create_session(model_name, version, session_id, values)
         answer = self._call(self._sessions.CreateSession, request, request.session_id)
         return self._session(answer.session)
 
@@ -142,12 +156,18 @@ class Client:
             if not token:
                 return
 
-    def batch_step(self, sessions: Sequence[Session], inputs: npt.ArrayLike) -> BatchResult:
+    def batch_step(
+        self,
+        sessions: Sequence[Session],
+        inputs: Inputs,
+        resets: npt.ArrayLike | None = None,
+    ) -> BatchResult:
         """Run T steps of each of S sessions, in one message for each replica that has some of them.
 
         Args:
             sessions: S sessions, none twice, whose models take the same inputs.
-            inputs: [S, T, ...input shape].
+            inputs: [S, T, ...input shape]; of models of several inputs a dict of such arrays, by name.
+            resets: [S, T], which steps begin from their session's initial state; none does by default.
 
         Returns:
             The outputs, and the errors of sessions that failed; the others are not touched by them. What was
@@ -156,10 +176,10 @@ class Client:
         Raises:
             ValueError: no sessions, or inputs of another shape. ClientError: one of its types, when no session ran.
         """
-        inputs = batch_inputs(sessions, inputs)
-        for session, row in zip(sessions, inputs, strict=True):
+        steps = batch_inputs(sessions, inputs, resets)
+        for session, row in zip(sessions, steps, strict=True):
             session._begin(row)
-        batch = Batch(sessions, inputs)
+        batch = Batch(sessions, steps)
 
         def attempt() -> None:
             self._send(batch)

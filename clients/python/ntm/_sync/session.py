@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ from ntm._flow import Flow, check_in_flight
 from ntm._model import Model
 from ntm._progress import REFUSALS, Ahead, SessionProgress, all_or_back
 from ntm._results import Trace, Watched, state_arrays, trace_of, watched
+from ntm._steps import Inputs, Outputs, outputs_of, shown
 from ntm._sync.stream import Stream
-from ntm.tensor import Array, to_array
+from ntm.tensor import Array
 from ntm.v1 import session_pb2, session_service_pb2
 
 if TYPE_CHECKING:
@@ -48,26 +49,27 @@ class Session(SessionProgress):
         with contextlib.suppress(ClientError) if exc else contextlib.nullcontext():
             self.delete()
 
-    def run(self, inputs: npt.ArrayLike) -> Array:
+    def run(self, inputs: Inputs, resets: npt.ArrayLike | None = None) -> Outputs:
         """Run T steps, in as few messages as the server allows.
 
         Args:
-            inputs: [T, ...input shape].
+            inputs: [T, ...input shape]; of a model of several inputs a dict of such arrays, by name.
+            resets: [T], which steps begin from the session's initial state; none does by default.
 
         Returns:
-            Outputs [T, ...output shape].
+            Outputs [T, ...output shape]; of a model of several outputs a dict of such arrays, by name.
 
         Raises:
             ClientError: one of its types. `next_step` is then where it was before, so the same call can be made
                 again: the server answers the steps that have run from its records.
         """
-        inputs = self.model.inputs(inputs)
-        self._begin(inputs)
+        steps = self.model.inputs(inputs, resets=resets)
+        self._begin(steps)
         with all_or_back(self):
-            answers = [self._step(chunk) for chunk in self.model.chunks(inputs)]
-            return self.model.join([to_array(answer.outputs) for answer in answers])
+            answers = [self._step(chunk) for chunk in self.model.chunks(steps)]
+            return shown(self.model.join([outputs_of(answer) for answer in answers]))
 
-    def stream(self, chunks: Chunks, *, max_in_flight: int = 4) -> Generator[Array, None]:
+    def stream(self, chunks: Chunks, *, max_in_flight: int = 4) -> Generator[Outputs, None]:
         """Run one chunk of steps after another, sending ahead while earlier ones run.
 
         When the connection breaks, the stream goes on at its first unanswered message, and each step takes effect
@@ -81,8 +83,8 @@ class Session(SessionProgress):
         chunk depends on those outputs, comes in as time goes by, or is not to run when the stream is left.
 
         Args:
-            chunks: arrays [T, ...input shape], of any T each, taken as there is room to send them. With asyncio they
-                may come from an asynchronous iterable.
+            chunks: inputs as `run` takes them, of any T each, or `Steps` where some are reset, taken as there is room
+                to send them. With asyncio they may come from an asynchronous iterable.
             max_in_flight: messages unanswered at most; the server's `retry_window_steps` bounds their steps too.
 
         Returns:
@@ -97,7 +99,7 @@ class Session(SessionProgress):
         check_in_flight(max_in_flight)
         return self._run_stream(chunk_iterator(chunks), max_in_flight)
 
-    def _run_stream(self, chunks: ChunkIterator, max_in_flight: int) -> Generator[Array, None]:
+    def _run_stream(self, chunks: ChunkIterator, max_in_flight: int) -> Generator[Outputs, None]:
         self._end_stream()
         flow = Flow(self, max_in_flight)
         stream = Stream(self, flow)
@@ -105,7 +107,7 @@ class Session(SessionProgress):
             while True:
                 stream.send(flow.due())
                 if (outputs := flow.ready()) is not None:
-                    yield outputs
+                    yield shown(outputs)
                 elif flow.wants_chunk:
                     chunk = next_chunk(chunks)
                     flow.end() if chunk is END else flow.add(chunk)
@@ -118,27 +120,31 @@ class Session(SessionProgress):
         finally:
             stream.end()
 
-    def step(self, inputs: npt.ArrayLike) -> Array:
-        """Run one step: inputs [...input shape] to outputs [...output shape]."""
-        outputs = self.run(np.asarray(inputs)[np.newaxis])
-        first: Array = outputs[0]
-        return first
+    def step(self, inputs: Inputs) -> Outputs:
+        """Run one step: inputs [...input shape] to outputs [...output shape]; dicts where there are several."""
+        if isinstance(inputs, Mapping):
+            outputs = self.run({name: np.asarray(value)[np.newaxis] for name, value in inputs.items()})
+        else:
+            outputs = self.run(np.asarray(inputs)[np.newaxis])
+        if isinstance(outputs, dict):
+            return {name: value[0] for name, value in outputs.items()}
+        return outputs[0]
 
-    def trace(self, inputs: npt.ArrayLike, names: Sequence[str] = ()) -> Trace:
+    def trace(self, inputs: Inputs, names: Sequence[str] = ()) -> Trace:
         """Run T steps one at a time, and look at the state after each.
 
         Args:
-            inputs: [T, ...input shape].
+            inputs: as `run` takes them.
             names: names of state tensors; all by default.
 
         Raises:
             ClientError: as `run`, but the state after steps that have run is not kept: go on with `run`.
         """
         names = self.model.state_names(names)
-        inputs = self.model.inputs(inputs)
-        self._begin(inputs)
+        steps = self.model.inputs(inputs)
+        self._begin(steps)
         with all_or_back(self):
-            answers = [self._step(row[np.newaxis], names) for row in inputs]
+            answers = [self._step(steps[step : step + 1], names) for step in range(len(steps))]
         return trace_of(answers, self.model, names)
 
     def state(self, *names: str) -> dict[str, Array]:

@@ -735,6 +735,8 @@ class WatchSessionResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     NUM_LOST_MESSAGES_FIELD_NUMBER: _builtins.int
     IS_RESET_FIELD_NUMBER: _builtins.int
+    NAMED_INPUTS_FIELD_NUMBER: _builtins.int
+    RESETS_FIELD_NUMBER: _builtins.int
     first_step: _builtins.int
     """Index of the first of its steps."""
     num_lost_messages: _builtins.int
@@ -751,6 +753,14 @@ class WatchSessionResponse(_message.Message):
         there is no state: it is the initial one.
         """
 
+    @_builtins.property
+    def named_inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]:
+        """Its inputs, of a model of several."""
+
+    @_builtins.property
+    def resets(self) -> _tensor_pb2.Tensor:
+        """As in StepRequest. Absent: none of its steps began from the initial state."""
+
     def __init__(
         self,
         *,
@@ -759,10 +769,12 @@ class WatchSessionResponse(_message.Message):
         step: Global___StepResponse | None = ...,
         num_lost_messages: _builtins.int = ...,
         is_reset: _builtins.bool = ...,
+        named_inputs: _abc.Iterable[_tensor_pb2.NamedTensor] | None = ...,
+        resets: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "resets", b"resets", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_step", b"first_step", "inputs", b"inputs", "is_reset", b"is_reset", "num_lost_messages", b"num_lost_messages", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_step", b"first_step", "inputs", b"inputs", "is_reset", b"is_reset", "named_inputs", b"named_inputs", "num_lost_messages", b"num_lost_messages", "resets", b"resets", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

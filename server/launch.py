@@ -14,6 +14,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 import structlog
@@ -57,6 +59,9 @@ log = structlog.get_logger()
 
 EXIT_THREAD_DIED = 70
 """The status of a process that ended since one of its threads did."""
+EXIT_NOT_STOPPED_IN_TIME = 71
+"""The status of a process that did not come to its end, say for a model that does not return."""
+_STOP_MARGIN_S = 2.0
 _THREAD_DEATH_PAUSE_S = 2.0
 """Time for probes and routers to see that health has turned. What was answered is in the store."""
 _STORE_PAUSE_S = 1.0
@@ -126,6 +131,25 @@ class ModelLoader:
         return 3 * self._settings.max_resident_sessions
 
 
+@contextmanager
+def _loading_limited(settings: ServerSettings, what: str) -> Iterator[None]:
+    """Around what reads and tries out models at the start: a model that does not return must not hang it in silence."""
+
+    def give_up() -> None:
+        within = f"was not loaded and tried out within {settings.model_load_timeout_s} s"
+        said = f"the server does not start: {what} {within}: take it out, or raise --model-load-timeout-s"
+        print(said, file=sys.stderr, flush=True)
+        os._exit(1)  # nothing else ends a call into ONNX Runtime
+
+    timer = threading.Timer(settings.model_load_timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 async def build(settings: ServerSettings) -> Server:
     """A complete server that does not listen yet: every model loaded, the store open.
 
@@ -138,7 +162,8 @@ async def build(settings: ServerSettings) -> Server:
     metrics.report_device(chosen_device)
     chosen_transport = transport.choose(settings.transport, needs_tls=identity is not None)
     metrics.report_transport(chosen_transport.kind)
-    files = repository.load_all(settings.models)
+    with _loading_limited(settings, "the models directory"):
+        files = repository.load_all(settings.models)
     store = await _open_store(settings, metrics)
     sessions = SessionManager(
         store,
@@ -150,12 +175,21 @@ async def build(settings: ServerSettings) -> Server:
     loader = ModelLoader(settings, chosen_device, metrics, sessions.executor)
     try:
         for model in files.values():
-            sessions.models.add(loader.serve(loader.load(model)))
+            with _loading_limited(settings, f"model {model.label}"):
+                runner = loader.load(model)
+            sessions.models.add(loader.serve(runner))
     except ServingError:
         await asyncio.to_thread(store.close)
         raise
     watcher = ModelWatcher(
-        settings.models, files, sessions, metrics, loader.load, loader.serve, settings.unload_after_s
+        settings.models,
+        files,
+        sessions,
+        metrics,
+        loader.load,
+        loader.serve,
+        settings.unload_after_s,
+        settings.model_load_timeout_s,
     )
     server = Server(
         settings, metrics, chosen_device, chosen_transport, sessions, watcher, authenticator, identity
@@ -397,4 +431,9 @@ async def run(settings: ServerSettings) -> None:
     # A second signal stops at once.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
+    watchdog = threading.Timer(
+        settings.drain_timeout_s + _STOP_MARGIN_S, os._exit, [EXIT_NOT_STOPPED_IN_TIME]
+    )
+    watchdog.daemon = True
+    watchdog.start()
     await server.stop()

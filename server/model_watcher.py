@@ -58,6 +58,7 @@ class ModelWatcher:
         load: Callable[[StepModel], ModelRunner],
         serve: Callable[[ModelRunner], ServedModel],
         unload_after_s: float | None,
+        load_timeout_s: float,
     ) -> None:
         """Nothing is looked at yet.
 
@@ -69,6 +70,7 @@ class ModelWatcher:
             load: puts a model on the device; called in a thread, raises ServingError.
             serve: starts a loaded model; called in the event loop.
             unload_after_s: seconds that a version whose file is gone waits for its sessions, or None for ever.
+            load_timeout_s: seconds that reading a model and trying it out may take.
         """
         self._root = root
         self._sessions = sessions
@@ -76,6 +78,7 @@ class ModelWatcher:
         self._load = load
         self._serve = serve
         self._unload_after_s = unload_after_s
+        self._load_timeout_s = load_timeout_s
         self._served_stamps = {file.label: file.stamp for file in loaded}
         self._last_stamps = dict(self._served_stamps)
         """Of the look before: a file that has changed since may still be being written."""
@@ -212,7 +215,13 @@ class ModelWatcher:
         if not self._is_worth_loading(file):
             return
         try:
-            runner = await asyncio.to_thread(lambda: self._load(file.load()))
+            loading = asyncio.to_thread(lambda: self._load(file.load()))
+            # Its thread cannot be ended, and is left behind: the others' models are looked after.
+            try:
+                runner = await asyncio.wait_for(loading, self._load_timeout_s)
+            except TimeoutError:
+                problem = f"it was not loaded and tried out within {self._load_timeout_s} s"
+                raise ModelFileError(str(file.path), [problem]) from None
         except Exception as error:  # ONNX Runtime and numpy have their own, for want of memory among others
             if file.has_changed:
                 return  # it was read while being written

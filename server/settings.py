@@ -54,6 +54,9 @@ class ServerSettings(BaseSettings):
     """Directory of models, laid out NAME/VERSION/model.onnx."""
     model_poll_s: Seconds = 3.0
     """Seconds between two looks into that directory for versions that came, went or changed."""
+    model_load_timeout_s: Seconds = 300.0
+    """Seconds that reading a model and trying it out may take. One that takes longer stops the start; while the server
+    runs it is not served."""
     unload_after_s: Seconds | None = None
     """Seconds after which a version that was removed from the directory is unloaded although it has sessions: they wait
     in the store until it is back, or end where there is no store. Not set: it is unloaded when the last has ended."""

@@ -21,6 +21,9 @@ MODEL_FILE_NAME = "model.onnx"
 VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,17}")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
+_MAX_BYTES = 2**31 - 1
+"""Of a message of protobuf, which an ONNX file is: what is larger is not read."""
+
 Stamp = tuple[tuple[int, int, int] | None, ...]
 """Size, time of the last change and inode of the model file and of the spec beside it (None: there is none)."""
 
@@ -54,6 +57,8 @@ class ModelFile:
             problem = f"{name!r} is not a model name: use letters, digits, '.', '_' and '-'"
         elif not VERSION_PATTERN.fullmatch(version):
             problem = f"{version!r} is not a version: name the directory 1, 2, 3 and so on"
+        elif self.stamp[0] is not None and self.stamp[0][0] > _MAX_BYTES:
+            problem = f"it has {self.stamp[0][0]} bytes: an ONNX file has at most {_MAX_BYTES}"
         else:
             return spec.load(self.path, name, int(version))
         raise ModelFileError(str(self.path), [problem])

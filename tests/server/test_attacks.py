@@ -19,7 +19,7 @@ import safetensors.numpy
 from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import tensor_pb2
-from server.launch import EXIT_THREAD_DIED
+from server.launch import EXIT_NOT_STOPPED_IN_TIME, EXIT_THREAD_DIED
 from server.storage.codec import MAX_IMPORTED_STEP
 from server.storage.factory import open_store, without_secrets
 from server.storage.interface import FIRST_FENCE, NEW, Entry, Record, Write
@@ -254,6 +254,50 @@ def test_check_config_says_what_is_wrong_and_starts_nothing(models: Path, tmp_pa
     assert ended(models, "check-config", "--tokens", str(tmp_path / "none"))[0] == 1
     assert ended(models, "check-config", "--max-batch-size", "0")[0] == 2
     assert ended(tmp_path / "nowhere", "check-config")[0] == 1
+
+
+STUCK = """
+import sys, threading, time
+from server import launch
+
+def never(*args, **kwargs):
+    time.sleep(10_000)
+"""
+
+
+def run_stuck(program: str, models: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"{STUCK}{program}\nfrom server.__main__ import main\nsys.exit(main())"]
+    command += ["--models", str(models), "--store", "none", "--listen", "127.0.0.1:0", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_a_model_that_does_not_return_stops_the_start_in_words(models: Path) -> None:
+    done = run_stuck("launch.load_runner = never", models, "--model-load-timeout-s", "3")
+
+    assert done.returncode == 1
+    assert "was not loaded and tried out within 3.0 s" in done.stderr
+
+
+def test_stopping_ends_in_time_whatever_does_not_return(models: Path) -> None:
+    program = """
+import os, signal
+launch.ModelWatcher.keep_looking, start = None, launch.Server.start
+
+async def keep_looking(self, every_s):
+    import asyncio
+    await asyncio.to_thread(never)
+
+async def start_and_be_told_to_stop(self):
+    port = await start(self)
+    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    return port
+
+launch.ModelWatcher.keep_looking = keep_looking
+launch.Server.start = start_and_be_told_to_stop
+"""
+    done = run_stuck(program, models, "--drain-timeout-s", "1")
+
+    assert done.returncode == EXIT_NOT_STOPPED_IN_TIME
 
 
 def test_a_thread_that_dies_ends_the_process_with_a_status_to_restart_by(

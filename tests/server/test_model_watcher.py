@@ -524,3 +524,28 @@ async def test_a_server_stops_in_good_order_while_a_version_is_on_its_way_out(
     np.testing.assert_array_equal(await step, accumulated(inputs))
     await stopping
     assert log[-1]["event"] == "stopped"
+
+
+async def test_a_model_that_does_not_return_is_given_up_and_the_others_are_looked_after(
+    start: Serve, root: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = await start()
+    watcher = caller.server.model_watcher
+    returns = threading.Event()
+    load = watcher._load
+
+    def stuck_for_one(model: spec.StepModel) -> Any:
+        if model.name == "stuck":
+            returns.wait(60)
+        return load(model)
+
+    monkeypatch.setattr(watcher, "_load", stuck_for_one)
+    monkeypatch.setattr(watcher, "_load_timeout_s", 0.5)
+    step_models.write(root, step_models.accumulator(), "stuck")
+    step_models.write(root, step_models.accumulator(), "well")
+
+    await look(caller, times=3)
+    returns.set()
+
+    await caller.create("well")
+    assert any("within 0.5 s" in str(entry.get("error")) and entry["model"] == "stuck/1" for entry in log)

@@ -65,7 +65,9 @@ def inspector(served: str) -> Iterator[InspectorProcess]:
         yield process
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while Playwright is there, an event loop of its own runs in this thread, and tests of coroutines
+# have none.
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     if CHROMIUM is None:
         reason = "there is no chromium: install Debian's package, or run `make test` as root"

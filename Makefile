@@ -41,6 +41,10 @@ pictures: $(VENV)/.dev $(VENV)/.chromium ## Take the pictures of docs/inspector.
 chaos: $(VENV)/.dev ## Kill a server 200 times on each durable store, and try many random histories; bounded at 20 minutes.
 	@$(BIN)/python -m tests.chaos
 
+.PHONY: fuzz-training
+fuzz-training: $(VENV)/.dev ## Damage 2,000 checkpoints and records of a training run, and see each refused.
+	@$(BIN)/python -m tests.training.fuzz
+
 .PHONY: test-compose
 test-compose: $(VENV)/.dev secrets ## Build the images, run them, and kill, roll and scale them under load; needs docker compose.
 	@$(BIN)/python -m pytest tests/compose -m compose --capture=no --timeout 600

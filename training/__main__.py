@@ -58,6 +58,14 @@ def main(arguments: Sequence[str]) -> int:
     except TrainingError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return DIVERGED if isinstance(error, NonFiniteError) else 1
+    except OSError as error:
+        console.print(
+            f"error: a file cannot be read or written ({error}): make it possible, or choose another place",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+        return 1
     except (MemoryError, OverflowError, RuntimeError) as error:
         if not _is_too_large(error):
             raise
@@ -165,7 +173,7 @@ def _evaluate(arguments: Sequence[str], _console: Console) -> int:
     return 0
 
 
-def _plot(arguments: Sequence[str], _console: Console) -> int:
+def _plot(arguments: Sequence[str], console: Console) -> int:
     from training import plots
 
     parser = _Parser(
@@ -181,15 +189,41 @@ def _plot(arguments: Sequence[str], _console: Console) -> int:
     _add_memory_rows(parser)
     options = parser.parse_args(arguments[1:])
     torch.set_num_threads(1)
-    groups = {path.name: _runs_in(path) for path in options.runs}
-    is_one_run = len(options.runs) == 1 and groups[options.runs[0].name] == options.runs
+    names = [path.name for path in options.runs]
+    groups = {
+        path.name if names.count(path.name) == 1 else str(path): _runs_in(path) for path in options.runs
+    }
+    is_one_run = list(groups.values()) == [options.runs]
     if options.memory_rows is not None and not is_one_run:
         raise SettingsError("--memory-rows is for the pictures of one run: give one, or leave it out")
     folder = options.to or options.runs[0]
     folder.mkdir(parents=True, exist_ok=True)
-    curves = {name: [plots.read_curve(run) for run in runs] for name, runs in groups.items()}
-    first = checkpoint.load(next(iter(groups.values()))[0] / LAST)
-    task = checkpoint.restore_settings(first).task
+    curves = {}
+    first: Path | None = None
+    for name, runs in groups.items():
+        drawn = {}
+        for run in runs:
+            try:
+                curve = plots.read_curve(run, checkpoint.load(run / LAST).update)
+            except TrainingError as error:
+                console.print(f"{run} is left out: {error}", markup=False, soft_wrap=True)
+                continue
+            if curve.num_missing:
+                console.print(
+                    f"{run}: the records of {curve.num_missing} updates are damaged or missing",
+                    markup=False,
+                    soft_wrap=True,
+                )
+            if curve.sequences:
+                drawn[run] = curve
+            else:
+                console.print(f"{run} has no evaluation yet, and is left out", markup=False, soft_wrap=True)
+        if drawn:
+            curves[name] = list(drawn.values())
+            first = first or next(iter(drawn))
+    if first is None:
+        raise SettingsError("there is no evaluation to draw yet: train on, or evaluate more often")
+    task = checkpoint.restore_settings(checkpoint.load(first / LAST)).task
     written = [folder / "learning.png"]
     plots.plot_learning(curves, task.name, written[0])
     if is_one_run:
@@ -216,7 +250,7 @@ def _runs_in(path: Path) -> list[Path]:
 
 
 def _sweep(arguments: Sequence[str], console: Console) -> int:
-    from training.sweep import sweep, table, variations
+    from training.sweep import sweep, tables, variations
 
     parser = _Parser(
         prog="python -m training sweep",
@@ -235,7 +269,9 @@ def _sweep(arguments: Sequence[str], console: Console) -> int:
         flags = [*settings, *(f"--{flag}={value}" for flag, value in varied.items())]
         read_experiment(options.experiment, flags, parser.prog)
     rows = sweep(options.experiment, settings, runs, options.to, options.jobs, console)
-    Console(highlight=False).print(table(rows))
+    out = Console(highlight=False)
+    for part in tables(rows, out.width):
+        out.print(part)
     return 0
 
 

@@ -88,8 +88,8 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
         try:
             write_settings(settings, run_dir / SETTINGS)
             with Records(run_dir, after_update=run.update) as records, _progress(console) as progress:
-                if records.num_damaged:
-                    console.print(f"left out of the records: {records.num_damaged} damaged lines")
+                if records.num_missing:
+                    console.print(f"the records of {records.num_missing} updates are damaged or missing")
                 if not resume:
                     run.save_checkpoint(LAST, records)
                     is_begun = True  # From here on there is a run to resume, whatever happens.

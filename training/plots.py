@@ -7,7 +7,7 @@ Shapes: T steps, N memory rows, M row width, H heads.
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,8 +23,9 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from training.config import size_text
+from training.errors import RunDirectoryError
 from training.model import Cell, DNCCell, PlainCell
-from training.records import METRICS
+from training.records import METRICS, num_missing, read_records
 from training.tasks import Size, Task
 
 Array = NDArray[np.float32]
@@ -56,6 +57,12 @@ class Curve(NamedTuple):
     """Of a sequence, in bits above the least possible; of numbers, the mean squared error."""
     unit: str = "cost of a sequence above the least (bits)"
     """Of the costs, for the axis."""
+    longer: dict[str, list[float]] = {}  # noqa: RUF012
+    """By name, such as `wrong_bits_at_120`, what was found at sizes beyond training, which decide on the best model."""
+    num_missing: int = 0
+    """Updates of which the record is damaged or missing."""
+    restarts: Sequence[float] = ()
+    """Where the run began again with other weights, in sequences."""
 
 
 class Trace(NamedTuple):
@@ -83,53 +90,114 @@ class Trace(NamedTuple):
     """Of the heads, by name, [T]."""
 
 
-def read_curve(run_dir: Path) -> Curve:
-    """The evaluations in a run's records."""
-    curve = Curve([], [])
-    for line in (run_dir / METRICS).read_text().splitlines():
-        record = json.loads(line)
+def read_curve(run_dir: Path, num_updates: int) -> Curve:
+    """The evaluations in a run's records; those whose answers were no finite numbers are left out.
+
+    Args:
+        run_dir: the run's folder.
+        num_updates: that the run has made.
+
+    Raises:
+        RunDirectoryError: there are no records.
+    """
+    try:
+        records = read_records(run_dir / METRICS)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{run_dir} has no records to draw ({error.strerror}): train there first"
+        ) from None
+    curve = Curve(
+        [],
+        [],
+        longer={},
+        restarts=[r["sequences"] for r in records if r.get("restarted") and "sequences" in r],
+    )
+    for record in records:
+        cost = record.get("squared_error", record.get("cost_bits"))
+        if cost is None or record.get("sequences") is None:
+            continue
         if "squared_error" in record:
             curve = curve._replace(unit="mean squared error")
-            curve.sequences.append(record["sequences"])
-            curve.costs.append(record["squared_error"])
-        elif "cost_bits" in record:
-            curve.sequences.append(record["sequences"])
-            least = (
-                record["cost_bits"] / record["cost_over_optimal"] if "cost_over_optimal" in record else 0.0
-            )
-            curve.costs.append(record["cost_bits"] - least)
-    return curve
+        elif record.get("cost_over_optimal"):
+            cost -= record["cost_bits"] / record["cost_over_optimal"]
+        curve.sequences.append(record["sequences"])
+        curve.costs.append(cost)
+        for name, value in record.items():
+            if "_at_" in name and not name.startswith("solved_at_"):
+                curve.longer.setdefault(name, []).append(math.nan if value is None else value)
+    # All or none of them are there, but for the records of a run that was meddled with.
+    longer = {name: values for name, values in curve.longer.items() if len(values) == len(curve.costs)}
+    return curve._replace(longer=longer, num_missing=num_missing(records, num_updates))
 
 
 def plot_learning(groups: dict[str, list[Curve]], title: str, path: Path) -> None:
     """Cost of a sequence over the sequences seen: for each group of runs the median, and a band over all of them.
 
-    A run that ended before the others stays at its last cost.
+    Below it the same of what is wrong at the sizes beyond training, by which the best model is chosen. A run that ended
+    before the others stays at its last cost. Ticks show where runs began again with other weights.
     """
+    longer = list(
+        dict.fromkeys(name for curves in groups.values() for curve in curves for name in curve.longer)
+    )
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-        for name, curves in groups.items():
-            where = np.unique(np.concatenate([curve.sequences for curve in curves]))
-            costs = np.array([_carried(curve, where) for curve in curves]).clip(_LEAST_COST)
+        figure, panels = plt.subplots(
+            1 + bool(longer),
+            figsize=(6.4, 5.6 if longer else 3.6),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        axes = panels[0, 0]
+        for number, (name, curves) in enumerate(groups.items()):
             label = name if len(curves) == 1 else f"{name}, {len(curves)} seeds"
-            [line] = axes.plot(where / 1000, np.median(costs, axis=0), label=label)
-            axes.fill_between(
-                where / 1000,
-                costs.min(axis=0),
-                costs.max(axis=0),
-                color=line.get_color(),
-                alpha=0.2,
-                linewidth=0,
+            colour = f"C{number % 10}"
+            _draw_band(
+                axes, curves, [curve.costs for curve in curves], _LEAST_COST, colour=colour, label=label
             )
+            if restarts := sorted({place for curve in curves for place in curve.restarts}):
+                axes.plot(
+                    np.array(restarts) / 1000,
+                    np.full(len(restarts), 0.02),
+                    "|",
+                    color=colour,
+                    transform=axes.get_xaxis_transform(),
+                    label="begins again with other weights",
+                )
+            for style, of_size in zip(itertools.cycle(["-", "--", ":", "-."]), longer, strict=False):
+                having = [curve for curve in curves if of_size in curve.longer]
+                if having:
+                    values = [curve.longer[of_size] for curve in having]
+                    label = of_size.replace("_", " ")
+                    label = label if len(groups) == 1 else f"{name}: {label}"
+                    _draw_band(panels[1, 0], having, values, 0.0, colour=colour, label=label, linestyle=style)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("sequences (thousands)")
         axes.set_ylabel(next(iter(groups.values()))[0].unit)
         axes.set_title(title)
-        axes.grid(alpha=0.3)
-        axes.legend()
+        if longer:
+            panels[1, 0].set_yscale("symlog", linthresh=0.1, linscale=0.5)
+            panels[1, 0].yaxis.set_major_formatter("{x:g}")
+            panels[1, 0].set_ylim(bottom=0)
+            panels[1, 0].set_ylabel("the same beyond training's sizes")
+        for panel in panels.flat:
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize=7 if longer else None)
+        panels[-1, 0].set_xlabel("sequences (thousands)")
         figure.savefig(path)
         plt.close(figure)
+
+
+def _draw_band(
+    axes: Axes, curves: list[Curve], values: list[list[float]], least: float, *, colour: str, **style: Any
+) -> None:
+    """The median over runs, and a band over all of them."""
+    where = np.unique(np.concatenate([curve.sequences for curve in curves]))
+    found = np.array([_carried(c.sequences, of_one, where) for c, of_one in zip(curves, values, strict=True)])
+    found = found.clip(least)
+    axes.plot(where / 1000, np.median(found, axis=0), color=colour, **style)
+    axes.fill_between(
+        where / 1000, found.min(axis=0), found.max(axis=0), color=colour, alpha=0.2, linewidth=0
+    )
 
 
 def plot_evaluation(results: dict[str, dict[str, Any]], size_names: tuple[str, ...], path: Path) -> None:
@@ -137,15 +205,20 @@ def plot_evaluation(results: dict[str, dict[str, Any]], size_names: tuple[str, .
     score = next(name for name in next(iter(results.values()))["sizes"][0] if name != "size")
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+        most = 0.5
         for name, result in results.items():
             labels = [row["size"] for row in result["sizes"]]
-            wrong = [row[score] for row in result["sizes"]]
-            axes.plot(range(len(labels)), wrong, marker="o", markersize=4, label=name)
-        axes.set_xticks(range(len(labels)), labels, rotation=45 if len(labels) > 8 else 0)
+            # A size of one number stands at its place, one of several has none.
+            places = [int(label) for label in labels] if len(size_names) == 1 else list(range(len(labels)))
+            wrong = [row[score] if math.isfinite(row[score]) else math.nan for row in result["sizes"]]
+            most = max([most, *(value for value in wrong if math.isfinite(value))])
+            axes.plot(places, wrong, marker="o", markersize=4, label=name)
+        if len(size_names) > 1:
+            axes.set_xticks(places, labels, rotation=45 if len(labels) > 8 else 0)
         # Even where all is right; and errors of 0.01 and of 500 bits in one picture.
         axes.set_yscale("symlog", linthresh=0.1, linscale=0.5)
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_ylim(bottom=0, top=max(1.0, 2 * max(wrong)))
+        axes.set_ylim(bottom=0, top=2 * most)
         axes.set_xlabel(" x ".join(size_names))
         axes.set_ylabel(f"{score.replace('_', ' ')} in a sequence")
         axes.grid(alpha=0.3)
@@ -263,7 +336,8 @@ def animate_memory(traced: Trace, title: str, path: Path) -> None:
         attention.set_xlim(0, 1.05)
         attention.set_title("attention")
         attention.set_ylabel("memory row")
-        attention.legend(loc="lower right", fontsize=7)
+        # Below, where no head can be.
+        figure.legend(handles=[writes, reads], loc="outside lower left", ncols=2, fontsize=7)
         _label_rows(attention, rows)
         heading = figure.suptitle("")
 
@@ -287,11 +361,11 @@ def heading(task: Task, size: Size) -> str:
     return f"{task.name}, {names} {size_text(size)}"
 
 
-def _carried(curve: Curve, where: Sequence[float] | NDArray[Any]) -> NDArray[Any]:
-    """A curve's cost at each place: that of the last evaluation up to there, of the first before it."""
-    at = np.searchsorted(curve.sequences, where, side="right") - 1
-    costs: NDArray[Any] = np.asarray(curve.costs)[at.clip(0)]
-    return costs
+def _carried(sequences: Sequence[float], values: Sequence[float], where: NDArray[Any]) -> NDArray[Any]:
+    """What a run has at each place: of the last evaluation up to there, of the first before it."""
+    at = np.searchsorted(sequences, where, side="right") - 1
+    found: NDArray[Any] = np.asarray(values, dtype=float)[at.clip(0)]
+    return found
 
 
 def _columns(parts: list[torch.Tensor]) -> Array:

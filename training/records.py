@@ -1,7 +1,8 @@
 """Records: what a run leaves behind for people and plots.
 
 One line of JSON an update in `metrics.jsonl`, and the same numbers for TensorBoard. `checkpoint.py` keeps what
-the run itself needs. A number that is not finite stands there as null, since JSON has no other word for it.
+the run itself needs. A number that is not finite stands there as null, since JSON has no other word for it. A line's
+last entry is the CRC-32 of what stands before it, so that one whose digits have changed is known.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
+_LINE = re.compile(rb'(\{.*), "crc32": ([0-9]{1,10})\}')
 
 
 class Records:
@@ -29,8 +33,8 @@ class Records:
 
     def __init__(self, run_dir: Path, after_update: int) -> None:
         path = run_dir / METRICS
-        self.num_damaged = _drop_after(path, after_update)
-        """Lines that could not be read and were left out."""
+        self.num_missing = _drop_after(path, after_update)
+        """Updates up to there of which there is no record, or one that was damaged and left out."""
         self._lines = path.open("a")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_update + 1)
 
@@ -49,26 +53,33 @@ class Records:
 
     def add(self, update: int, values: dict[str, float]) -> None:
         """Record the numbers of one update."""
-        self._lines.write(as_json({"update": update, **values}) + "\n")
+        self._lines.write(as_line({"update": update, **values}))
         self._lines.flush()
         for name, value in values.items():
             if math.isfinite(value):
                 self._tensorboard.add_scalar(name, value, update)
 
 
-def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a run, and how many lines of the file are none: torn by a kill, or damaged later on."""
-    records, num_damaged = [], 0
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a run, by update. A line that is torn or damaged is none."""
+    records = {}
     for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-            if not isinstance(record["update"], int) or not all(map(_is_number, record.values())):
-                raise ValueError(line)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            num_damaged += 1
-        else:
-            records.append(record)
-    return records, num_damaged
+        parts = _LINE.fullmatch(line)
+        if parts is not None and zlib.crc32(parts[1]) == int(parts[2]):
+            record = json.loads(parts[1] + b"}")
+            records[record["update"]] = record
+    return [records[update] for update in sorted(records)]
+
+
+def num_missing(records: list[dict[str, Any]], up_to: int) -> int:
+    """Of how many of the updates up to one there is no record."""
+    return up_to - len([record for record in records if record["update"] <= up_to])
+
+
+def as_line(record: dict[str, Any]) -> str:
+    """The line of a record, which has an `update`."""
+    text = as_json(record)[:-1]
+    return f'{text}, "crc32": {zlib.crc32(text.encode())}}}\n'
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
@@ -84,21 +95,15 @@ def _without_non_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_number(value: object) -> bool:
-    """Or null, which stands for one that is not finite."""
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
-
-
 def _drop_after(path: Path, update: int) -> int:
-    """Keep the records up to an update, and none twice; returns how many lines before were damaged."""
+    """Keep the records up to an update; returns of how many there is none."""
     if not path.exists():
-        return 0
-    records, num_damaged = read_records(path)
-    kept = {record["update"]: record for record in records if record["update"] <= update}
+        return update
+    kept = [record for record in read_records(path) if record["update"] <= update]
     beside = path.with_suffix(".tmp")
     with beside.open("w") as file:
-        file.writelines(as_json(record) + "\n" for record in kept.values())
+        file.writelines(map(as_line, kept))
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    return num_damaged
+    return num_missing(kept, update)

@@ -126,18 +126,37 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The summary for the terminal."""
-    shown = Table()
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+def tables(rows: list[dict[str, Any]], width: int) -> list[Table]:
+    """The summary for a terminal of so many columns: as many tables as it takes to break no word."""
+    columns = list(dict.fromkeys(column for row in rows for column in row if column != "run"))
+    name_width = min(max([len("run"), *(len(row["run"]) for row in rows)]), max(width // 2, 10))
+    parts: list[list[str]] = []
+    left = 0
     for column in columns:
-        shown.add_column(
-            column.replace("_", " "), overflow="fold", justify="left" if column == "run" else "right"
-        )
+        # Its longest word, and the lines and spaces around it.
+        needed = 3 + max(map(len, [*column.split("_"), *(_cell(row, column) for row in rows)]))
+        if needed > left:
+            parts.append([])
+            left = width - name_width - 4
+        parts[-1].append(column)
+        left -= needed
+    return [_table(rows, part, name_width) for part in parts]
+
+
+def _table(rows: list[dict[str, Any]], columns: list[str], name_width: int) -> Table:
+    shown = Table()
+    shown.add_column("run", overflow="fold", width=name_width)
+    for column in columns:
+        longest = max(map(len, [*column.split("_"), *(_cell(row, column) for row in rows)]))
+        shown.add_column(column.replace("_", " "), justify="right", min_width=longest)
     for row in rows:
-        values = [row.get(column) for column in columns]
-        shown.add_row(*["-" if value is None else _short(value) for value in values])
+        shown.add_row(row["run"], *(_cell(row, column) for column in columns))
     return shown
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    value = row.get(column)
+    return "-" if value is None else _short(value)
 
 
 class _Problem(NamedTuple):

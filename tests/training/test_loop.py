@@ -666,7 +666,7 @@ def test_damaged_lines_of_the_records_are_left_out_and_the_others_kept(tiny_sett
     train(tiny_settings(), "the command", resume=True, console=Console(file=screen, width=400))
 
     assert [record["update"] for record in records(path.parent)] == [1, 2, 4, 6, 8, 9, 10, 11, 12]
-    assert "left out of the records: 4 damaged lines" in screen.getvalue()
+    assert "the records of 3 updates are damaged or missing" in screen.getvalue()
 
 
 def test_a_run_is_resumed_with_smaller_steps(tiny_settings):

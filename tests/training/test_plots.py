@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from training import plots
 from training.__main__ import main
 from training.config import make_cell
 from training.model import unroll
+from training.records import as_line
 from training.tasks.copy import CopyTask
 
 
@@ -101,25 +103,104 @@ def test_several_runs_or_folders_of_runs_share_a_picture_of_learning(tiny_argume
 
 
 def test_a_curve_has_the_evaluations_and_nothing_else(run_dir):
-    curve = plots.read_curve(run_dir)
+    curve = plots.read_curve(run_dir, 12)
 
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert curve.sequences == [10, 20, 24]
     assert curve.costs == [line["cost_bits"] for line in lines if line["update"] in (5, 10, 12)]
 
 
-def test_a_curve_is_above_what_the_best_predictor_pays(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"sequences": 10, "cost_bits": 150, "cost_over_optimal": 1.25}\n'
+def test_a_curve_knows_what_was_found_beyond_training_and_where_the_run_began_again(tiny_arguments, tmp_path):
+    arguments = [*tiny_arguments, "--restart-every-updates=10", "--evaluation.enough=0"]
+    assert main(["copy", *arguments, f"--run-dir={tmp_path}"]) == 0
+
+    curve = plots.read_curve(tmp_path, 12)
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line["wrong_bits_at_5"] for line in lines if line["update"] in (5, 10, 12)]
+    assert curve.longer == {"wrong_bits_at_5": found}
+    assert curve.restarts == [22]  # Update 11, of two sequences each.
+
+
+def test_a_damaged_line_or_an_evaluation_that_is_no_number_is_left_out_of_a_curve(run_dir):
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[4] = b"\xff\xfe" + lines[4]
+    tenth = json.loads(lines[9]) | {"cost_bits": math.inf}
+    lines[9] = as_line({name: value for name, value in tenth.items() if name != "crc32"}).encode()
+    path.write_bytes(b"".join(lines) + b'{"torn": ')
+
+    curve = plots.read_curve(run_dir, 12)
+
+    assert (curve.sequences, curve.num_missing) == ([24], 1)
+    assert main(["plot", str(run_dir)]) == 0
+
+
+def test_a_run_without_an_evaluation_keeps_no_other_from_being_drawn(capsys, tiny_arguments, tmp_path):
+    first = [*tiny_arguments, "--cpu-minutes=1e-9", f"--run-dir={tmp_path / 'runs' / 'a'}"]
+    assert main(["copy", *first]) == 0
+    assert main(["plot", str(tmp_path / "runs" / "a")]) == 1
+    assert "there is no evaluation to draw yet" in capsys.readouterr().err
+    assert main(["copy", *tiny_arguments, f"--run-dir={tmp_path / 'runs' / 'b'}"]) == 0
+
+    assert main(["plot", str(tmp_path / "runs")]) == 0
+
+    assert "a has no evaluation yet, and is left out" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "learning.png").exists()
+
+
+def test_runs_of_one_name_in_two_folders_are_both_drawn(tiny_arguments, tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        assert main(["copy", *tiny_arguments, f"--run-dir={tmp_path / folder / 'run'}"]) == 0
+    drawn = []
+    monkeypatch.setattr(plots, "plot_learning", lambda groups, *_: drawn.append(groups))
+
+    main(["plot", str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), "--to", str(tmp_path)])
+
+    assert len(drawn[0]) == 2
+
+
+def test_sizes_of_one_number_stand_at_their_places_and_what_is_no_number_is_left_out(tmp_path, monkeypatch):
+    axes = []
+    subplots = plots.plt.subplots
+
+    def kept(*given, **named):
+        figure, made = subplots(*given, **named)
+        axes.append(made)
+        return figure, made
+
+    monkeypatch.setattr(plots.plt, "subplots", kept)
+    rows = [{"size": "10", "wrong_bits": 1.0}, {"size": "20", "wrong_bits": math.inf}]
+    rows.append({"size": "120", "wrong_bits": 3.0})
+
+    plots.plot_evaluation({"run": {"sizes": rows}}, ("length",), tmp_path / "a.png")
+    plots.plot_evaluation(
+        {"run": {"sizes": [{"size": "2x3", "wrong_bits": 0.0}]}}, ("a", "b"), tmp_path / "b.png"
     )
 
-    assert plots.read_curve(tmp_path) == plots.Curve([10], [30.0])
+    assert axes[0].lines[0].get_xdata().tolist() == [10, 20, 120]
+    assert axes[0].lines[0].get_ydata()[2] == 3
+    assert [label.get_text() for label in axes[1].get_xticklabels()] == ["2x3"]
+
+
+def test_a_curve_is_above_what_the_best_predictor_pays(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        as_line({"update": 1, "sequences": 10, "cost_bits": 150, "cost_over_optimal": 1.25})
+    )
+
+    assert plots.read_curve(tmp_path, 1) == plots.Curve([10], [30.0], restarts=[])
 
 
 def test_a_run_that_ended_early_stays_at_its_last_cost():
     curve = plots.Curve([10, 20], [5.0, 3.0])
 
-    assert plots._carried(curve, np.array([5, 10, 15, 20, 40])).tolist() == [5, 5, 5, 3, 3]
+    assert plots._carried(curve.sequences, curve.costs, np.array([5, 10, 15, 20, 40])).tolist() == [
+        5,
+        5,
+        5,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import LAST
 from training.errors import SettingsError
-from training.sweep import variations
+from training.sweep import tables, variations
 
 
 def sweep(folder, tiny_arguments, *more: str) -> int:
@@ -53,6 +55,22 @@ def test_a_sweep_goes_on_with_what_has_not_ended_and_leaves_the_rest_alone(capsy
     ].keys()
     assert rows[0]["sequences"] == 24
     assert "seed=2" in capsys.readouterr().out
+
+
+def test_a_summary_breaks_no_word_on_a_terminal_of_80_columns():
+    row = {"run": "learning-rate=1e-3,seed=0", "solved_at_sequences": None, "solved_at_cpu_minutes": 1.25}
+    row |= {"sequences": 640000, "cpu_minutes": 120.1, "wrong_bits": 1.667, "cost_bits": 3.9521}
+    row |= {"wrong_bits_at_120": 1234.5}
+    screen = Console(width=80, record=True, file=io.StringIO())
+
+    for table in tables([row, {"run": "seed=1", "sequences": 3}], 80):
+        screen.print(table)
+
+    said = screen.export_text()
+    for words in row:
+        assert all(word in said for word in words.split("_")), words
+    assert {"640000", "learning-rate=1e-3,seed=0", "1234"} <= set(said.replace("│", " ").split())
+    assert max(map(len, said.splitlines())) <= 80
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(capsys, tiny_arguments, tmp_path):

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.measuring import machine
 from export.onnx_file import read_spec
 from export.spec import initial_value
-from training.config import size_text
+from training.config import parse_sizes, size_text
 from training.report import interval
 from training.tasks import Sequences, Size, Task
 from training.tasks.associative_recall import AssociativeRecallTask
@@ -135,13 +135,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shipped_models", description=__doc__)
     parser.add_argument("--num-sequences", type=int, default=4000, help="of each size (4000)")
     parser.add_argument("--models", nargs="*", default=[model.name for model in SHIPPED])
+    parser.add_argument(
+        "--sizes", nargs="*", help="such as 126 or 20x10; default: those that are listed here"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, list[dict[str, Any]]] = {}
     for model in SHIPPED:
         if model.name not in options.models:
             continue
-        rows = [measure(model, size, options.num_sequences) for size in model.sizes]
+        sizes = parse_sizes(options.sizes, model.task, "--sizes") if options.sizes else model.sizes
+        rows = [measure(model, size, options.num_sequences) for size in sizes]
         found[model.name] = rows
         shown = Table(title=f"models/{model.name}/1, {options.num_sequences} sequences of each size")
         with_least = "excess_bits" in rows[0]
@@ -157,7 +161,7 @@ def main() -> int:
             ]
             shown.add_row(*cells, *([_shown(row["excess_bits"])] if with_least else []))
         Console(highlight=False).print(shown)
-    if len(found) == len(SHIPPED):
+    if len(found) == len(SHIPPED) and not options.sizes:
         content = {"machine": machine(), "num_sequences": options.num_sequences, "models": found}
         RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0

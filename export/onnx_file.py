@@ -16,8 +16,6 @@ from typing import Any
 import onnx
 import torch
 from google.protobuf import json_format
-from onnxscript import rewriter
-from onnxscript.rewriter import pattern
 
 from export.errors import StepError
 from export.spec import METADATA_KEY
@@ -42,30 +40,9 @@ def read_spec(model: onnx.ModelProto) -> model_pb2.ModelSpec:
     return json_format.Parse(text, model_pb2.ModelSpec())
 
 
-def _divided_by_norm(op: Any, x: Any, axis: Any, least: Any, shape: Any) -> Any:
-    return op.Div(x, op.Expand(op.Clip(op.ReduceL2(x, axis, keepdims=1), least, None), shape))
-
-
-def _lp_normalization(op: Any, x: Any, **_: Any) -> Any:
-    return op.LpNormalization(x, axis=-1, p=2)
-
-
-def _is_torchs_along_the_last_axis(_context: Any, axis: Any, least: Any, **_: Any) -> bool:
-    """A norm of less than 1e-12 is 0 to a float32 key; another floor, or another axis, is not the same."""
-    if axis.const_value is None or least.const_value is None:
-        return False
-    return axis.const_value.numpy().tolist() == [-1] and bool(least.const_value.numpy() <= _LEAST_NORM)
-
-
-_LEAST_NORM = 1.01e-12
-# The exporter takes torch's `normalize` apart, and a small step's time is its number of nodes: 6 % at batch 1.
-_NORMALISE = pattern.RewriteRule(_divided_by_norm, _lp_normalization, _is_torchs_along_the_last_axis)
-
-
 def graph(step: Step) -> onnx.ModelProto:
-    """The step as ONNX Runtime runs it best: by `access.py`, and one node where the exporter makes several."""
-    model: onnx.ModelProto = rewriter.rewrite(trace(step.for_onnx_runtime()), [_NORMALISE])
-    return model
+    """The step as ONNX Runtime runs it best, which for the machine is by `access.py`."""
+    return trace(step.for_onnx_runtime())
 
 
 def trace(step: Step) -> onnx.ModelProto:

@@ -51,21 +51,6 @@ def test_the_graph_takes_input_and_state_and_gives_output_and_next_state(model_f
     }
 
 
-def test_keys_are_normalised_by_one_node_that_leaves_a_key_of_zeros_as_it_is(model_file):
-    model = onnx.load(model_file)
-    [node] = [node for node in model.graph.node if node.op_type == "LpNormalization"]
-    key = onnx.helper.make_tensor_value_info("key", onnx.TensorProto.FLOAT, [2, 2])
-    unit = onnx.helper.make_tensor_value_info("unit", onnx.TensorProto.FLOAT, [2, 2])
-    node.input[:], node.output[:] = ["key"], ["unit"]
-    graph = onnx.helper.make_graph([node], "alone", [key], [unit])
-    alone = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    session = ort.InferenceSession(alone.SerializeToString(), providers=["CPUExecutionProvider"])
-
-    [result] = session.run(None, {"key": np.array([[0, 0], [3, 4]], np.float32)})
-
-    np.testing.assert_allclose(result, [[0, 0], [0.6, 0.8]], atol=1e-7)
-
-
 def test_the_weights_are_in_the_file_itself(model_file):
     assert [path.name for path in model_file.parent.iterdir()] == ["model.onnx"]
     weights = onnx.load(model_file, load_external_data=False).graph.initializer

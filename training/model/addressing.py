@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # A row of zeros has no direction. Its squared norm counts as at least this, so that its similarity is 0 and its
@@ -26,8 +25,8 @@ LEAST_SQUARED_NORM = 1e-8
 # The square of a row longer than 1e19 is infinite in float32. Its squared norm counts as at most this, 2^126, so that
 # PyTorch, the kernel and ONNX Runtime agree on it, whichever way they sum.
 GREATEST_SQUARED_NORM = 2.0**126
-# A key of zeros has no direction either.
-LEAST_KEY_NORM = 1e-12
+# A key of zeros has no direction either. The norm of a key counts as no less and no more than these.
+LEAST_KEY_NORM, GREATEST_KEY_NORM = 1e-12, 2.0**63
 # Attention of 0 has no logarithm. As far as sharpening is concerned this is the least there is.
 LEAST_ATTENTION = 1e-16
 
@@ -68,7 +67,7 @@ def focus_by_content(key: Tensor, strength: Tensor, memory: Tensor) -> Tensor:
 
     Likeness is the cosine of the angle between key and row (eq. 6), 0 for a row or key of zeros. A row shorter
     than 1e-4 counts as less similar than it is: its norm is taken for 1e-4; that of a key shorter than 1e-12 for
-    1e-12, that of a row longer than 2^63 for 2^63.
+    1e-12, that of a row or key longer than 2^63 for 2^63.
 
     Args:
         key: k [B, H, M].
@@ -79,8 +78,13 @@ def focus_by_content(key: Tensor, strength: Tensor, memory: Tensor) -> Tensor:
         [B, H, N], each row summing to 1.
     """
     # The strength and the row norms go to what is small: the key and the scores, not the memory.
-    unit_key = F.normalize(key, dim=-1, eps=LEAST_KEY_NORM)
-    return torch.softmax(((strength * unit_key) @ memory) / _row_norms(memory), dim=-1)
+    return torch.softmax(((strength * unit(key)) @ memory) / _row_norms(memory), dim=-1)
+
+
+def unit(key: Tensor) -> Tensor:
+    """[..., M] to the same direction at length 1, but for keys beyond the bounds above."""
+    norm: Tensor = torch.linalg.vector_norm(key, dim=-1, keepdim=True)
+    return key / norm.clamp(LEAST_KEY_NORM, GREATEST_KEY_NORM)
 
 
 def _row_norms(memory: Tensor) -> Tensor:

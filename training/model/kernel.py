@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from training.model.access import Accessed
 from training.model.addressing import (
+    GREATEST_KEY_NORM,
     GREATEST_SQUARED_NORM,
     LEAST_ATTENTION,
     LEAST_KEY_NORM,
@@ -34,7 +35,7 @@ from training.model.heads import HeadSizes
 _LEAST_ATTENTION = np.float32(LEAST_ATTENTION)
 _LEAST_SQUARED_NORM = np.float32(LEAST_SQUARED_NORM)
 _GREATEST_SQUARED_NORM = np.float32(GREATEST_SQUARED_NORM)
-_LEAST_KEY_NORM = np.float32(LEAST_KEY_NORM)
+_LEAST_KEY_NORM, _GREATEST_KEY_NORM = np.float32(LEAST_KEY_NORM), np.float32(GREATEST_KEY_NORM)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 # Sums may be reordered, so that loops become vector instructions; NaN and infinity keep their meaning, since
@@ -302,7 +303,7 @@ def access_memory_backward(  # type: ignore[no-untyped-def]
                     grad_memory[b, m, n] += key * grad_likeness[n]
                 grad_key[m] = total
                 along += total * key
-            if inverse_key == _ONE / asked.dtype.type(_LEAST_KEY_NORM):
+            if not is_differentiable_norm(inverse_key):
                 along = _ZERO
             for m in range(width):
                 grad_asked[m] = (grad_key[m] - along * asked[m] * inverse_key) * inverse_key
@@ -363,8 +364,20 @@ def _inverse_length(key):  # type: ignore[no-untyped-def]
     total = _ZERO
     for value in key:
         total += value * value
-    norm: Any = max(math.sqrt(total), _LEAST_KEY_NORM)
+    return inverse_key_norm(total)
+
+
+@compiled
+def inverse_key_norm(squared_norm):  # type: ignore[no-untyped-def]
+    """Of a key."""
+    norm: Any = min(max(math.sqrt(squared_norm), _LEAST_KEY_NORM), _GREATEST_KEY_NORM)
     return _ONE / norm
+
+
+@compiled
+def is_differentiable_norm(inverse_norm):  # type: ignore[no-untyped-def]
+    """Whether a key's norm counts as what it is."""
+    return _ONE / _GREATEST_KEY_NORM < inverse_norm < _ONE / _LEAST_KEY_NORM
 
 
 @compiled

@@ -12,14 +12,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from training.model.addressing import (
     GREATEST_SQUARED_NORM,
     LEAST_ATTENTION,
-    LEAST_KEY_NORM,
     LEAST_SQUARED_NORM,
+    unit,
 )
 from training.model.dnc.heads import DNCSizes, LookupRequest, split
 
@@ -147,10 +146,10 @@ def lookup(request: LookupRequest, memory: Tensor) -> Tensor:
     """
     key, mask = request.key, request.mask
     if mask is None:
-        unit_key = F.normalize(key, dim=-1, eps=LEAST_KEY_NORM)
+        unit_key = unit(key)
         weights = torch.ones(1, key.shape[-1], dtype=key.dtype, device=key.device)
     else:
-        unit_key = F.normalize(key * mask, dim=-1, eps=LEAST_KEY_NORM) * mask
+        unit_key = unit(key * mask) * mask
         weights = mask * mask
     norms = (weights @ (memory * memory)).clamp(LEAST_SQUARED_NORM, GREATEST_SQUARED_NORM).sqrt()
     return torch.softmax(((request.strength * unit_key) @ memory) / norms, dim=-1)

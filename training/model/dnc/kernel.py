@@ -9,7 +9,6 @@ back needs.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from training.model.addressing import LEAST_ATTENTION, LEAST_KEY_NORM, LEAST_SQUARED_NORM
+from training.model.addressing import GREATEST_SQUARED_NORM, LEAST_ATTENTION, LEAST_SQUARED_NORM
 from training.model.dnc.access import LEAST_USAGE, USAGE_LEVELS, Accessed
 from training.model.dnc.heads import DNCSizes
-from training.model.kernel import _inverse_norm, _log, _sigmoid, _softmax, _softplus, compiled
+from training.model.kernel import (
+    _inverse_norm,
+    _log,
+    _sigmoid,
+    _softmax,
+    _softplus,
+    compiled,
+    inverse_key_norm,
+    is_differentiable_norm,
+)
 
 _LEAST_ATTENTION = np.float32(LEAST_ATTENTION)
 _LEAST_SQUARED_NORM = np.float32(LEAST_SQUARED_NORM)
-_LEAST_KEY_NORM = np.float32(LEAST_KEY_NORM)
+_GREATEST_SQUARED_NORM = np.float32(GREATEST_SQUARED_NORM)
 _LEAST_USAGE = np.float32(LEAST_USAGE)
 _USAGE_LEVELS = np.float32(USAGE_LEVELS)
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
@@ -433,8 +441,7 @@ def _masked_key(asked, is_masked, width):  # type: ignore[no-untyped-def]
         if is_masked:
             mask[m] = _sigmoid(asked[width + m])
         key[m] = asked[m] * mask[m]
-    norm: Any = max(math.sqrt(_inner(key, key)), _LEAST_KEY_NORM)
-    inverse = _ONE / norm
+    inverse = inverse_key_norm(_inner(key, key))
     for m in range(width):
         key[m] *= inverse
     return mask, key, inverse
@@ -487,10 +494,11 @@ def _look_up_backward(  # type: ignore[no-untyped-def]
     for n in range(num_rows):
         grad_likeness[n] = content[n] * (grad_content[n] - mean)
     grad_asked[at_strength] = _inner(grad_likeness, likeness) * _sigmoid(asked[at_strength])
-    floor = _ONE / math.sqrt(_LEAST_SQUARED_NORM)
+    least = _inverse_norm(memory.dtype.type(_GREATEST_SQUARED_NORM))
+    greatest = _inverse_norm(memory.dtype.type(_LEAST_SQUARED_NORM))
     for n in range(num_rows):
         grad_likeness[n] *= strength
-        is_kept = _ONE if inverse_norms[n] < floor else _ZERO
+        is_kept = _ONE if least < inverse_norms[n] < greatest else _ZERO
         # Twice the gradient of the sum of squares under the root.
         grad_squares[n] = -is_kept * grad_likeness[n] * likeness[n] * inverse_norms[n] * inverse_norms[n]
         grad_likeness[n] *= inverse_norms[n]
@@ -506,7 +514,7 @@ def _look_up_backward(  # type: ignore[no-untyped-def]
         grad_mask[m] = grad_weight * key[m] + grad_square * mask[m]
         grad_key[m] = grad_weight * mask[m]
         along += grad_key[m] * key[m]
-    if inverse_key == _ONE / _LEAST_KEY_NORM:
+    if not is_differentiable_norm(inverse_key):
         along = _ZERO
     for m in range(width):
         grad_product = (grad_key[m] - along * key[m]) * inverse_key

@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BUF_VERSION := 1.75.0
+TRITON_CLIENT_VERSION := 2.73.0
 HADOLINT_VERSION := 2.15.1
 KUBERNETES_VALIDATE_VERSION := 1.37.0
 BUF := $(VENV)/buf/node_modules/.bin/buf
@@ -12,6 +13,8 @@ INSTALLED_FROM := pyproject.toml clients/python/pyproject.toml constraints.txt
 DIST := dist
 PROTOS := $(wildcard protos/ntm/v1/*.proto)
 PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
+INFERENCE_PROTO := protos/inference/grpc_service.proto
+messages_into = --python_out=$(1) --mypy_out=quiet:$(1)
 generate_into = --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
 CODE := benchmarks clients/python export inspector server training demo.py tests
 
@@ -30,7 +33,7 @@ inspect: $(VENV)/.inspect ## See sessions at work, in a browser: a page on 127.0
 	@$(BIN)/python -m inspector
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.chromium ## Run the tests.
+test: $(VENV)/.dev $(VENV)/.chromium $(VENV)/triton/.tools ## Run the tests.
 	@$(BIN)/python -m pytest --numprocesses 2
 
 .PHONY: pictures
@@ -73,9 +76,11 @@ check: $(VENV)/.dev $(BUF) check-deploy ## Check format, lint, types, protos, th
 	@$(BUF) lint
 	@rm -rf $(VENV)/generated && mkdir -p $(VENV)/generated
 	@$(PROTOC) $(call generate_into,$(VENV)/generated) $(PROTOS)
+	@$(PROTOC) $(call messages_into,$(VENV)/generated) $(INFERENCE_PROTO)
 	@$(BIN)/python clients/python/generate_sync.py $(VENV)/generated/_sync
 	@diff -r -x __pycache__ clients/python/ntm/_sync $(VENV)/generated/_sync || { echo "the synchronous client differs: run make sync"; exit 1; }
-	@diff -rq -x __pycache__ -x __init__.py clients/python/ntm/v1 $(VENV)/generated/ntm/v1 || { echo "generated code differs: run make proto"; exit 1; }
+	@diff -rq -x __pycache__ -x __init__.py clients/python/ntm/v1 $(VENV)/generated/ntm/v1 && \
+		diff -rq -x __pycache__ -x __init__.py server/rpc/inference $(VENV)/generated/inference || { echo "generated code differs: run make proto"; exit 1; }
 
 .PHONY: check-deploy
 check-deploy: $(VENV)/deploy/.tools
@@ -90,6 +95,7 @@ fix: $(VENV)/.dev ## Format, and mend what the linter can mend.
 .PHONY: proto
 proto: $(VENV)/.dev ## Generate the code from the protos.
 	@$(PROTOC) $(call generate_into,clients/python) $(PROTOS)
+	@$(PROTOC) $(call messages_into,server/rpc) $(INFERENCE_PROTO)
 
 .PHONY: sync
 sync: $(VENV)/.dev ## Generate the synchronous client from the asynchronous one.
@@ -150,6 +156,12 @@ $(VENV)/.chromium: | $(VENV)/bin/python
 		apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
 			--no-install-recommends chromium fonts-dejavu-core > /dev/null; \
 	else echo "There is no chromium: the tests of the inspector's page will be skipped"; fi
+	@touch $@
+
+# Triton's client pins another protobuf than the server's.
+$(VENV)/triton/.tools: Makefile | $(VENV)/bin/python
+	@$(PYTHON) -m venv $(VENV)/triton
+	@$(VENV)/triton/bin/pip --disable-pip-version-check --quiet install 'tritonclient[grpc]==$(TRITON_CLIENT_VERSION)'
 	@touch $@
 
 $(VENV)/deploy/.tools: Makefile | $(VENV)/bin/python

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from time import monotonic
 
 import structlog
@@ -34,12 +35,14 @@ from server.metrics_endpoint import MetricsEndpoint
 from server.model import repository
 from server.model.spec import StepModel
 from server.model_watcher import ModelWatcher
-from server.rpc import transport
+from server.rpc import kserve, transport
 from server.rpc.access import Access
 from server.rpc.interceptors import CallInterceptor
+from server.rpc.kserve import InferenceService
 from server.rpc.model_service import ModelService
 from server.rpc.native import NativeServer
 from server.rpc.session_service import SessionService
+from server.rpc.streaming import IdleStreams
 from server.rpc.validation import RequestLimits
 from server.runtime import provider as device
 from server.runtime.probe import load_runner
@@ -236,12 +239,22 @@ class Server:
             settings.max_message_bytes,
         )
         self.access = Access(sessions, authenticator, settings.quotas, settings.snapshot_every_steps)
-        self._session_service = SessionService(sessions, limits, self.access)
+        self._idle_streams = IdleStreams()
+        self._session_service = SessionService(sessions, limits, self.access, self._idle_streams)
         self._grpc = transport.make_server(chosen_transport.kind, self.calls, settings.max_message_bytes)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(sessions, limits, chosen_transport.kind), self._grpc
         )
+        self._inference = InferenceService(
+            sessions,
+            limits,
+            self.access,
+            metadata.version("ntm"),
+            settings.sequence_idle_s,
+            self._idle_streams,
+        )
+        self._inference.add_to(self._grpc)
         if isinstance(self._grpc, NativeServer):
             step = f"/{SERVICE_NAMES[0]}/Step"
             self._grpc.add_direct_handler(step, self._session_service.step_directly)
@@ -249,7 +262,7 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_alone)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection(
-            [*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc
+            [*SERVICE_NAMES, kserve.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc
         )
 
     async def start(self) -> int:
@@ -314,7 +327,7 @@ class Server:
         """Take no new work, finish what is in progress, and close."""
         log.info("stopping", drain_timeout_s=self._settings.drain_timeout_s)
         await self._health.enter_graceful_shutdown()
-        self._session_service.stop_streams()
+        self._idle_streams.stop()
         deadline_s = monotonic() + self._settings.drain_timeout_s
         is_drained = await self.calls.drain(self._settings.drain_timeout_s)
         if not is_drained:
@@ -349,6 +362,7 @@ class Server:
             try:
                 if idle_limit_s is not None:
                     await self.sessions.expire_idle()
+                await self._inference.end_idle()
                 if monotonic() >= purge_at_s:
                     await self.sessions.purge()
                     purge_at_s = monotonic() + _PURGE_PAUSE_S

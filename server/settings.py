@@ -108,6 +108,8 @@ class ServerSettings(BaseSettings):
     """Steps, at least, for which each session keeps its answers, for calls that are repeated."""
     idle_limit_s: Seconds | None = None
     """Seconds without a call, while some server is up, after which a session ends. Not set: they end when deleted."""
+    sequence_idle_s: Seconds = 60.0
+    """Seconds without a request after which a sequence of the inference protocol ends that was left without END."""
     drain_timeout_s: Seconds = 30.0
     """Seconds that calls in progress have to finish after SIGTERM."""
     metrics_listen: str | None = None

@@ -83,13 +83,15 @@ def test_the_readmes_training_and_export_commands_run_as_they_stand(tmp_path: Pa
             continue
         command = [part.replace("runs/", f"{tmp_path}/") for part in command]
         command = [part.replace("models/", f"{tmp_path}/models/") for part in command]
-        if "training" in command:
+        if "evaluate" in command:
+            command = [*command[: command.index("--memory-rows")], "--memory-rows=16", "--sizes=6"]
+        elif "training" in command:
             command += ["--num-updates=2"] if "--resume" in command else tiny
         ended = run(command)
         assert ended.returncode == 0, ended.stderr
         ran.append(command[2])
 
-    assert ran == ["training", "training", "export"]
+    assert ran == ["training", "training", "training", "export"]
     assert (tmp_path / "models" / "copy" / "2" / "model.onnx").exists()
 
 

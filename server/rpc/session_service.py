@@ -18,13 +18,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from ntm.tensor import Array, to_message
 from ntm.v1 import model_pb2, session_pb2, session_service_pb2, session_service_pb2_grpc
-from server.errors import InvalidInputError, ServerStoppingError, ServingError
+from server.errors import InvalidInputError, ServingError
 from server.model.spec import StepModel, to_api
 from server.rpc import status, validation
 from server.rpc.access import Access
-from server.rpc.interceptors import MALFORMED, malformed
 from server.rpc.native import DirectCall
-from server.rpc.streaming import EnteredStep, ReadAhead
+from server.rpc.streaming import EnteredStep, IdleStreams, ReadAhead
 from server.rpc.tensors import fill_outputs
 from server.rpc.validation import RequestLimits
 from server.rpc.watching import watch
@@ -48,19 +47,14 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     A caller's ids become keys of its namespace here, and keys ids again: what is behind knows nothing of callers.
     """
 
-    def __init__(self, sessions: SessionManager, limits: RequestLimits, access: Access) -> None:
+    def __init__(
+        self, sessions: SessionManager, limits: RequestLimits, access: Access, idle_streams: IdleStreams
+    ) -> None:
         self._sessions = sessions
         self._access = access
         self._executor = sessions.executor
         self._limits = limits
-        self._is_stopping = False
-        self._idle_streams: set[asyncio.Task[Any]] = set()
-
-    def stop_streams(self) -> None:
-        """End the streams that wait for their client, so that stopping need not wait for them."""
-        self._is_stopping = True
-        for task in self._idle_streams:
-            task.cancel()
+        self._idle_streams = idle_streams
 
     async def CreateSession(
         self, request: session_service_pb2.CreateSessionRequest, context: _Context
@@ -130,7 +124,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         self, _requests: AsyncIterator[session_service_pb2.StreamStepsRequest], context: _Context
     ) -> None:
         # Read from and written to directly: generators around each message cost more.
-        ahead = ReadAhead(self.next_request, self._enter_next, context, self._limits.max_unanswered_steps)
+        ahead = ReadAhead(self._idle_streams, self._enter_next, context, self._limits.max_unanswered_steps)
         try:
             while (entered := await ahead.next()) is not None:
                 answer = session_service_pb2.StreamStepsResponse(session_id=entered.session_id)
@@ -364,30 +358,6 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             store=self._sessions.store.backend.kind,
             approximate=session.is_approximate,
         )
-
-    async def next_request(
-        self, context: _Context, task: asyncio.Task[None]
-    ) -> session_service_pb2.StreamStepsRequest | None:
-        """A stream's next message, or None at its end; to be called in the stream's own task.
-
-        Raises:
-            ServerStoppingError: the server stops meanwhile.
-        """
-        if self._is_stopping:
-            raise ServerStoppingError
-        self._idle_streams.add(task)
-        try:
-            request = await context.read()
-            if request is MALFORMED:
-                raise malformed()
-            return None if request is grpc.aio.EOF else request
-        except asyncio.CancelledError:
-            if self._is_stopping:
-                task.uncancel()
-                raise ServerStoppingError from None
-            raise
-        finally:
-            self._idle_streams.discard(task)
 
 
 class _DirectStep:

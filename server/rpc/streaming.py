@@ -14,14 +14,47 @@ from typing import Any
 import grpc
 
 from ntm.v1 import session_service_pb2
+from server.errors import ServerStoppingError
 from server.security import split_key
 from server.sessions.request import StepRequest, Waiter
 
 Context = grpc.aio.ServicerContext[Any, Any]
-NextRequest = Callable[
-    [Context, "asyncio.Task[None]"], Awaitable[session_service_pb2.StreamStepsRequest | None]
-]
 Enter = Callable[[session_service_pb2.StepRequest, "EnteredStep | None"], Awaitable["EnteredStep"]]
+
+
+class IdleStreams:
+    """The streams that wait for their client: stopping ends them, and need not wait for them."""
+
+    def __init__(self) -> None:
+        """There are none."""
+        self._is_stopping = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def stop(self) -> None:
+        """End them."""
+        self._is_stopping = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def read(self, context: Context, task: asyncio.Task[Any]) -> Any:
+        """A stream's next message, or None at its end; to be called in the stream's own task.
+
+        Raises:
+            ServerStoppingError: the server stops meanwhile.
+        """
+        if self._is_stopping:
+            raise ServerStoppingError
+        self._tasks.add(task)
+        try:
+            request = await context.read()
+            return None if request is grpc.aio.EOF else request
+        except asyncio.CancelledError:
+            if self._is_stopping:
+                task.uncancel()
+                raise ServerStoppingError from None
+            raise
+        finally:
+            self._tasks.discard(task)
 
 
 @dataclass(eq=False, slots=True)
@@ -55,12 +88,12 @@ class ReadAhead:
 
     def __init__(
         self,
-        next_request: NextRequest,
+        idle_streams: IdleStreams,
         enter: Enter,
         context: Context,
         max_unanswered_steps: int,
     ) -> None:
-        self._next_request = next_request
+        self._idle_streams = idle_streams
         self._enter = enter
         self._context = context
         self._max_unanswered_steps = max_unanswered_steps
@@ -100,7 +133,7 @@ class ReadAhead:
     async def _read(self) -> None:
         last: EnteredStep | None = None
         try:
-            while (request := await self._next_request(self._context, self._task)) is not None:
+            while (request := await self._idle_streams.read(self._context, self._task)) is not None:
                 while self._is_full(request.step):
                     self._answered.clear()
                     await self._answered.wait()

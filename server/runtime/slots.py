@@ -30,6 +30,11 @@ class SlotPool:
         """Slots that somebody holds."""
         return self._num_slots - self._num_free
 
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody holds."""
+        return self._num_free
+
     def take(self) -> int:
         """A free slot, held once. There is always one: the pool is made as large as its users can need."""
         self._num_free -= 1

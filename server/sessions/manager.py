@@ -28,6 +28,7 @@ from server.errors import (
     StoreFullError,
 )
 from server.model.layout import Steps
+from server.runtime.runner import INITIAL_SLOT
 from server.sessions.changes import change_of, commit_change
 from server.sessions.claims import end_error
 from server.sessions.creation import Creation
@@ -38,7 +39,7 @@ from server.sessions.ownership import Ownership
 from server.sessions.pager import Pager
 from server.sessions.queues import queue_full
 from server.sessions.replay import Replay
-from server.sessions.request import BatchReply, StepRequest, StepResult, Waiter
+from server.sessions.request import BatchReply, EngineCall, StepRequest, StepResult, Waiter
 from server.sessions.served_model import ServedModel
 from server.sessions.session import Session
 from server.sessions.watching import Frame
@@ -117,6 +118,30 @@ class SessionManager:
             self.executor.cancel(request)
             raise
         return request.result()
+
+    async def step_alone(self, served: ServedModel, inputs: Steps) -> StepResult:
+        """Run steps [T] of nobody's session, from the initial state; nothing is kept.
+
+        Raises:
+            QueueFullError, StepFailedError, EngineFailedError.
+        """
+        if served.num_pending >= served.limits.max_pending_messages or not served.slots.num_free:
+            raise queue_full(served)
+        slot = served.slots.take()
+        served.num_pending += 1
+        call = EngineCall([""], (0,), inputs[None], (INITIAL_SLOT,), (slot,), reads_state=True)
+        try:
+            await served.run(call)
+        finally:
+            served.num_pending -= 1
+            # Whoever leaves while it runs must not give the slot to another.
+            call.future.add_done_callback(lambda _: served.slots.release(slot))
+        if call.errors:
+            raise call.errors[0]
+        assert call.outputs is not None
+        assert call.state is not None
+        state = {name: values[0] for name, values in call.state.items()}
+        return StepResult(call.outputs[0], len(inputs), state)
 
     def admit_each(
         self,
@@ -318,19 +343,27 @@ class SessionManager:
         Raises:
             StoreError, LeaseLapsedError.
         """
-        limit_s = self._idle_limit_s
-        if limit_s is None:
-            return
+        if self._idle_limit_s is not None:
+            await self.end_idle(self._idle_limit_s, lambda _: True)
+
+    async def end_idle(self, limit_s: float, is_meant: Callable[[str], bool]) -> None:
+        """End the sessions that no call has used for so many seconds, of those that are meant by their key.
+
+        Raises:
+            StoreError, LeaseLapsedError.
+        """
         now_s = self.store.service_time_s
         for served in self.models:
             for session in served.table.idle(now_s - limit_s):
-                log.info("session expired", session_id=session.session_id, idle_limit_s=limit_s)
-                self._expire(session)
+                if is_meant(session.session_id):
+                    log.info("session expired", session_id=session.session_id, idle_limit_s=limit_s)
+                    self._expire(session)
         if not self.store.backend.keeps_steps:
             return
         before_s = now_s - limit_s
         for session_id in await self.store.find_idle(before_s, _IDLE_AT_ONCE):
-            if session_id in self.in_memory or self.ownership.is_busy_with(session_id):
+            is_here = session_id in self.in_memory or self.ownership.is_busy_with(session_id)
+            if is_here or not is_meant(session_id):
                 continue
             try:
                 await self.ownership.end_absent(session_id, "EXPIRED", before_s)

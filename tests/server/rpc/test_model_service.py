@@ -40,10 +40,14 @@ async def test_a_model_says_where_it_runs_and_what_its_limits_and_promises_are(
         model = await stub.GetModel(pb.GetModelRequest(model_name="many_layouts"))
 
     assert [state.input_name for state in model.spec.states] == ["memory", "layers", "count"]
+    assert model.execution.step_alone_s > 0
+    model.execution.ClearField("step_alone_s")
+    model.execution.ClearField("step_of_full_batch_s")
     assert model.execution == pb.Execution(
         requested_device="cpu",
         provider="CPUExecutionProvider",
         batch_invariant=True,
+        batching=pb.BATCHING_TOGETHER,
         onnxruntime_version=onnxruntime.__version__,
     )
     assert model.limits == pb.Limits(

@@ -1,0 +1,530 @@
+"""KServe: `inference.GRPCInferenceService`, as Triton's clients speak it, over the same sessions.
+
+A sequence is a session of the caller's. START makes one, in the place of one that lives; END deletes it after the
+request's steps; one without END ends by an idle limit. A request of T steps has inputs [1, T, ...shape]; without T,
+[1, ...shape], one. The request parameter `first_step` makes a repeat safe, as in `ntm.v1`. Without a sequence id a
+request runs from the initial state and leaves nothing behind.
+
+Shapes: T steps of a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from time import perf_counter, time
+from typing import Any
+
+import grpc
+import numpy as np
+import structlog
+
+from ntm.tensor import Array, numpy_dtype, type_name
+from ntm.v1 import tensor_pb2
+from server.errors import InvalidInputError, ModelNotFoundError, ServingError, SessionNotFoundError
+from server.model.layout import Steps
+from server.model.spec import StepModel, to_api
+from server.rpc import status
+from server.rpc.access import Access
+from server.rpc.inference import grpc_service_pb2 as pb
+from server.rpc.streaming import IdleStreams
+from server.rpc.validation import RequestLimits
+from server.security import split_key
+from server.sessions.manager import SessionManager
+from server.sessions.request import StepResult
+from server.sessions.served_model import ServedModel
+
+log = structlog.get_logger()
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_PREFIX = "sequence~"
+_MOST_CONCURRENT = 256
+"""Requests of one stream that may be at work."""
+
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+}
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """What a request says of its sequence."""
+
+    sequence_id: str
+    """"" for none; an integer and a string never collide."""
+    starts: bool
+    ends: bool
+    first_step: int | None
+
+
+@dataclass(slots=True)
+class _Statistics:
+    """What was inferred with one version of a model."""
+
+    num_ok: int = 0
+    ok_s: float = 0.0
+    num_failed: int = 0
+    failed_s: float = 0.0
+    num_steps: int = 0
+    last_time_s: float = 0.0
+
+
+class InferenceService:
+    """inference.GRPCInferenceService."""
+
+    def __init__(
+        self,
+        sessions: SessionManager,
+        limits: RequestLimits,
+        access: Access,
+        version: str,
+        sequence_idle_s: float,
+        idle_streams: IdleStreams,
+    ) -> None:
+        """Nothing is inferred yet.
+
+        Args:
+            sessions: all there are.
+            limits: what a request may ask for.
+            access: what its caller may reach.
+            version: the server's, as metadata tells it.
+            sequence_idle_s: seconds without a request after which a sequence ends.
+            idle_streams: those that wait for their client.
+        """
+        self._sessions = sessions
+        self._limits = limits
+        self._access = access
+        self._version = version
+        self._sequence_idle_s = sequence_idle_s
+        self._idle_streams = idle_streams
+        self._session_ids: dict[str, str] = {}
+        """Of the sequences that this server has seen, by the beginning of their keys."""
+        self._statistics: dict[tuple[str, int], _Statistics] = defaultdict(_Statistics)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve it."""
+        methods = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
+        handlers = {}
+        for method in methods:
+            request: Any = getattr(pb, method.input_type.name)
+            answer: Any = getattr(pb, method.output_type.name)
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if method.client_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            handlers[method.name] = make(
+                getattr(self, method.name),
+                request_deserializer=request.FromString,
+                response_serializer=answer.SerializeToString,
+            )
+        generic = grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+        server.add_generic_rpc_handlers((generic,))
+        server.add_registered_method_handlers(SERVICE_NAME, handlers)
+
+    # What there is.
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: _Context) -> pb.ServerLiveResponse:
+        """It answers."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: _Context) -> pb.ServerReadyResponse:
+        """A server that listens can serve."""
+        return pb.ServerReadyResponse(ready=True)
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: _Context) -> pb.ModelReadyResponse:
+        """Whether a version is in service."""
+        try:
+            self._model(request.name, request.version)
+        except ModelNotFoundError:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=True)
+
+    async def ServerMetadata(
+        self, request: pb.ServerMetadataRequest, context: _Context
+    ) -> pb.ServerMetadataResponse:
+        """Name, version and extensions."""
+        extensions = ["sequence", "model_repository", "model_configuration", "statistics"]
+        return pb.ServerMetadataResponse(name="ntm", version=self._version, extensions=extensions)
+
+    async def ModelMetadata(
+        self, request: pb.ModelMetadataRequest, context: _Context
+    ) -> pb.ModelMetadataResponse:
+        """What a model takes and gives: one step, with the batch axis first."""
+        served = self._model(request.name, request.version)
+        model = served.model
+        answer = pb.ModelMetadataResponse(name=model.name, versions=[str(model.version)], platform="onnx")
+        for tensors, target in (
+            (model.input_tensors, answer.inputs),
+            (model.output_tensors, answer.outputs),
+        ):
+            for tensor in tensors:
+                target.add(name=tensor.name, datatype=type_name(tensor.dtype), shape=[-1, *tensor.shape])
+        return answer
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: _Context) -> pb.ModelConfigResponse:
+        """How it is served: as sequences, run together."""
+        served = self._model(request.name, request.version)
+        model, answer = served.model, pb.ModelConfigResponse()
+        config = answer.config
+        config.name, config.platform, config.backend = model.name, "onnxruntime_onnx", "ntm"
+        config.max_batch_size = served.runner.max_batch_size
+        for tensor in model.input_tensors:
+            config.input.add(name=tensor.name, data_type=_config_type(tensor.dtype), dims=tensor.shape)
+        for tensor in model.output_tensors:
+            config.output.add(name=tensor.name, data_type=_config_type(tensor.dtype), dims=tensor.shape)
+        batching = config.sequence_batching
+        batching.max_sequence_idle_microseconds = round(self._sequence_idle_s * 1e6)
+        batching.oldest.max_candidate_sequences = served.limits.max_resident_sessions
+        for state in model.spec.states:
+            batching.state.add(
+                input_name=state.input_name,
+                output_name=state.output_name,
+                data_type=_config_type(state.dtype),
+                dims=state.shape,
+            )
+        return answer
+
+    async def ModelStatistics(
+        self, request: pb.ModelStatisticsRequest, context: _Context
+    ) -> pb.ModelStatisticsResponse:
+        """What was inferred through this service since the start."""
+        answer = pb.ModelStatisticsResponse()
+        for (name, version), seen in sorted(self._statistics.items()):
+            if request.name in ("", name) and request.version in ("", str(version)):
+                stats = answer.model_stats.add(
+                    name=name,
+                    version=str(version),
+                    last_inference=round(seen.last_time_s * 1e3),
+                    inference_count=seen.num_steps,
+                    execution_count=seen.num_ok,
+                )
+                stats.inference_stats.success.count = seen.num_ok
+                stats.inference_stats.success.ns = round(seen.ok_s * 1e9)
+                stats.inference_stats.fail.count = seen.num_failed
+                stats.inference_stats.fail.ns = round(seen.failed_s * 1e9)
+        return answer
+
+    async def RepositoryIndex(
+        self, request: pb.RepositoryIndexRequest, context: _Context
+    ) -> pb.RepositoryIndexResponse:
+        """The versions in service."""
+        answer = pb.RepositoryIndexResponse()
+        for served in sorted(self._sessions.models, key=lambda s: (s.model.name, s.model.version)):
+            answer.models.add(
+                name=served.model.name, version=str(served.model.version), state="READY", reason=""
+            )
+        return answer
+
+    # Inference.
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: _Context) -> pb.ModelInferResponse:
+        """Steps of a sequence, or one from the initial state."""
+        return await self._infer(request)
+
+    async def ModelStreamInfer(
+        self, _requests: AsyncIterator[pb.ModelInferRequest], context: _Context
+    ) -> None:
+        """Requests of a stream: those of one sequence in order, those of several at once."""
+        last_of: dict[str, asyncio.Task[None]] = {}
+        at_work: set[asyncio.Task[None]] = set()
+        writing = asyncio.Lock()
+
+        async def handle(request: pb.ModelInferRequest, after: asyncio.Task[None] | None) -> None:
+            if after is not None:
+                await asyncio.wait([after])
+            answer = pb.ModelStreamInferResponse()
+            try:
+                answer.infer_response.CopyFrom(await self._infer(request))
+            except ServingError as error:
+                answer.error_message = status.of(error).message
+                answer.infer_response.id = request.id
+            except Exception as error:
+                log.error("a call failed unexpectedly", rpc="ModelStreamInfer", exc_info=error)
+                answer.error_message = status.of(error).message
+                answer.infer_response.id = request.id
+            async with writing:
+                await context.write(answer)
+
+        own_task = asyncio.current_task()
+        assert own_task is not None
+        try:
+            while (request := await self._idle_streams.read(context, own_task)) is not None:
+                key = f"{request.model_name}/{_parameter(request.parameters, 'sequence_id')}"
+                task = asyncio.create_task(handle(request, last_of.get(key)))
+                last_of[key] = task
+                at_work.add(task)
+                task.add_done_callback(at_work.discard)
+                if len(at_work) >= _MOST_CONCURRENT:
+                    await asyncio.wait(at_work, return_when=asyncio.FIRST_COMPLETED)
+                    last_of = {key: task for key, task in last_of.items() if not task.done()}
+            if at_work:
+                await asyncio.wait(at_work)
+        finally:
+            for task in at_work:
+                task.cancel()
+
+    async def _infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        served = self._model(request.model_name, request.model_version)
+        seen, start_s = self._statistics[served.model.name, served.model.version], perf_counter()
+        try:
+            answer = await self._run(served, request)
+        except BaseException:
+            seen.num_failed += 1
+            seen.failed_s += perf_counter() - start_s
+            raise
+        seen.num_ok += 1
+        seen.ok_s += perf_counter() - start_s
+        seen.last_time_s = time()
+        return answer
+
+    async def _run(self, served: ServedModel, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        model, sequence = served.model, _sequence_of(request)
+        steps, has_steps_axis = _inputs_of(request, model, self._limits)
+        output_names, state_names = _wanted(request, model)
+        self._statistics[model.name, model.version].num_steps += len(steps)
+        if not sequence.sequence_id:
+            result = await self._run_alone(served, steps)
+        else:
+            result = await self._run_sequence(served, sequence, steps, bool(state_names))
+        answer = pb.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=request.id)
+        answer.parameters["next_step"].int64_param = result.next_step
+        for name in ("sequence_id", "sequence_start", "sequence_end"):
+            if name in request.parameters:
+                answer.parameters[name].CopyFrom(request.parameters[name])
+        for name in output_names:
+            values = model.outputs.tensor(result.outputs, name)
+            _add_output(answer, name, values[None] if has_steps_axis else values)
+        states = {state.input_name: state for state in model.spec.states}
+        for name in state_names:
+            _add_output(answer, name, to_api(states[name], result.state[name])[None])
+        return answer
+
+    async def _run_alone(self, served: ServedModel, steps: Steps) -> StepResult:
+        """Steps from the initial state, of nobody's session."""
+        return await self._sessions.step_alone(served, steps)
+
+    async def _run_sequence(
+        self, served: ServedModel, sequence: _Sequence, steps: Steps, wants_state: bool
+    ) -> StepResult:
+        beginning = self._beginning_of(served.model.name, sequence.sequence_id)
+        key = await self._find(served, beginning)
+        if sequence.starts and (key is None or sequence.first_step is None):
+            if key is not None:  # Triton's meaning: what was left without END gives way
+                await self._sessions.delete(key, allow_missing=True)
+            new = beginning + secrets.token_hex(4)
+            info = await self._access.begin(
+                lambda: self._sessions.create(served.model.name, served.model.version, new, ""),
+                served.model.name,
+                "",
+            )
+            key = self._session_ids[beginning] = info.session_id
+        elif key is None:
+            raise InvalidInputError(
+                "parameters.sequence_start",
+                f"sequence {sequence.sequence_id[1:]!r} of model {served.model.name!r} does not live: set "
+                "sequence_start in its first request (it has ended, or was idle too long, if it ever began)",
+            )
+        try:
+            session = await self._sessions.find(key)
+            result = await self._sessions.step(session, steps, sequence.first_step, wants_state)
+        except SessionNotFoundError:
+            self._session_ids.pop(beginning, None)
+            raise
+        if sequence.ends:
+            self._session_ids.pop(beginning, None)
+            await self._sessions.delete(key, allow_missing=True)
+        return result
+
+    def _beginning_of(self, model_name: str, sequence_id: str) -> str:
+        """What the keys of the sessions begin with that are a sequence of the caller's, one after another."""
+        digest = hashlib.sha256(f"{model_name}/{sequence_id}".encode()).hexdigest()[:24]
+        return self._access.namespace("").key(f"{_PREFIX}{digest}~")
+
+    async def _find(self, served: ServedModel, beginning: str) -> str | None:
+        """The key of a sequence that lives, here or in the store."""
+        key = self._session_ids.get(beginning)
+        if key is not None and key in self._sessions.in_memory:
+            return key
+        page, _ = await self._sessions.page(beginning, 1, served.model.name)
+        if page and page[0].session_id.startswith(beginning):
+            self._session_ids[beginning] = page[0].session_id
+            return page[0].session_id
+        self._session_ids.pop(beginning, None)
+        return None
+
+    async def end_idle(self) -> None:
+        """End the sequences that no request has used for their idle limit.
+
+        Raises:
+            StoreError, LeaseLapsedError.
+        """
+        await self._sessions.end_idle(self._sequence_idle_s, _is_sequence)
+        self._session_ids = {
+            beginning: key for beginning, key in self._session_ids.items() if key in self._sessions.in_memory
+        }
+
+    def _model(self, name: str, version: str) -> ServedModel:
+        if version and not version.isdecimal():
+            raise InvalidInputError("model_version", f"{version!r} is no number: send one, or nothing")
+        return self._sessions.models.find(name, int(version) if version else None)
+
+
+def _is_sequence(key: str) -> bool:
+    return split_key(key)[1].startswith(_PREFIX)
+
+
+def _parameter(parameters: Mapping[str, pb.InferParameter], name: str) -> bool | int | str | None:
+    if name not in parameters:
+        return None
+    parameter = parameters[name]
+    which = parameter.WhichOneof("parameter_choice")
+    return None if which is None else getattr(parameter, which)
+
+
+def _sequence_of(request: pb.ModelInferRequest) -> _Sequence:
+    """What a request says of its sequence; parameters of other names are for others."""
+    given = _parameter(request.parameters, "sequence_id")
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int | str)):
+        raise InvalidInputError("parameters.sequence_id", "it is an integer or a string")
+    if isinstance(given, str) and len(given) > 128:
+        raise InvalidInputError("parameters.sequence_id", "it has more than 128 characters")
+    sequence_id = "" if given in (None, 0, "") else f"{'s' if isinstance(given, str) else 'i'}{given}"
+    flags = {}
+    for name in ("sequence_start", "sequence_end"):
+        flag = _parameter(request.parameters, name)
+        if flag is not None and not isinstance(flag, bool):
+            raise InvalidInputError(f"parameters.{name}", "it is a boolean")
+        flags[name] = bool(flag)
+    first_step = _parameter(request.parameters, "first_step")
+    if first_step is not None and (
+        isinstance(first_step, bool) or not isinstance(first_step, int) or first_step < 0
+    ):
+        raise InvalidInputError("parameters.first_step", "it is an integer, 0 or more")
+    if not sequence_id and (flags["sequence_start"] or flags["sequence_end"] or first_step is not None):
+        raise InvalidInputError(
+            "parameters.sequence_id",
+            "sequence_start, sequence_end and first_step need one, not 0 and not empty",
+        )
+    return _Sequence(
+        sequence_id,
+        flags["sequence_start"],
+        flags["sequence_end"],
+        first_step if isinstance(first_step, int) else None,
+    )
+
+
+def _inputs_of(request: pb.ModelInferRequest, model: StepModel, limits: RequestLimits) -> tuple[Steps, bool]:
+    """The steps [T] of a request, and whether its inputs have an axis for them."""
+    given = {tensor.name: (tensor, position) for position, tensor in enumerate(request.inputs)}
+    wanted = {tensor.name: tensor for tensor in model.input_tensors}
+    if set(given) != set(wanted) or len(given) != len(request.inputs):
+        raise InvalidInputError(
+            "inputs", f"they are {sorted(given)}, the model takes {sorted(wanted)}, each once"
+        )
+    num_raw = len(request.raw_input_contents)
+    if num_raw not in (0, len(request.inputs)):
+        raise InvalidInputError(
+            "raw_input_contents", f"{num_raw} for {len(request.inputs)} inputs: send one for each, or none"
+        )
+    arrays: dict[str, Array] = {}
+    for name, spec in wanted.items():
+        tensor, position = given[name]
+        raw = request.raw_input_contents[position] if num_raw else None
+        arrays[name] = _array(tensor, spec.dtype, tuple(spec.shape), raw)
+    ranks = {array.ndim - len(wanted[name].shape) for name, array in arrays.items()}
+    if len(ranks) > 1:
+        raise InvalidInputError("inputs", "some have an axis for steps and some have none: give all the same")
+    (rank,) = ranks
+    has_steps_axis = rank == 2
+    steps_of = {name: (array[0] if has_steps_axis else array) for name, array in arrays.items()}
+    lengths = {len(array) for array in steps_of.values()}
+    if len(lengths) > 1:
+        raise InvalidInputError("inputs", f"they have {sorted(lengths)} steps: give all as many")
+    (num_steps,) = lengths
+    if not 1 <= num_steps <= limits.max_steps_per_message:
+        raise InvalidInputError(
+            "inputs", f"{num_steps} steps in one request: send 1 to {limits.max_steps_per_message}"
+        )
+    steps = model.inputs.pack(steps_of)
+    if not model.inputs.are_finite(steps):
+        raise InvalidInputError("inputs", "all values must be finite")
+    return steps, has_steps_axis
+
+
+def _array(
+    tensor: pb.ModelInferRequest.InferInputTensor,
+    data_type: tensor_pb2.DataType.ValueType,
+    step_shape: tuple[int, ...],
+    raw: bytes | None,
+) -> Array:
+    """One input of a request: [1, ...shape], or [1, T, ...shape]."""
+    field, name, dtype = f"inputs.{tensor.name}", type_name(data_type), numpy_dtype(data_type)
+    if tensor.datatype != name:
+        raise InvalidInputError(field, f"its datatype is {tensor.datatype!r}, the model's {name!r}")
+    shape = tuple(tensor.shape)
+    rank = len(shape) - len(step_shape)
+    if rank not in (1, 2) or shape[rank:] != step_shape or min(shape) < 0:
+        raise InvalidInputError(
+            field, f"its shape is {list(shape)}: send {[1, *step_shape]}, or [1, T, ...] for T steps"
+        )
+    if shape[0] != 1:
+        raise InvalidInputError(
+            field,
+            f"{shape[0]} rows in a request of one sequence: a request has one row; send one request for each sequence, "
+            "at once or on one stream, and they run together (or BatchStep of ntm.v1, for many in one message)",
+        )
+    num_elements = int(np.prod(shape, dtype=object))
+    if raw is None:
+        contents = getattr(tensor.contents, _CONTENTS[name]) if name in _CONTENTS else ()
+        if len(contents) != num_elements:
+            raise InvalidInputError(field, f"it has {len(contents)} elements, its shape {num_elements}")
+        return np.array(contents, dtype).reshape(shape)
+    if len(raw) != num_elements * dtype.itemsize:
+        raise InvalidInputError(
+            field, f"it has {len(raw)} bytes, its shape takes {num_elements * dtype.itemsize}"
+        )
+    if dtype.kind == "b" and max(raw, default=0) > 1:
+        raise InvalidInputError(field, "it has a byte that is neither 0 nor 1, in a BOOL tensor")
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def _wanted(request: pb.ModelInferRequest, model: StepModel) -> tuple[list[str], list[str]]:
+    """The outputs and the states that a request asks for."""
+    names = [output.name for output in request.outputs]
+    if not names:
+        return model.outputs.names, []
+    states = [state.input_name for state in model.spec.states]
+    for name in names:
+        if name not in model.outputs.names and name not in states:
+            raise InvalidInputError(
+                "outputs",
+                f"{name!r} is none: the model gives {model.outputs.names}, and has the states {states}",
+            )
+    return [n for n in names if n in model.outputs.names], [n for n in names if n in states]
+
+
+def _add_output(answer: pb.ModelInferResponse, name: str, values: Array) -> None:
+    answer.outputs.add(name=name, datatype=_datatype(values.dtype), shape=values.shape)
+    answer.raw_output_contents.append(values.tobytes())
+
+
+def _datatype(dtype: np.dtype[Any]) -> str:
+    kinds = {"f": "FP", "i": "INT", "u": "UINT"}
+    return "BOOL" if dtype.kind == "b" else f"{kinds[dtype.kind]}{8 * dtype.itemsize}"
+
+
+def _config_type(data_type: tensor_pb2.DataType.ValueType) -> pb.DataType.ValueType:
+    return pb.DataType.Value(f"TYPE_{type_name(data_type)}")

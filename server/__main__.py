@@ -56,7 +56,10 @@ def _check(settings: ServerSettings) -> int:
     """
     settings.authenticator()
     settings.tls_identity()
-    models = repository.load_all(settings.models)
+    skips = settings.model_errors == "skip"
+    models = repository.load_all(
+        settings.models, (lambda _, error: print(f"skipped: {error}", file=sys.stderr)) if skips else None
+    )
     print(f"these settings can be used, with {', '.join(sorted(model.label for model in models.values()))}")
     return 0
 

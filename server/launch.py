@@ -29,10 +29,11 @@ from ntm.v1 import (
     session_service_pb2,
     session_service_pb2_grpc,
 )
-from server.errors import ListenError, ServingError, StoreSettingsError, StoreUnavailableError
+from server.errors import ListenError, ModelFileError, ServingError, StoreSettingsError, StoreUnavailableError
 from server.metrics import Metrics
 from server.metrics_endpoint import MetricsEndpoint
 from server.model import repository
+from server.model.repository import ModelFile
 from server.model.spec import StepModel
 from server.model_watcher import ModelWatcher
 from server.rpc import kserve, transport
@@ -165,8 +166,10 @@ async def build(settings: ServerSettings) -> Server:
     metrics.report_device(chosen_device)
     chosen_transport = transport.choose(settings.transport, needs_tls=identity is not None)
     metrics.report_transport(chosen_transport.kind)
+    skipped: dict[ModelFile, ModelFileError] = {}
+    skips = settings.model_errors == "skip"
     with _loading_limited(settings, "the models directory"):
-        files = repository.load_all(settings.models)
+        files = repository.load_all(settings.models, skipped.__setitem__ if skips else None)
     store = await _open_store(settings, metrics)
     sessions = SessionManager(
         store,
@@ -177,10 +180,17 @@ async def build(settings: ServerSettings) -> Server:
     )
     loader = ModelLoader(settings, chosen_device, metrics, sessions.executor)
     try:
-        for model in files.values():
-            with _loading_limited(settings, f"model {model.label}"):
-                runner = loader.load(model)
-            sessions.models.add(loader.serve(runner))
+        for file, model in [*files.items()]:
+            try:
+                with _loading_limited(settings, f"model {model.label}"):
+                    runner = loader.load(model)
+            except ModelFileError as error:
+                if not skips:
+                    raise
+                skipped[file] = error
+                del files[file]
+            else:
+                sessions.models.add(loader.serve(runner))
     except ServingError:
         await asyncio.to_thread(store.close)
         raise
@@ -194,6 +204,8 @@ async def build(settings: ServerSettings) -> Server:
         settings.unload_after_s,
         settings.model_load_timeout_s,
     )
+    for file, problem in skipped.items():
+        watcher.note_unloadable(file, problem)
     server = Server(
         settings, metrics, chosen_device, chosen_transport, sessions, watcher, authenticator, identity
     )

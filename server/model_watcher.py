@@ -225,14 +225,7 @@ class ModelWatcher:
         except Exception as error:  # ONNX Runtime and numpy have their own, for want of memory among others
             if file.has_changed:
                 return  # it was read while being written
-            self._note_problem(file, "load_failed")
-            is_ours = isinstance(error, ServingError)
-            log.error(
-                "a model cannot be served; it is tried again when its file changes",
-                model=file.label,
-                error=str(error),
-                exc_info=None if is_ours else error,
-            )
+            self.note_unloadable(file, error)
             return
         if file.has_changed:
             return
@@ -247,6 +240,16 @@ class ModelWatcher:
         return is_settled and (problem is None or problem.stamp != file.stamp)
 
     # Problems.
+
+    def note_unloadable(self, file: ModelFile, error: Exception) -> None:
+        """A version cannot be put into service: say so, and try it again when its file changes."""
+        self._note_problem(file, "load_failed")
+        log.error(
+            "a model cannot be served; it is tried again when its file changes",
+            model=file.label,
+            error=str(error),
+            exc_info=None if isinstance(error, ServingError) else error,
+        )
 
     def _note_problem(self, file: ModelFile, kind: Literal["load_failed", "changed_in_place"]) -> None:
         self._clear_problem(file.label)

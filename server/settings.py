@@ -57,6 +57,9 @@ class ServerSettings(BaseSettings):
     model_load_timeout_s: Seconds = 300.0
     """Seconds that reading a model and trying it out may take. One that takes longer stops the start; while the server
     runs it is not served."""
+    model_errors: Literal["fail", "skip"] = "fail"
+    """What a file that cannot be served does at the start: keep the server from starting (fail), or let it serve the
+    others (skip); the log and the metric ntm_model_file_problem say which, and it is tried again when it changes."""
     unload_after_s: Seconds | None = None
     """Seconds after which a version that was removed from the directory is unloaded although it has sessions: they wait
     in the store until it is back, or end where there is no store. Not set: it is unloaded when the last has ended."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,14 @@ def find(root: Path) -> list[ModelFile]:
     return files
 
 
-def load_all(root: Path) -> dict[ModelFile, StepModel]:
+def load_all(
+    root: Path, on_problem: Callable[[ModelFile, ModelFileError], None] | None = None
+) -> dict[ModelFile, StepModel]:
     """Every version of every model below `root`.
+
+    Args:
+        root: the models directory.
+        on_problem: told of each file that cannot be served, which is then left out; None: any is a reason to fail.
 
     Raises:
         ModelRepositoryError: the directory is missing or holds no model, or some cannot be served; all are named.
@@ -104,10 +111,13 @@ def load_all(root: Path) -> dict[ModelFile, StepModel]:
         try:
             models[file] = file.load()
         except ModelFileError as error:
-            problems.append(str(error))
+            if on_problem is None:
+                problems.append(str(error))
+            else:
+                on_problem(file, error)
     if problems:
         raise ModelRepositoryError("\n".join(problems))
-    if not models:
+    if not files:
         raise ModelRepositoryError(
             f"the models directory {root} holds no model: lay it out NAME/VERSION/{MODEL_FILE_NAME}, such as "
             f"copy/1/{MODEL_FILE_NAME}, which `python -m export` writes"

@@ -25,7 +25,7 @@ from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import session_service_pb2_grpc
 from server.launch import SERVICE_NAMES, Server
-from tests import step_models
+from tests import foreign_models, step_models
 from tests.conftest import ROOT, ServerProcess
 from tests.server.helpers import Caller, accumulated, pending, random_inputs, refused
 
@@ -293,3 +293,27 @@ def test_metrics_can_be_scraped(start_server: Start, models: Path) -> None:
     assert 'ntm_calls_total{code="OK",rpc="Step"} 1.0' in lines
     expected = 0.0 if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else 1.0
     assert f"ntm_device_fell_back {expected}" in lines
+
+
+def test_a_model_that_cannot_be_served_keeps_the_others_from_nothing_where_it_is_to_be_skipped(
+    start_server: Start, models: Path
+) -> None:
+    (models / "accumulator" / "1" / "model.onnx").write_bytes(b"no model")
+    step_models.write(models, foreign_models.growing(), "growing")
+
+    status, said = start_and_fail("--models", str(models), "--store", "none")
+    server = start_server(
+        models, "--model-errors", "skip", "--model-poll-s", "0.05", "--metrics-listen", "127.0.0.1:0"
+    )
+
+    assert status == 1
+    assert "accumulator/1" in said
+    assert health(server.address) == health_pb2.HealthCheckResponse.SERVING
+    left_out = {entry["model"] for entry in server.log if "cannot be served" in str(entry["event"])}
+    assert left_out == {"accumulator/1", "growing/1"}
+    with Client(server.address) as client:
+        assert {model.name for model in client.models()}.isdisjoint({"accumulator", "growing"})
+        (models / "accumulator" / "1" / "model.onnx").write_bytes(step_models.accumulator())
+        while server.wait_for("model loaded")["model"] != "accumulator/1":
+            pass
+        assert "accumulator" in {model.name for model in client.models()}

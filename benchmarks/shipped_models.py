@@ -110,11 +110,11 @@ def _answers(name: str, sequences: Sequences) -> Tensor:
     spec = read_spec(onnx.load(path))
     batch_size = sequences.inputs.shape[1]
     state = {part.input_name: np.repeat(initial_value(part)[None], batch_size, 0) for part in spec.states}
-    names = [spec.output.name, *(part.output_name for part in spec.states)]
+    names = [spec.outputs[0].name, *(part.output_name for part in spec.states)]
     first = len(sequences.inputs) - len(sequences.targets)
     said = []
     for step, inputs in enumerate(sequences.inputs.numpy()):
-        output, *after = session.run(names, {spec.input.name: inputs, **state})
+        output, *after = session.run(names, {spec.inputs[0].name: inputs, **state})
         state = dict(zip(state, after, strict=True))
         if step >= first:
             said.append(output)

@@ -27,6 +27,8 @@ from ntm import AsyncClient, AsyncSession, StepOrderError, Watched
 from ntm.tensor import Array, numpy_dtype
 from ntm.v1 import model_pb2, session_pb2
 
+_MOST_NUMBERS_WRITTEN = 1000
+"""Of somebody else's inputs, in the Python lines."""
 _TRACE_BYTES = 2**24
 """States asked for in one call, about."""
 
@@ -62,6 +64,8 @@ class Recording:
             name: _Column(array.shape, array.dtype, array[np.newaxis]) for name, array in states.items()
         }
         """At every moment, so one longer than the inputs."""
+        self.masks = _Column((), np.dtype(np.bool_))
+        """Which steps began from the initial state, by the message that they were in."""
         self.resets: set[int] = set()
         """Moments at which the session was reset, before the step that followed."""
 
@@ -99,7 +103,15 @@ class Recording:
         return moment
 
     def set_sequence(self, sequence: InputSequence) -> None:
-        """Have a sequence to send."""
+        """Have a sequence to send.
+
+        Raises:
+            BadRequestError: the model takes more than one input.
+        """
+        if len(self.spec.inputs) > 1:
+            raise BadRequestError(
+                "this model takes several inputs: step the session by a program, and follow it here"
+            )
         self.sequence, self.position = sequence, 0
         self.script += ["", *sequence.python.splitlines()]
 
@@ -123,7 +135,8 @@ class Recording:
             return 0
         trace = await self.session.trace(inputs)
         self.inputs.append(inputs)
-        self.outputs.append(trace.outputs)
+        self.outputs.append(_first(trace.outputs))
+        self.masks.append(np.zeros(len(inputs), np.bool_))
         self.targets.append(self._due(self.position, len(inputs)))
         for name, column in self.states.items():
             column.append(trace.state[name])
@@ -152,18 +165,24 @@ class Recording:
 
         Of the states only that after its last step is known; those between are NaN, or the last where there is no NaN.
         """
-        assert told.inputs is not None
-        assert told.outputs is not None
-        self.inputs.append(told.inputs)
-        self.outputs.append(told.outputs)
-        self.targets.append(np.full(told.outputs.shape, np.nan, np.float32))
+        inputs, outputs = _first(told.inputs), _first(told.outputs)
+        self.inputs.append(inputs)
+        self.outputs.append(outputs)
+        self.targets.append(np.full(outputs.shape, np.nan, np.float32))
+        self.masks.append(np.zeros(len(inputs), np.bool_) if told.resets is None else told.resets)
         for name, column in self.states.items():
-            rows = np.repeat(told.state[name][np.newaxis], len(told.inputs), axis=0)
+            rows = np.repeat(told.state[name][np.newaxis], len(inputs), axis=0)
             if rows.dtype.kind == "f":
                 rows[:-1] = np.nan
             column.append(rows)
         self.session.next_step = told.next_step
-        self.script.append(f"# somebody else sent steps {told.first_step} to {told.next_step - 1}")
+        self.script.append(f"# somebody else sent steps {told.first_step} to {told.next_step - 1}:")
+        if inputs.size <= _MOST_NUMBERS_WRITTEN:
+            self.script.append(f"recorded.append(np.array({inputs.tolist()}, np.{inputs.dtype.name}))")
+        else:
+            self.script.append(
+                f"# recorded.append(...), their inputs, {list(inputs.shape)} {inputs.dtype.name}"
+            )
 
     async def reset(self) -> None:
         """Put the session back to its model's initial state; the time line goes on.
@@ -181,7 +200,7 @@ class Recording:
         """The recording up to a moment, for a fork that was made there."""
         copy = Recording(session, self.base, {name: column.rows()[0] for name, column in self.states.items()})
         copy.first_step = self.first_step
-        for name in ("inputs", "outputs", "targets"):
+        for name in ("inputs", "outputs", "targets", "masks"):
             getattr(copy, name).append(getattr(self, name).rows()[:moment])
         for name, column in copy.states.items():
             column.append(self.states[name].rows()[1 : moment + 1])
@@ -411,6 +430,10 @@ class Recorder:
         """A session that is what another was at a moment, and the lines that make it."""
         if moment == recording.num_steps:
             return await recording.session.fork(), ["fork = session.fork()"]
+        if len(recording.spec.inputs) > 1:
+            raise BadRequestError(
+                "of a model with several inputs only the first is recorded: fork it at its last step"
+            )
         session = await self._client.import_session(recording.base)
         lines = ["fork = client.import_session(base)"]
         for part in recording.replay_of(moment):
@@ -418,8 +441,12 @@ class Recorder:
                 await session.reset()
                 lines.append("fork.reset()")
             else:
-                await session.run(recording.inputs.rows()[slice(*part)])
-                lines.append(f"fork.run(np.concatenate(recorded)[{part[0]}:{part[1]}])")
+                masks = recording.masks.rows()[slice(*part)]
+                await session.run(recording.inputs.rows()[slice(*part)], masks if masks.any() else None)
+                mask = f", resets=np.isin(range({part[0]}, {part[1]}), {(part[0] + np.flatnonzero(masks)).tolist()})"
+                lines.append(
+                    f"fork.run(np.concatenate(recorded)[{part[0]}:{part[1]}]{mask if masks.any() else ''})"
+                )
         return session, lines
 
 
@@ -445,6 +472,12 @@ def _sent_lines(start: int, stop: int) -> list[str]:
         f"trace = session.trace(inputs[{start}:{stop}])  # outputs, and the states after every step",
         f"recorded.append(inputs[{start}:{stop}])",
     ]
+
+
+def _first(tensors: Any) -> Array:
+    """What is shown of a step's inputs or outputs: of several the first."""
+    first: Array = next(iter(tensors.values())) if isinstance(tensors, dict) else tensors
+    return first
 
 
 class _Column:

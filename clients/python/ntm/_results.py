@@ -45,6 +45,8 @@ class Watched:
     """How many messages came just before this one and were not sent, since this watcher was behind."""
     is_reset: bool
     """The session was put back to its initial state."""
+    resets: Array | None
+    """[T], which of the steps began from the initial state; None where none did."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def watched(answer: session_service_pb2.WatchSessionResponse) -> Watched:
         state_arrays(answer.step.state),
         answer.num_lost_messages,
         answer.is_reset,
+        to_array(answer.resets) if answer.HasField("resets") else None,
     )
 
 

@@ -499,3 +499,35 @@ def test_the_inspector_starts_a_server_of_its_own(open_page: Callable[..., Page]
         page.load("copy", length=3, seed=0)
         page.run(7)
         assert "0 of 24 bits wrong" in page.page.locator("#sequence-about").inner_text()
+
+
+def test_the_recurrent_policy_of_the_examples_is_driven_by_hand_and_followed(
+    open_page: Callable[..., Page], start_server: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    """An LSTM of two states, stepped by the page and, with a new episode, by a program."""
+    from examples.recurrent_policy import export
+
+    export(tmp_path / "models" / "policy" / "1")
+    server = start_server(tmp_path / "models")
+    with inspecting(server.address) as inspector, Client(server.address) as client:
+        page = open_page(inspector.url)
+        session_id = page.create("policy")
+        page.load("random", steps=5, seed=0)
+        page.run(5)
+        page.page.check("#follow")
+        page.until(f"document.documentElement.dataset.following === {session_id!r}")
+        other = client.attach(session_id)
+        for is_new in (False, True, False):
+            other.run(np.ones((1, 2), np.float32), [is_new])
+        page.drawn(8)
+
+        state = other.state()
+        for name in ("h", "c"):
+            drawn = np.array(page.pixels(f"canvas[data-state='{name}']")).reshape(-1)
+            assert len(drawn) == state[name].size
+            values_now = state[name].reshape(-1)
+            assert len(set(drawn[values_now.argsort()[[0, -1]]])) == 2
+        assert len(page.pixels("canvas[data-lane='h']")[0]) == 8
+        page.page.click("#fork")
+        fork = page.other_session(session_id)
+        np.testing.assert_array_equal(client.attach(fork).state("h")["h"], state["h"])

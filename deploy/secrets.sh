@@ -15,7 +15,7 @@ random() {
     od -An -N32 -tx1 /dev/urandom | tr -d ' \n'
 }
 
-for name in valkey_password grafana_password; do
+for name in valkey_password grafana_password inspector_token; do
     [ -s "$name" ] || random > "$name"
 done
 

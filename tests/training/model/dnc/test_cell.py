@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.training.model.dnc.helpers import EACH
-from training.model import DNCCell, named_tensors, unroll, with_memory_rows, with_tensors
+from training.model import DNCCell, RecurrentLayer, named_tensors, unroll, with_memory_rows, with_tensors
 
 KINDS = [
     {},
@@ -115,3 +115,16 @@ def test_under_autocast_the_memory_is_accessed_in_full_precision():
     assert state.memory.dtype == state.links.dtype == torch.float32
     assert all(weight.grad.isfinite().all() for weight in cell.parameters())
     assert_close(outputs.float(), unroll(cell, inputs)[0], atol=2e-2, rtol=0)
+
+
+def test_a_dnc_is_a_layer_of_sequences_of_unequal_length():
+    layer = RecurrentLayer(make_cell(num_read_heads=2), batch_first=True)
+    inputs = torch.randn(3, 7, 3)
+
+    outputs, end = layer(inputs, lengths=[2, 7, 4])
+
+    for row, length in enumerate([2, 7, 4]):
+        alone, state = layer(inputs[row, :length])
+        assert_close(outputs[row, :length], alone)
+        assert (outputs[row, length:] == 0).all()
+        assert_close(end.links[row], state.links)

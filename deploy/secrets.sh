@@ -22,7 +22,6 @@ done
 # A token for clients, and the file that says whose it is: that one holds hashes, and goes to the servers.
 if [ ! -s tokens ]; then
     random > token
-    chmod 600 token
     printf 'operator sha256:%s\n' "$(openssl dgst -sha256 -r token | cut -d ' ' -f 1)" > tokens
 fi
 

@@ -10,8 +10,9 @@ Shapes: S sessions, T steps; any leading axes where it says [...].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,16 @@ class StepLayout:
         self._has_reset = has_reset
         self._float_names = [name for name in self.names if self.fields[name].base.kind == "f"]
 
+        self._padding = bytes(0)
+        self._single: np.dtype[Any] | None = None
+        """The type of the one tensor's elements, where there is one and nothing of another kind before it."""
+        if len(tensors) == 1:
+            base = self.fields[self.names[0]].base
+            self.single_shape = [1, *tensors[0].shape]
+            """Of one step of it, [T, ...]."""
+            self._single = base
+            self._padding = bytes(self.fields.itemsize - math.prod(tensors[0].shape) * base.itemsize)
+
     @property
     def step_bytes(self) -> int:
         """Bytes of one step."""
@@ -88,6 +99,22 @@ class StepLayout:
         if resets is not None:
             view[_RESET] = resets
         return steps
+
+    def one_step(self, raw: bytes) -> Steps | None:
+        """The one step [1] of a layout of one tensor, from its elements; None if they are too few, too many, or not
+        finite.
+
+        As `pack`, in a third of the time.
+        """
+        if self._single is None or len(raw) + len(self._padding) != self.dtype.itemsize:
+            return None
+        if self._single.kind == "f" and not np.isfinite(np.frombuffer(raw, self._single)).all():
+            return None
+        return np.frombuffer(raw + self._padding, self.dtype)
+
+    def raw(self, steps: Steps) -> bytes | None:
+        """The elements of some steps of a layout of one tensor, row by row; None if they do not lie together."""
+        return None if self._single is None or self._padding else steps.tobytes()
 
     def unpack(self, steps: Steps) -> dict[str, Array]:
         """The tensors [..., *shape] of some steps [...], contiguous each."""

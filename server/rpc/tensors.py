@@ -40,7 +40,13 @@ def fill_outputs(message: _ShowsOutputs, outputs: Steps, model: StepModel) -> No
     """Put outputs into an empty message."""
     layout = model.outputs
     if len(layout.names) == 1:
-        fill(message.outputs, layout.tensor(outputs, layout.names[0]))
+        raw = layout.raw(outputs)
+        if raw is None:
+            fill(message.outputs, layout.tensor(outputs, layout.names[0]))
+        else:
+            tensor, spec = message.outputs, model.spec.outputs[0]
+            tensor.dtype, tensor.raw = spec.dtype, raw
+            tensor.shape.extend((*outputs.shape, *spec.shape))
         return
     for name in layout.names:
         named = message.named_outputs.add(name=name)

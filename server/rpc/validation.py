@@ -59,6 +59,18 @@ class GivenSteps:
 
 def step_inputs(request: session_service_pb2.StepRequest, model: StepModel, limits: RequestLimits) -> Steps:
     """The steps [T] of one session."""
+    # One step of one input, as most are, takes 4 µs here and 16 below, where it is said what is wrong.
+    layout, plain = model.inputs, request.inputs
+    if (
+        len(layout.names) == 1
+        and plain.dtype == model.spec.inputs[0].dtype
+        and plain.dtype != tensor_pb2.DATA_TYPE_BOOL
+        and plain.shape == layout.single_shape
+        and not request.named_inputs
+        and not request.HasField("resets")
+        and (step := layout.one_step(plain.raw)) is not None
+    ):
+        return step
     given = _given(request)
     for name, array in given.arrays.items():
         if array.ndim == 0:

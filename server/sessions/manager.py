@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import structlog
 
 from ntm.tensor import Array
@@ -216,7 +217,12 @@ class SessionManager:
         Those do that wait for nothing, or for the same request of several. What cannot be enqueued is told the batch.
         """
         groups = defaultdict[object, list[int]](list)
-        for position, session in enumerate(sessions):
+        if all_idle := _all_idle(sessions):
+            groups[all_idle] = [*range(len(sessions))]
+            sessions_left: Sequence[Session | ServingError | None] = ()
+        else:
+            sessions_left = sessions
+        for position, session in enumerate(sessions_left):
             if session is None:
                 continue
             if isinstance(session, ServingError):
@@ -453,6 +459,18 @@ class SessionManager:
                     self._queues.spawn(self._queues.finish(turn, self._end_as_expired))
                     session.is_leaving = True
         return served.table.is_empty
+
+
+def _all_idle(sessions: Sequence[Session | ServingError | None]) -> ServedModel | None:
+    """The model of sessions that are all its, and all idle, as those of most batches are."""
+    if any(type(session) is not Session for session in sessions):
+        return None
+    found: Sequence[Session] = sessions  # type: ignore[assignment]
+    model = found[0].model
+    if any(session.model is not model for session in found):
+        return None
+    indices = np.fromiter([session.index for session in found], np.int64)
+    return model if model.table.is_idle.each[indices].all() else None
 
 
 def _version(entry: Entry) -> int | None:

@@ -31,6 +31,10 @@ class CopyTask(Task):
     """Vectors in the shortest training sequence."""
     max_length: int = Field(default=20, ge=1, le=100_000)
     """Vectors in the longest training sequence."""
+    blank_share: float = Field(default=0.0, ge=0, lt=1)
+    """In training alone, half of the vectors are blank in this share of the sequences. By chance two blank vectors of 8
+    bits stand in a row once in 65,536: too seldom to learn from that they are not yet the pause in which the copy is
+    due."""
 
     @model_validator(mode="after")
     def _lengths_are_in_order(self) -> CopyTask:
@@ -65,6 +69,17 @@ class CopyTask(Task):
         """Random sequences of T vectors: inputs [2T + 1, B, K + 1], targets [T, B, K]."""
         (length,) = size
         return self._laid_out(random_bits(length, batch_size, self.num_bits, generator=generator))
+
+    def draw_for_training(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
+        """As `draw`, with more blank vectors: see `blank_share`."""
+        sequences = self.draw(batch_size, size, generator)
+        if self.blank_share:
+            (length,) = size
+            with_blanks = torch.rand(batch_size, 1, generator=generator) < self.blank_share
+            stays = ~(with_blanks & (torch.rand(length, batch_size, 1, generator=generator) < 0.5))
+            sequences.inputs[:length, :, : self.num_bits] *= stays
+            sequences.targets.mul_(stays)
+        return sequences
 
     def draw_patterned(
         self, pattern: Pattern, batch_size: int, size: Size, generator: torch.Generator

@@ -175,10 +175,15 @@ class Engine:
         ended = [] if stepping else batch
         while not ended:
             num_turns = min([request.num_left for request in stepping])
+            tracing = [request for request in stepping if request.trace_names]
+            if tracing:
+                num_turns = 1
             quantum = self._turns_in_a_quantum(num_rows) if num_turns > 1 else 1
             if num_turns > quantum:
                 num_turns = min(num_turns, quantum if self._is_wanted() else _MOST_TURNS_AT_ONCE)
             self._take_turns(stepping, num_turns, quantum, turn_times_s)
+            if tracing:
+                self._read_traces(tracing)
             ended = [request for request in batch if request.has_ended or not request.num_left]
             if self._is_wanted():
                 break
@@ -386,6 +391,17 @@ class Engine:
         for request in requests:
             rows = slice(first_row, first_row + request.num_rows)
             request.state = {name: values[rows] for name, values in states.items()}
+            first_row = rows.stop
+
+    def _read_traces(self, requests: list[EngineRequest]) -> None:
+        """Give requests the state they asked for, as it is after this step."""
+        slots = _joined([request.present_slots for request in requests])
+        self._cache.write_back(slots)
+        states = self._runner.read(slots)
+        first_row = 0
+        for request in requests:
+            rows = slice(first_row, first_row + request.num_rows)
+            request.trace.append({name: states[name][rows] for name in request.trace_names})
             first_row = rows.stop
 
     def _report(self, report: BatchReport) -> None:

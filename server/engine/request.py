@@ -45,6 +45,8 @@ class EngineRequest:
         "state",
         "steps_done",
         "submit_time_s",
+        "trace",
+        "trace_names",
         "write_slots",
     )
 
@@ -82,6 +84,10 @@ class EngineRequest:
         self.shared_slots = shared_slots
         self.load_state = load_state
         self.reads_state = reads_state
+        self.trace_names: Sequence[str] = ()
+        """Of the states that are to be read after every step."""
+        self.trace: list[dict[str, Array]] = []
+        """For each step that was run, these states by name, [S, ...state shape] each."""
         self.initial_slots: Sequence[int] | Rows | None = None
         """S, where the state is from which steps that are reset begin; None: the model's own for all."""
         self.outputs: Steps | None = None

@@ -144,9 +144,10 @@ def api_shape(state: model_pb2.StateSpec) -> tuple[int, ...]:
     return tuple(state.shape[axis] for axis in _api_axes(state))
 
 
-def to_api(state: model_pb2.StateSpec, array: Array) -> Array:
-    """A state tensor of one session, as the graph has it, as the API shows it."""
-    return array.transpose(_api_axes(state))
+def to_api(state: model_pb2.StateSpec, array: Array, num_leading_axes: int = 0) -> Array:
+    """A state tensor of one session, as the graph has it, as the API shows it; or several, behind leading axes."""
+    leading = range(num_leading_axes)
+    return array.transpose([*leading, *(num_leading_axes + axis for axis in _api_axes(state))])
 
 
 def from_api(state: model_pb2.StateSpec, array: Array) -> Array:

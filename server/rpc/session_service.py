@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import grpc
+import numpy as np
 import structlog
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -279,8 +280,9 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         model = session.model.model
         inputs = validation.step_inputs(request, model, self._limits)
         names = validation.check_state_names("include_state", request.include_state, model.spec)
-        field = "include_state" if names else "inputs.shape"
-        validation.check_answer_size(field, len(inputs), names, model, self._limits)
+        traced = validation.check_state_names("trace_state", request.trace_state, model.spec)
+        field = "trace_state" if traced else "include_state" if names else "inputs.shape"
+        validation.check_answer_size(field, len(inputs), names, model, self._limits, traced=traced)
         steps = StepRequest(
             [session],
             inputs[None],
@@ -289,6 +291,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             wants_state=bool(names),
             follows=follows,
         )
+        steps.trace_names = traced
         return steps, names
 
     async def _enter_next(
@@ -401,6 +404,9 @@ def fill_step_response(
     answer.approximate = session.metadata.is_approximate
     if state_names:
         answer.state.extend(_state_messages(state_names, result.state, model.spec))
+    if request.trace_names:
+        trace = {name: np.stack([state[name][0] for state in request.trace]) for name in request.trace_names}
+        answer.trace.extend(_state_messages(request.trace_names, trace, model.spec, num_leading_axes=1))
 
 
 def _if_alike(
@@ -421,15 +427,15 @@ def _timestamp(time_s: float) -> Timestamp:
 
 
 def _state_messages(
-    names: Iterable[str], state: Mapping[str, Array], spec: model_pb2.ModelSpec
+    names: Iterable[str], state: Mapping[str, Array], spec: model_pb2.ModelSpec, num_leading_axes: int = 0
 ) -> list[session_pb2.StateTensor]:
-    """State tensors as the API shows them."""
+    """State tensors as the API shows them, the leading axes as they are."""
     specs = {state_spec.input_name: state_spec for state_spec in spec.states}
     return [
         session_pb2.StateTensor(
             name=name,
             role=specs[name].role,
-            value=to_message(to_api(specs[name], state[name])),
+            value=to_message(to_api(specs[name], state[name], num_leading_axes)),
         )
         for name in names
     ]

@@ -166,15 +166,17 @@ def check_answer_size(
     model: StepModel,
     limits: RequestLimits,
     num_items: int = 0,
+    traced: Sequence[str] = (),
 ) -> None:
     """That the answer will fit in a message, before anything is run for it; `field` is what can be made less."""
     output_bytes = num_steps * model.output_bytes
     state_bytes = 0
-    if state_names:
+    if state_names or traced:
         state_bytes = sum(
-            math.prod(state.shape) * numpy_dtype(state.dtype).itemsize
+            math.prod(state.shape)
+            * numpy_dtype(state.dtype).itemsize
+            * ((state.input_name in state_names) + num_steps * (state.input_name in traced))
             for state in model.spec.states
-            if state.input_name in state_names
         )
     other_bytes = ENVELOPE_BYTES + num_items * ITEM_BYTES
     if output_bytes + state_bytes + other_bytes > limits.max_message_bytes:

@@ -140,6 +140,8 @@ class StepExecutor:
             first_step = request.caller_steps[0]
             if first_step != next_step:
                 known = table.retry_windows.outputs_of(index, inputs[0], first_step)
+                if request.trace_names and len(known):
+                    raise StateNotKeptError(first_step, next_step)
                 request.known_outputs = known
                 inputs = inputs[:, len(known) :]
             if inputs.shape[1] and table.num_failed:

@@ -181,6 +181,22 @@ async def test_fork_export_and_import_carry_what_a_session_began_from(
         assert_equal(output, expected(model, inputs, goal=GOAL))
 
 
+async def test_a_trace_has_the_state_after_every_step(serve: Callable[..., Any], root: Path) -> None:
+    _, address = await serve(root)
+    inputs, resets = inputs_of(7), mask(7, 4)
+
+    async with AsyncClient(address) as client:
+        traced, stepped = await client.session("several"), await client.session("several")
+        trace = await traced.trace(inputs, ["h", "tail", "count"], resets)
+        one_by_one, states = [], []
+        for step in range(7):
+            one_by_one.append(await stepped.run(cut(inputs, step, step + 1), resets[step : step + 1]))
+            states.append(await stepped.state("h", "tail", "count"))
+
+    assert_equal(trace.outputs, {n: np.concatenate([o[n] for o in one_by_one]) for n in trace.outputs})
+    assert_equal(trace.state, {name: np.stack([state[name] for state in states]) for name in trace.state})
+
+
 async def test_a_creation_is_repeated_with_the_same_values_only(
     serve: Callable[..., Any], root: Path
 ) -> None:

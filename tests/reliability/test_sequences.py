@@ -117,10 +117,10 @@ async def test_a_message_cancelled_after_its_first_turn_has_begun_runs_to_its_en
     runner = caller.server.sessions.models.find("accumulator", None).runner
     has_begun, may_go_on, run = threading.Event(), threading.Event(), runner.run
 
-    def run_when_told(batch: np.ndarray, table: int = 0) -> np.ndarray:
+    def run_when_told(*args: object, **named: object) -> np.ndarray:
         has_begun.set()
         assert may_go_on.wait(30)
-        return run(batch, table)
+        return run(*args, **named)
 
     monkeypatch.setattr(runner, "run", run_when_told)
     call = caller.stub.Step(pb.StepRequest(session_id="s", first_step=0, inputs=to_message(inputs[:4])))

@@ -81,10 +81,11 @@ class Model:
                 raise ValueError(f"{name!r} is no state of the model: it has {', '.join(states)}")
         return {name: _cast(np.asarray(value), states[name].dtype, name) for name, value in values.items()}
 
-    def chunks(self, inputs: Array) -> Iterator[Array]:
-        """Inputs cut into as few messages as the server's limits allow."""
+    def chunks(self, inputs: Array, traced: Sequence[str] = ()) -> Iterator[Array]:
+        """Inputs cut into as few messages as the server's limits allow, whose answers also have some states."""
         limits = self.info.limits
-        fitting = (limits.max_message_bytes - _ENVELOPE_BYTES) // self._step_bytes
+        state_bytes = _num_bytes([state for state in self.spec.states if state.input_name in traced])
+        fitting = (limits.max_message_bytes - _ENVELOPE_BYTES) // (self._step_bytes + state_bytes)
         size = max(1, min(limits.max_steps_per_message, fitting))
         for start in range(0, len(inputs), size):
             yield inputs[start : start + size]
@@ -124,5 +125,5 @@ def _cast(array: Array, data_type: tensor_pb2.DataType.ValueType, what: str) -> 
     return converted
 
 
-def _num_bytes(tensors: Sequence[model_pb2.TensorSpec]) -> int:
+def _num_bytes(tensors: Sequence[model_pb2.TensorSpec] | Sequence[model_pb2.StateSpec]) -> int:
     return sum(int(np.prod(tensor.shape)) * numpy_dtype(tensor.dtype).itemsize for tensor in tensors)

@@ -50,11 +50,11 @@ def reset_session(session_id: str, at_step: int) -> session_service_pb2.ResetSes
 
 
 def step(
-    session_id: str, first_step: int, inputs: Array, include_state: Iterable[str] = ()
+    session_id: str, first_step: int, inputs: Array, trace_state: Iterable[str] = ()
 ) -> session_service_pb2.StepRequest:
     """A numbered message for one session."""
     request = session_service_pb2.StepRequest(
-        session_id=session_id, first_step=first_step, include_state=include_state
+        session_id=session_id, first_step=first_step, trace_state=trace_state
     )
     fill_inputs(request, inputs)
     return request

@@ -82,7 +82,7 @@ def state_arrays(tensors: Iterable[session_pb2.StateTensor]) -> dict[str, Array]
 def trace_of(
     answers: Sequence[session_service_pb2.StepResponse], model: Model, names: Iterable[str]
 ) -> Trace:
-    """The answers to single steps as one run."""
-    states = [state_arrays(answer.state) for answer in answers]
-    stacked = {name: np.stack([state[name] for state in states]) for name in names} if states else {}
+    """The answers to messages as one run."""
+    states = [state_arrays(answer.trace) for answer in answers]
+    stacked = {name: np.concatenate([state[name] for state in states]) for name in names} if states else {}
     return Trace(shown(model.join([outputs_of(answer) for answer in answers])), stacked)

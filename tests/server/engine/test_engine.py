@@ -126,12 +126,12 @@ def test_who_arrives_amid_the_turns_of_another_waits_for_the_end_of_its_quantum(
     first, second = harness.request(0, random_inputs(20)), harness.request(1, random_inputs(1))
     run, num_runs = harness.runner.run, 0
 
-    def run_amid_an_arrival(inputs: np.ndarray, table: int) -> np.ndarray:
+    def run_amid_an_arrival(*args: object, **named: object) -> np.ndarray:
         nonlocal num_runs
         num_runs += 1
         if num_runs == 2:
             harness.engine.submit([second])
-        return run(inputs, table)
+        return run(*args, **named)
 
     monkeypatch.setattr(harness.runner, "run", run_amid_an_arrival)
     harness.run(first)
@@ -381,10 +381,10 @@ def test_requests_that_arrive_amid_the_turns_of_others_give_what_each_gives_alon
     requests = [harness.request(n, random_inputs(length, n)) for n, (_, length) in enumerate(arrivals)]
     run, num_runs = harness.runner.run, 0
 
-    def run_amid_arrivals(inputs: np.ndarray, table: int) -> np.ndarray:
+    def run_amid_arrivals(*args: object, **named: object) -> np.ndarray:
         nonlocal num_runs
         num_runs += 1
-        outputs = run(inputs, table)
+        outputs = run(*args, **named)
         arriving = [m for m, (at, _) in zip(requests, arrivals, strict=True) if at == num_runs]
         if arriving:
             harness.engine.submit(arriving)

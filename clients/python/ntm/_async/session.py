@@ -131,21 +131,24 @@ class AsyncSession(SessionProgress):
             return {name: value[0] for name, value in outputs.items()}
         return outputs[0]
 
-    async def trace(self, inputs: Inputs, names: Sequence[str] = ()) -> Trace:
-        """Run T steps one at a time, and look at the state after each.
+    async def trace(
+        self, inputs: Inputs, names: Sequence[str] = (), resets: npt.ArrayLike | None = None
+    ) -> Trace:
+        """Run T steps, and look at the state after each.
 
         Args:
             inputs: as `run` takes them.
             names: names of state tensors; all by default.
+            resets: as `run` takes them.
 
         Raises:
             ClientError: as `run`, but the state after steps that have run is not kept: go on with `run`.
         """
         names = self.model.state_names(names)
-        steps = self.model.inputs(inputs)
+        steps = self.model.inputs(inputs, resets=resets)
         await self._begin(steps)
         with all_or_back(self):
-            answers = [await self._step(steps[step : step + 1], names) for step in range(len(steps))]
+            answers = [await self._step(chunk, names) for chunk in self.model.chunks(steps, names)]
         return trace_of(answers, self.model, names)
 
     async def state(self, *names: str) -> dict[str, Array]:

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 
 const BLOCK_BYTES = 2 ** 20;
 const CACHE_BYTES = 2 ** 27;
+const MOST_WAITING = 2;
 
 /** One array that grows by rows. */
 class Column {
@@ -63,7 +64,8 @@ export class Frames {
   }
 
   async fetch(number) {
-    if (this.waiting.has(number)) return;
+    // Whoever scrubs asks for more than can come. Drawing after an arrival asks again for what is wanted then.
+    if (this.waiting.has(number) || this.waiting.size >= MOST_WAITING) return;
     this.waiting.add(number);
     const query = new URLSearchParams({ name: this.state.name, first: number * this.perBlock, count: this.perBlock });
     try {

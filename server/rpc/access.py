@@ -7,7 +7,8 @@ bounded, it costs next to nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -93,6 +94,22 @@ class Access:
             raise
         entered.future.add_done_callback(lambda _: self._quotas.end_steps(name, num_steps))
         return entered
+
+    @contextmanager
+    def steps(self, num_steps: int) -> Iterator[None]:
+        """Around steps of the caller, which count until they have ended.
+
+        Raises:
+            QuotaExceededError: they are too many.
+        """
+        name = current_principal().name
+        if self._quotas.counts_steps:
+            self._quotas.begin_steps(name, num_steps)
+        try:
+            yield
+        finally:
+            if self._quotas.counts_steps:
+                self._quotas.end_steps(name, num_steps)
 
     async def begin(
         self, make: Callable[[], Awaitable[SessionInfo]], model_name: str, request_key: str

@@ -295,10 +295,11 @@ class InferenceService:
         steps, has_steps_axis = _inputs_of(request, model, self._limits)
         output_names, state_names = _wanted(request, model)
         self._statistics[model.name, model.version].num_steps += len(steps)
-        if not sequence.sequence_id:
-            result = await self._run_alone(served, steps)
-        else:
-            result = await self._run_sequence(served, sequence, steps, bool(state_names))
+        with self._access.steps(len(steps)):
+            if not sequence.sequence_id:
+                result = await self._run_alone(served, steps)
+            else:
+                result = await self._run_sequence(served, sequence, steps, bool(state_names))
         answer = pb.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=request.id)
         answer.parameters["next_step"].int64_param = result.next_step
         for name in ("sequence_id", "sequence_start", "sequence_end"):
@@ -331,6 +332,7 @@ class InferenceService:
                 "",
             )
             key = self._session_ids[beginning] = info.session_id
+            self._access.audit("session created", key)
         elif key is None:
             raise InvalidInputError(
                 "parameters.sequence_start",
@@ -346,6 +348,7 @@ class InferenceService:
         if sequence.ends:
             self._session_ids.pop(beginning, None)
             await self._sessions.delete(key, allow_missing=True)
+            self._access.audit("session deleted", key)
         return result
 
     def _beginning_of(self, model_name: str, sequence_id: str) -> str:

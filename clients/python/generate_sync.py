@@ -37,7 +37,6 @@ NAMES = {
     "AsyncRequestQueue": "RequestQueue",
     "aio_channel": "channel",
     "async_begin": "begin",
-    "async_close_soon": "close_soon",
     "async_chunk_iterator": "chunk_iterator",
     "async_next_chunk": "next_chunk",
     "async_result": "result",

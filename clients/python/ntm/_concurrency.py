@@ -11,8 +11,6 @@ import queue
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, Generic, TypeAlias, TypeVar
 
-import grpc
-
 from ntm._steps import Inputs, Steps
 
 T = TypeVar("T")
@@ -121,18 +119,3 @@ async def async_result(call: Any) -> Any:
 def result(call: Any) -> Any:
     """The answer of a call that has begun."""
     return call.result()
-
-
-_closing: set[asyncio.Task[None]] = set()
-
-
-def async_close_soon(channel: grpc.aio.Channel) -> None:
-    """Close a channel that nobody uses, without waiting for it."""
-    task = asyncio.get_running_loop().create_task(channel.close())
-    _closing.add(task)  # the loop itself keeps no task alive
-    task.add_done_callback(_closing.discard)
-
-
-def close_soon(channel: grpc.Channel) -> None:
-    """Close a channel that nobody uses."""
-    channel.close()

@@ -123,19 +123,15 @@ class Renewed(Generic[C]):
     when no call that began on it can be under way any more.
     """
 
-    def __init__(
-        self, open: Callable[[], C], close: Callable[[C], None], interval_s: float | None, keep_s: float
-    ) -> None:
+    def __init__(self, open: Callable[[], C], interval_s: float | None, keep_s: float) -> None:
         """Open the first.
 
         Args:
             open: makes a connection.
-            close: closes one, without waiting.
             interval_s: seconds until the next; None: there is none.
             keep_s: seconds for which an earlier one may still be in use.
         """
         self._open = open
-        self._close = close
         self._interval_s = interval_s
         self._keep_s = keep_s
         self._lock = Lock()
@@ -151,6 +147,15 @@ class Renewed(Generic[C]):
                 self._renew(monotonic())
         return self._newest
 
+    def take_unused(self) -> list[C]:
+        """Those that no call can be under way on any more, for their owner to close."""
+        unused: list[C] = []
+        if self._earlier:
+            with self._lock:
+                while self._earlier and self._earlier[0][0] <= monotonic():
+                    unused.append(self._earlier.popleft()[1])
+        return unused
+
     def take_all(self) -> list[C]:
         """Every one that is open, for its owner to close."""
         with self._lock:
@@ -165,5 +170,3 @@ class Renewed(Generic[C]):
         self._earlier.append((now_s + self._keep_s, self._newest))
         self._newest = self._open()
         self._renew_at_s = now_s + self._interval_s
-        while self._earlier[0][0] <= now_s:
-            self._close(self._earlier.popleft()[1])

@@ -66,7 +66,6 @@ class AsyncClient:
         where, settings = target(address), tls_settings(tls)
         self._connection = Renewed(
             lambda: AsyncConnection(where, settings, token),
-            AsyncConnection.close_soon,
             interval_s=LOOKUP_INTERVAL_S if where.is_looked_up else None,
             keep_s=retry_for_s + timeout_s,
         )
@@ -90,7 +89,7 @@ class AsyncClient:
         """Close the connection; sessions stay on the server."""
         self._is_closed = True
         for connection in self._connection.take_all():
-            await connection.channel.close()
+            await connection.close()
 
     async def models(self) -> list[model_service_pb2.ModelVersion]:
         """The models in service."""
@@ -247,6 +246,8 @@ class AsyncClient:
 
     async def _call(self, rpc: AsyncFunction[T], request: Any, session_id: str = "") -> T:
         """Send a request that may be repeated, until it is answered or the time for retries is over."""
+        for connection in self._connection.take_unused():
+            await connection.close()
         metadata = requests.metadata(session_id)
 
         async def attempt() -> T:

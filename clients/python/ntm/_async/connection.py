@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ntm._channel import Tls, Token, aio_channel
-from ntm._concurrency import async_close_soon
 from ntm._routing import Target
 from ntm.v1 import model_service_pb2_grpc, session_service_pb2_grpc
 
@@ -17,6 +16,6 @@ class AsyncConnection:
         self.sessions = session_service_pb2_grpc.SessionServiceStub(self.channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
 
-    def close_soon(self) -> None:
-        """Close what nobody uses, without waiting for it."""
-        async_close_soon(self.channel)
+    async def close(self) -> None:
+        """Cancel what is under way."""
+        await self.channel.close()

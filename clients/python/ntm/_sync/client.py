@@ -67,7 +67,6 @@ class Client:
         where, settings = target(address), tls_settings(tls)
         self._connection = Renewed(
             lambda: Connection(where, settings, token),
-            Connection.close_soon,
             interval_s=LOOKUP_INTERVAL_S if where.is_looked_up else None,
             keep_s=retry_for_s + timeout_s,
         )
@@ -91,7 +90,7 @@ class Client:
         """Close the connection; sessions stay on the server."""
         self._is_closed = True
         for connection in self._connection.take_all():
-            connection.channel.close()
+            connection.close()
 
     def models(self) -> list[model_service_pb2.ModelVersion]:
         """The models in service."""
@@ -247,6 +246,8 @@ class Client:
 
     def _call(self, rpc: Function[T], request: Any, session_id: str = "") -> T:
         """Send a request that may be repeated, until it is answered or the time for retries is over."""
+        for connection in self._connection.take_unused():
+            connection.close()
         metadata = requests.metadata(session_id)
 
         def attempt() -> T:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from ntm._channel import Tls, Token, channel
-from ntm._concurrency import close_soon
 from ntm._routing import Target
 from ntm.v1 import model_service_pb2_grpc, session_service_pb2_grpc
 
@@ -18,6 +17,6 @@ class Connection:
         self.sessions = session_service_pb2_grpc.SessionServiceStub(self.channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self.channel)
 
-    def close_soon(self) -> None:
-        """Close what nobody uses, without waiting for it."""
-        close_soon(self.channel)
+    def close(self) -> None:
+        """Cancel what is under way."""
+        self.channel.close()

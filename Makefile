@@ -121,7 +121,7 @@ serve: $(VENV)/.demo ## Serve the models in models/ on 127.0.0.1:50051.
 
 .PHONY: lock
 lock: ## Choose the newest versions that pyproject.toml allows, and pin them in constraints.txt.
-	@$(PYTHON) -m venv --clear $(VENV)/lock && $(VENV)/lock/bin/pip install --quiet ./clients/python '.[dev]'
+	@$(PYTHON) -m venv --clear $(VENV)/lock && $(VENV)/lock/bin/pip install --quiet ./clients/python '.[dev,loggers]'
 	@$(VENV)/lock/bin/pip freeze | sed -e '/^ntm\(-client\)\? @/d' -e 's/+cpu$$//' > constraints.txt
 
 # A stamp for each set of extras. The larger sets hold the smaller ones.

@@ -7,7 +7,6 @@ means and the state of generators, is not in the file, so the run cannot be resu
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from training.checkpoint import BEST, LAST, Checkpoint
 from training.config import Settings, make_cell, settings_class, write_settings
 from training.errors import CheckpointError, SettingsError
 from training.model import Cell, NTMCell
-from training.records import METRICS
+from training.records import METRICS, as_line
 
 _LARGEST_DIFFERENCE = 1e-4
 _NUM_STEPS = 20
@@ -77,7 +76,7 @@ def restore(model_file: Path, run_dir: Path) -> Checkpoint:
     run_dir.mkdir(parents=True)
     write_settings(settings, run_dir / "settings.toml")
     record = {"update": checkpoint.update, "sequences": checkpoint.update * settings.batch_size}
-    (run_dir / METRICS).write_text(json.dumps(record | checkpoint.metrics) + "\n")
+    (run_dir / METRICS).write_text(as_line(record | checkpoint.metrics))
     for name in (BEST, LAST):
         checkpoints.save(checkpoint, run_dir / name)
     return checkpoint

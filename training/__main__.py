@@ -117,13 +117,15 @@ def _settings_to_resume(run_dir: Path, overrides: Sequence[str], prog: str) -> S
         "num_updates": wanted.num_updates,
         "cpu_minutes": wanted.cpu_minutes,
         "num_threads": wanted.num_threads,
+        "loggers": wanted.loggers,
         "optimizer": started_with.optimizer.model_copy(update={"learning_rate": rate}),
         "evaluation": started_with.evaluation.model_copy(update={"enough": wanted.evaluation.enough}),
     }
     if wanted != started_with.model_copy(update=may_change):
         raise SettingsError(
             f"the run in {run_dir} is resumed with the settings it was started with: leave out all but --run-dir, "
-            "--num-updates, --cpu-minutes, --num-threads, --evaluation.enough and a lower --optimizer.learning-rate"
+            "--num-updates, --cpu-minutes, --num-threads, --loggers, --evaluation.enough and a lower "
+            "--optimizer.learning-rate"
         )
     if rate > rate_before:
         raise SettingsError(

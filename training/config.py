@@ -216,6 +216,9 @@ class Settings(BaseSettings):
     """Where to compute. On "cpu" in full precision the memory is accessed by a compiled kernel."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Of the arithmetic: all in float32, or matrix products in bfloat16 and the memory in float32."""
+    loggers: tuple[str, ...] = ()
+    """Where records go beside the run directory: "wandb", or import paths module:name of Lightning Fabric loggers, or
+    of what makes one of the run directory."""
     init_from: Path | None = None
     """A run whose best model the weights start from, or a checkpoint file of one. Not set: they are drawn."""
     task: Task

@@ -32,6 +32,7 @@ from training.checkpoint import BEST, LAST, Checkpoint
 from training.config import OptimizerSettings, Settings, make_cell, size_text, write_settings
 from training.errors import CheckpointError, NonFiniteError, RunDirectoryError, SettingsError
 from training.evaluate import evaluate, is_mastered, is_solved, total
+from training.loggers import make_loggers
 from training.losses import Scores, mean
 from training.model import Cell, PlainCell, RecurrentLayer, named_tensors
 from training.records import METRICS, Records
@@ -86,8 +87,9 @@ def train(settings: Settings, command: str, *, resume: bool, console: Console) -
         _tell_what_export_refuses(settings, console)
         is_begun = resume
         try:
+            loggers = make_loggers(settings)
             write_settings(settings, run_dir / SETTINGS)
-            with Records(run_dir, after_update=run.update) as records, _progress(console) as progress:
+            with Records(run_dir, run.update, loggers) as records, _progress(console) as progress:
                 if records.num_missing:
                     console.print(f"the records of {records.num_missing} updates are damaged or missing")
                 if not resume:

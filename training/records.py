@@ -1,8 +1,9 @@
 """Records: what a run leaves behind for people and plots.
 
-One line of JSON an update in `metrics.jsonl`, and the same numbers for TensorBoard. `checkpoint.py` keeps what
-the run itself needs. A number that is not finite stands there as null, since JSON has no other word for it. A line's
-last entry is the CRC-32 of what stands before it, so that one whose digits have changed is known.
+One line of JSON an update in `metrics.jsonl`, and the same numbers for TensorBoard and for `loggers.py`.
+`checkpoint.py` keeps what the run itself needs. A number that is not finite stands there as null, since JSON has no
+other word for it. A line's last entry is the CRC-32 of what stands before it, so that one whose digits have changed is
+known.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lightning_fabric.loggers.logger import Logger
 from torch.utils.tensorboard import SummaryWriter
 
 METRICS = "metrics.jsonl"
@@ -29,13 +32,15 @@ class Records:
         run_dir: the run's folder.
         after_update: where the run goes on; what was recorded later, by a process that died before its next
             checkpoint, is dropped, so that every update stands there once.
+        loggers: which are told the same, and that the run has ended.
     """
 
-    def __init__(self, run_dir: Path, after_update: int) -> None:
+    def __init__(self, run_dir: Path, after_update: int, loggers: Sequence[Logger] = ()) -> None:
         path = run_dir / METRICS
         self.num_missing = _drop_after(path, after_update)
         """Updates up to there of which there is no record, or one that was damaged and left out."""
         self._lines = path.open("a")
+        self._loggers = loggers
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_update + 1)
 
     def __enter__(self) -> Records:
@@ -46,6 +51,8 @@ class Records:
     ) -> None:
         self._lines.close()
         self._tensorboard.close()
+        for logger in self._loggers:
+            logger.finalize("success" if kind is None else "failed")
 
     def sync(self) -> None:
         """Bring what was recorded to the disk, so that a checkpoint never stands there without it."""
@@ -55,9 +62,11 @@ class Records:
         """Record the numbers of one update."""
         self._lines.write(as_line({"update": update, **values}))
         self._lines.flush()
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, update)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for name, value in finite.items():
+            self._tensorboard.add_scalar(name, value, update)
+        for logger in self._loggers:
+            logger.log_metrics(finite, step=update)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from server.runtime.probe import load_runner
 from server.runtime.runner import NUM_RESERVED_SLOTS
 from server.settings import ServerSettings
 
-# As many as a server has by default: with few there is room for one table only, and batches that take turns are copied.
+# As many as a server has by default: with few there is room for one bank only, and batches that take turns are copied.
 _NUM_SLOTS = 2 * ServerSettings.model_fields["max_resident_sessions"].default
 
 

@@ -88,7 +88,7 @@ def walk() -> Walk:
         asyncio.run(run())
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     return Walk(calls)
 
 

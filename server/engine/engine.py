@@ -82,7 +82,7 @@ class Engine:
         self._lock = threading.RLock()  # held by itself, not by way of the condition, whose `with` is Python
         self._wake = threading.Condition(self._lock)
         self._num_holds = 0
-        self._banks_by_use = [*range(runner.num_tables)]
+        self._banks_by_use = [*range(runner.num_banks)]
         self._in_order = np.arange(runner.max_batch_size)
         self._is_closing = False
         self._is_abandoned = False
@@ -262,7 +262,7 @@ class Engine:
         if not num_done:  # nothing is left of those that are new
             are_old = np.repeat([r.steps_done > 0 for r in batch], [r.num_rows for r in batch])
             rows, write_slots = rows[are_old], write_slots[are_old]
-        self._cache.add(self._runner.seats(bank, num_rows)[rows], write_slots)
+        self._cache.add(self._runner.batch_rows(bank, num_rows)[rows], write_slots)
         for _ in range(num_failed):
             self._take_turn_alone([request for request in batch if not request.has_ended])
 
@@ -305,7 +305,7 @@ class Engine:
             step, slots = request.steps_done, request.present_slots
             outputs = self._runner.model.outputs.none(request.num_rows, 1)
             for row in range(request.num_rows):
-                self._runner.move(np.array([slots[row]]), np.array([self._runner.first_seat(0)]))
+                self._runner.move(np.array([slots[row]]), np.array([self._runner.first_batch_row(0)]))
                 try:
                     inputs = np.ascontiguousarray(request.inputs[np.newaxis, row, step])
                     initial_row = None if request.initial_slots is None else [request.initial_slots[row]]
@@ -324,7 +324,7 @@ class Engine:
                     request.fail(row, StepFailedError(self._runner.model.label))
                     continue
                 self._runner.move(
-                    np.array([self._runner.first_seat(0)]), np.array([request.write_slots[row]])
+                    np.array([self._runner.first_batch_row(0)]), np.array([request.write_slots[row]])
                 )
             self._fail_not_finite(request, outputs)
             request.take_outputs(outputs)
@@ -339,15 +339,15 @@ class Engine:
             the bank, the batch rows [R], and whether state i has row i.
         """
         pool_rows, in_order = self._cache.rows_of(slots), self._in_order[: len(slots)]
-        bank = int(self._runner.tables_of(pool_rows[0]))
-        if bank >= 0 and not np.count_nonzero(pool_rows != self._runner.seats(bank, len(pool_rows))):
+        bank = int(self._runner.banks_of(pool_rows[0]))
+        if bank >= 0 and not np.count_nonzero(pool_rows != self._runner.batch_rows(bank, len(pool_rows))):
             self._note_use(bank)
             return bank, in_order, True
-        banks = self._runner.tables_of(pool_rows)
+        banks = self._runner.banks_of(pool_rows)
         counts = np.bincount(banks + 1)[1:]
         bank = int(counts.argmax()) if len(counts) else self._banks_by_use[0]
         self._note_use(bank)
-        first = self._runner.first_seat(bank)
+        first = self._runner.first_batch_row(bank)
         rows = pool_rows - first
         state_in = np.full(len(slots), _NOBODY)  # by batch row: which of the states is there
         staying = ((banks == bank) & (rows < len(slots))).nonzero()[0]

@@ -154,8 +154,8 @@ def measure_turns(runner: ModelRunner) -> dict[int, float]:
     times_s: dict[int, float] = {}
     for size in sorted({1, runner.max_batch_size // 2, runner.max_batch_size} - {0}):
         _, inputs = random_steps(runner, size)
-        seats = runner.first_seat(0) + np.arange(size)
-        runner.move(np.full_like(seats, INITIAL_SLOT), seats)
+        batch_rows = runner.first_batch_row(0) + np.arange(size)
+        runner.move(np.full_like(batch_rows, INITIAL_SLOT), batch_rows)
         for _ in range(_NUM_TIMED_TURNS):
             start_s = perf_counter()
             try:
@@ -224,11 +224,11 @@ def _two_steps(
     outputs = runner.model.outputs.none(*inputs.shape)
     for start in range(0, len(slots), batch_size):
         rows = slice(start, start + batch_size)
-        seats = np.arange(len(slots[rows]))
-        runner.move(slots[rows], runner.first_seat(0) + seats)
+        batch_rows = np.arange(len(slots[rows]))
+        runner.move(slots[rows], runner.first_batch_row(0) + batch_rows)
         for steps in [slice(0, 2)] if at_once else [slice(0, 1), slice(1, 2)]:
             outputs[steps, rows] = runner.run(np.ascontiguousarray(inputs[steps, rows]))
-        runner.move(runner.first_seat(0) + seats, slots[rows])
+        runner.move(runner.first_batch_row(0) + batch_rows, slots[rows])
     return [*runner.model.outputs.unpack(outputs).values(), *runner.read(slots).values()]
 
 

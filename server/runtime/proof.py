@@ -100,7 +100,7 @@ def plain_loop(
 
 def _run(runner: ModelRunner, slots: Array, inputs: Steps) -> Steps:
     """Steps [T, B] of the sessions in some slots [B]; the slots stay as they are."""
-    runner.move(slots, runner.first_seat(0) + np.arange(len(slots)))
+    runner.move(slots, runner.first_batch_row(0) + np.arange(len(slots)))
     size = _PIECE_STEPS if runner.can_scan else 1
     pieces = [np.ascontiguousarray(inputs[start : start + size]) for start in range(0, len(inputs), size)]
     return np.concatenate([runner.run(piece).copy() for piece in pieces])

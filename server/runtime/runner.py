@@ -2,13 +2,13 @@
 
 `probe.py` makes one, after measuring how its rows are best run.
 
-A pool `[num_rows, ...]` for each state tensor. Row 0 holds the model's initial state and is never written. Then
-come the slots, whose owners are `sessions.py`'s business. The last rows are the seats, at tables that seat the largest
-batch each. Every table has an area of rows, and one more is spare: a run reads the first seats of its table's area and
-leaves the next state in the same seats of the spare one. The two change over then, so that the table's next run reads
-what this one has left. So a batch that goes on copies no state, several that take turns sit at tables of their own, a
-run that fails has spoiled none, and what is written next was read last: it is still in the processor's cache. Only row
-numbers, inputs and outputs cross between host and device.
+A pool `[num_rows, ...]` for each state tensor. Row 0 holds the model's initial state and is never written. Then come
+the slots, which `sessions/` gives out. The last rows are batch rows, in banks that hold the largest batch each. Every
+bank has a buffer of rows, and one more is spare: a run reads the first rows of its bank's buffer and leaves the next
+state in the same rows of the spare one. The two change over then, so that the bank's next run reads what this one has
+left. So a batch that goes on copies no state, several that take turns have banks of their own, a run that fails has
+spoiled none, and what is written next was read last: it is still in the processor's cache. Only row numbers, inputs
+and outputs cross between host and device.
 
 Shapes: B batch.
 """
@@ -34,10 +34,10 @@ from server.runtime.provider import Device
 INITIAL_SLOT = 0
 NUM_RESERVED_SLOTS = 1
 
-# Callers who take turns with a batch each are rarely more; and seats take no more than a quarter of what slots do,
-# unless those of one table and the spare ones do.
-_MOST_TABLES = 8
-_SLOTS_BY_SEATS = 4
+# Callers who take turns with a batch each are rarely more; and their rows take no more than a quarter of what slots do,
+# unless those of one bank and the spare ones do.
+_MOST_BANKS = 8
+_SLOTS_BY_BATCH_ROWS = 4
 
 # What runs are bound to is kept for the next of as many steps and rows, but not without end where inputs are large.
 _MOST_BOUND_BYTES = 256 * 2**20
@@ -61,7 +61,7 @@ class _Steps:
 
 @dataclass(frozen=True)
 class _BoundRun:
-    """Everything bound once for runs from one area to another."""
+    """Everything bound once for runs from one buffer to another."""
 
     binding: ort.IOBinding
     steps: _Steps
@@ -122,13 +122,13 @@ class ModelRunner:
             problem = f"ONNX Runtime cannot load it: {error}".split("\n", 1)[0]
             raise ModelFileError(model.label, [problem]) from error
         step = math.lcm(*(_ALIGNMENT_BYTES // math.gcd(_row_bytes(s), _ALIGNMENT_BYTES) for s in spec.states))
-        self.num_seats = num_seats = _round_up(max_batch_size, step)
+        self.num_batch_rows = num_batch_rows = _round_up(max_batch_size, step)
         first = _round_up(num_slots + NUM_RESERVED_SLOTS, step)
-        self.num_tables = max(1, min(_MOST_TABLES, num_slots // (_SLOTS_BY_SEATS * max_batch_size) - 1))
-        num_areas = self.num_tables + 2
-        self._first_of_seats = first
-        self.num_rows = first + num_seats * num_areas
-        """Of each pool: slots and seats."""
+        self.num_banks = max(1, min(_MOST_BANKS, num_slots // (_SLOTS_BY_BATCH_ROWS * max_batch_size) - 1))
+        num_front_buffers = self.num_banks + 2
+        self._first_of_batch_rows = first
+        self.num_rows = first + num_batch_rows * num_front_buffers
+        """Of each pool: slots and batch rows."""
         self._pools = {
             state.input_name: self._on_device(
                 _aligned_zeros((self.num_rows, *state.shape), numpy_dtype(state.dtype))
@@ -136,12 +136,12 @@ class ModelRunner:
             for state in spec.states
         }
         self._row_numbers = np.arange(self.num_rows)
-        *self._areas, self._spare_area, self._reset_area = range(num_areas)
-        self._table_of = np.full(self.num_rows, -1)
-        """By row, what `_areas` says: the table whose next run reads it, or -1."""
-        self._table_of_seats = self._table_of[first:].reshape(num_areas, num_seats)
-        """The same of the seats, by area: a view."""
-        self._table_of_seats[: self.num_tables] = np.arange(self.num_tables)[:, np.newaxis]
+        *self._front_buffers, self._spare_buffer, self._reset_buffer = range(num_front_buffers)
+        self._bank_of = np.full(self.num_rows, -1)
+        """By row, what `_front_buffers` says: the bank whose next run reads it, or -1."""
+        self._bank_of_batch_rows = self._bank_of[first:].reshape(num_front_buffers, num_batch_rows)
+        """The same of the batch rows, by buffer: a view."""
+        self._bank_of_batch_rows[: self.num_banks] = np.arange(self.num_banks)[:, np.newaxis]
         self._steps: dict[tuple[int, int], _Steps] = {}
         self._runs: dict[tuple[int, int, int, int], _BoundRun] = {}
         self._moves: dict[int, _BoundMove] = {}
@@ -152,29 +152,29 @@ class ModelRunner:
             {state.input_name: initial_value(state)[np.newaxis] for state in spec.states},
         )
 
-    def first_seat(self, table: int) -> int:
-        """The row that the table's next run reads first; every run there that succeeds changes it."""
-        return self._first_of(self._areas[table])
+    def first_batch_row(self, bank: int) -> int:
+        """The row that the bank's next run reads first; every run there that succeeds changes it."""
+        return self._first_of(self._front_buffers[bank])
 
-    def seats(self, table: int, num_seats: int) -> Rows:
-        """The rows of a table's first seats, as of now; not to be written to."""
-        first = self.first_seat(table)
-        return self._row_numbers[first : first + num_seats]
+    def batch_rows(self, bank: int, num_batch_rows: int) -> Rows:
+        """The rows of a bank's first batch rows, as of now; not to be written to."""
+        first = self.first_batch_row(bank)
+        return self._row_numbers[first : first + num_batch_rows]
 
     @property
-    def spare_first_seat(self) -> int:
-        """The row that the next run writes first, of whatever table it is."""
-        return self._first_of(self._spare_area)
+    def spare_first_row(self) -> int:
+        """The row that the next run writes first, of whatever bank it is."""
+        return self._first_of(self._spare_buffer)
 
-    def _first_of(self, area: int) -> int:
-        return self._first_of_seats + area * self.num_seats
+    def _first_of(self, buffer: int) -> int:
+        return self._first_of_batch_rows + buffer * self.num_batch_rows
 
-    def tables_of(self, rows: Rows) -> Rows:
-        """The tables [B] whose next run reads these rows [B], each as a seat; -1 where none does."""
-        return self._table_of[rows]
+    def banks_of(self, rows: Rows) -> Rows:
+        """The banks [B] whose next run reads these rows [B], each as a batch row; -1 where none does."""
+        return self._bank_of[rows]
 
-    def run(self, inputs: Steps, table: int = 0, initial_rows: Rows | None = None) -> Steps:
-        """Run steps of the sessions whose state is in the first B seats of a table, one after another.
+    def run(self, inputs: Steps, bank: int = 0, initial_rows: Rows | None = None) -> Steps:
+        """Run steps of the sessions whose state is in the first B batch rows of a bank, one after another.
 
         The device is asked once for all of them, unless some begin from the initial state, and needs nobody's attention
         meanwhile. If this raises, no row that is anybody's has changed. Rows are independent: one that is not finite
@@ -183,13 +183,13 @@ class ModelRunner:
         Args:
             inputs: [K, B], contiguous, of the model's `inputs`. What a K and B need is kept for the next time, so K
                 should be one of few numbers.
-            table: which.
+            bank: which.
             initial_rows: [B], the rows that hold the state from which each session's steps that are reset begin. None:
                 the model's initial state for all.
 
         Returns:
             [K, B] of the model's `outputs`, valid until the next call. The state after the last step is in the first B
-            seats.
+            batch rows.
         """
         num_rows = inputs.shape[1]
         size = self.padded_batch_size or num_rows
@@ -198,24 +198,24 @@ class ModelRunner:
             padded[:, :num_rows] = inputs
             inputs = padded
             # What a session that failed has left there must not fail others.
-            empty = np.arange(num_rows, size) + self.first_seat(table)
+            empty = np.arange(num_rows, size) + self.first_batch_row(bank)
             self.move(np.full_like(empty, INITIAL_SLOT), empty)
         resets = self.model.inputs.resets(inputs)
         if resets.any():
-            outputs = self._run_with_resets(inputs, resets, table, initial_rows)
+            outputs = self._run_with_resets(inputs, resets, bank, initial_rows)
         else:
-            outputs = self._run_between(self._areas[table], self._spare_area, inputs)
-            self._change_over(table, self._spare_area)
+            outputs = self._run_between(self._front_buffers[bank], self._spare_buffer, inputs)
+            self._change_over(bank, self._spare_buffer)
         return outputs[:, :num_rows]
 
     def _run_with_resets(
-        self, inputs: Steps, resets: npt.NDArray[np.bool_], table: int, initial_rows: Rows | None
+        self, inputs: Steps, resets: npt.NDArray[np.bool_], bank: int, initial_rows: Rows | None
     ) -> Steps:
-        """As `run`, [K, B] with the padding, in pieces that no reset interrupts; what the table has stays as it is."""
-        here, there = self._reset_area, self._spare_area
+        """As `run`, [K, B] with the padding, in pieces that no reset interrupts; what the bank has stays as it is."""
+        here, there = self._reset_buffer, self._spare_buffer
         if initial_rows is None:
             initial_rows = np.full(inputs.shape[1], INITIAL_SLOT)
-        sources = self._row_numbers[self.first_seat(table) :][: inputs.shape[1]].copy()
+        sources = self._row_numbers[self.first_batch_row(bank) :][: inputs.shape[1]].copy()
         sources[: len(initial_rows)][resets[0, : len(initial_rows)]] = initial_rows[
             resets[0, : len(initial_rows)]
         ]
@@ -232,16 +232,16 @@ class ModelRunner:
             if cut < len(inputs):
                 rows = np.flatnonzero(resets[cut])
                 self.move(initial_rows[rows], self._first_of(here) + rows)
-        if here == self._reset_area:
-            self._reset_area = self._spare_area
-        self._change_over(table, here)
+        if here == self._reset_buffer:
+            self._reset_buffer = self._spare_buffer
+        self._change_over(bank, here)
         return np.concatenate(pieces)
 
-    def _run_between(self, area: int, next_area: int, inputs: Steps) -> Steps:
-        """Run steps [K, B] from the seats of one area to those of another."""
+    def _run_between(self, buffer: int, next_buffer: int, inputs: Steps) -> Steps:
+        """Run steps [K, B] from the batch rows of one buffer to those of another."""
         num_steps, size = inputs.shape
-        bound = self._runs.get((area, next_area, num_steps, size)) or self._bind_run(
-            area, next_area, num_steps, size
+        bound = self._runs.get((buffer, next_buffer, num_steps, size)) or self._bind_run(
+            buffer, next_buffer, num_steps, size
         )
         for name, value in bound.steps.inputs.items():
             value.update_inplace(np.ascontiguousarray(self.model.inputs.tensor(inputs, name)))
@@ -251,12 +251,12 @@ class ModelRunner:
             return bound.steps.packed
         return self.model.outputs.pack(bound.steps.outputs)
 
-    def _change_over(self, table: int, next_area: int) -> None:
-        """From now on a table's state is in another area, and its old one is spare."""
-        area = self._areas[table]
-        self._areas[table], self._spare_area = next_area, area
-        self._table_of_seats[next_area] = table
-        self._table_of_seats[area] = -1
+    def _change_over(self, bank: int, next_buffer: int) -> None:
+        """From now on a bank's state is in another buffer, and its old one is spare."""
+        buffer = self._front_buffers[bank]
+        self._front_buffers[bank], self._spare_buffer = next_buffer, buffer
+        self._bank_of_batch_rows[next_buffer] = bank
+        self._bank_of_batch_rows[buffer] = -1
 
     def move(self, sources: Rows, targets: Rows) -> None:
         """Copy the state in some rows to others.
@@ -373,8 +373,8 @@ class ModelRunner:
     def _row_shape(self, tensor: graphs.TensorLike) -> tuple[int, ...]:
         return graphs.row_shape(tensor, self.row_by_row)
 
-    def _bind_run(self, area: int, next_area: int, num_steps: int, size: int) -> _BoundRun:
-        """Bind every buffer for runs of as many steps and rows from one area to another, once."""
+    def _bind_run(self, buffer: int, next_buffer: int, num_steps: int, size: int) -> _BoundRun:
+        """Bind every buffer for runs of as many steps and rows from one buffer to another, once."""
         model = self.model
         steps = self._steps.get((num_steps, size)) or self._make_steps(num_steps, size)
         where = (self.device.kind, self.device.device_id)
@@ -397,11 +397,11 @@ class ModelRunner:
         for state in model.spec.states:
             pool, row_bytes = self._pools[state.input_name].data_ptr(), _row_bytes(state)
             rows = (*where, numpy_dtype(state.dtype), (size, *self._row_shape(state)))
-            here, there = self._first_of(area) * row_bytes, self._first_of(next_area) * row_bytes
+            here, there = self._first_of(buffer) * row_bytes, self._first_of(next_buffer) * row_bytes
             binding.bind_input(graphs.content(state), *rows, pool + here)
             binding.bind_output(graphs.next_content(state), *rows, pool + there)
         bound = _BoundRun(binding, steps)
-        self._runs[area, next_area, num_steps, size] = bound
+        self._runs[buffer, next_buffer, num_steps, size] = bound
         return bound
 
     def _bind_move(self, size: int) -> _BoundMove:

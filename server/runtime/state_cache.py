@@ -58,10 +58,10 @@ class StateCache:
     def make_room_for_run(self, bank: int, num_rows: int) -> None:
         """Write back what is cached where the bank's next run writes, and in the rows that pad the batch."""
         size = self._runner.padded_batch_size or num_rows
-        next_first = self._runner.spare_first_seat
+        next_first = self._runner.spare_first_row
         self._write_back_rows(next_first, next_first + size)
         if size > num_rows:
-            first = self._runner.first_seat(bank)
+            first = self._runner.first_batch_row(bank)
             self._write_back_rows(first + num_rows, first + size)
 
     def write_back(self, slots: Rows | None = None) -> None:

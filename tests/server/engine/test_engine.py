@@ -303,7 +303,7 @@ def test_batches_that_take_turns_are_not_copied_as_long_as_there_are_banks(
             np.testing.assert_array_equal(request.given[:, 0], [accumulated(inputs)[step]] * 2)
 
     harness.engine.close()
-    assert moves == [2] * len(batches_of_slots)  # each to its table, once
+    assert moves == [2] * len(batches_of_slots)  # each to its bank, once
 
 
 # A session's life in the engine: a step or several, alone or with others, one that fails, a fork, an end.
@@ -373,9 +373,9 @@ def test_every_slot_has_the_state_it_should_whatever_happened_to_others(
 def test_requests_that_arrive_amid_the_turns_of_others_give_what_each_gives_alone(
     tmp_path_factory: pytest.TempPathFactory, arrivals: list[tuple[int, int]], size: int
 ) -> None:
-    """Each arrives at a run of its own and cuts short what is under way, so that states lodge in every order.
+    """Each arrives at a run of its own and cuts short what is under way, so that states are cached in every order.
 
-    A request of no steps takes a place in a batch and no seat, so that others stay where they were while they wait.
+    A request of no steps takes no row of a batch, so that others stay where they were while they wait.
     """
     harness = Harness(tmp_path_factory.mktemp("models"), step_models.accumulator(), size)
     requests = [harness.request(n, random_inputs(length, n)) for n, (_, length) in enumerate(arrivals)]
@@ -410,7 +410,7 @@ def test_requests_that_arrive_amid_the_turns_of_others_give_what_each_gives_alon
 
 
 class Rows:
-    """One table and a spare area, and which slot's state is in each row: enough of a runner for cache."""
+    """One bank and a spare buffer, and which slot's state is in each row: enough of a runner for cache."""
 
     num_rows, padded_batch_size = 30, None
 
@@ -418,16 +418,16 @@ class Rows:
         self.firsts = [10, 20]
         self.content: dict[int, str] = {}
 
-    def first_seat(self, table: int) -> int:
-        return self.firsts[table]
+    def first_batch_row(self, bank: int) -> int:
+        return self.firsts[bank]
 
     @property
-    def spare_first_seat(self) -> int:
+    def spare_first_row(self) -> int:
         return self.firsts[1]
 
-    def run(self, seats: dict[int, str]) -> None:
-        """What a run leaves, by seat."""
-        self.content |= {self.spare_first_seat + seat: state for seat, state in seats.items()}
+    def run(self, batch_rows: dict[int, str]) -> None:
+        """What a run leaves, by batch_row."""
+        self.content |= {self.spare_first_row + batch_row: state for batch_row, state in batch_rows.items()}
         self.firsts.reverse()
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
@@ -436,15 +436,15 @@ class Rows:
 
 
 def test_a_state_that_is_cached_anew_is_not_overwritten_by_what_it_was_before() -> None:
-    """A request stood up, took its seat again for a single turn, and stood up: its old state must not come back."""
+    """A request left its batch row, took it again for a single turn, and left: its old state must not come back."""
     rows: Any = Rows()
-    cache, seat, slot = StateCache(rows), 2, np.array([5])
-    rows.run({seat: "before"})
-    cache.add(rows.first_seat(0) + np.array([seat]), slot)
-    assert cache.rows_of(slot) == rows.first_seat(0) + seat
+    cache, batch_row, slot = StateCache(rows), 2, np.array([5])
+    rows.run({batch_row: "before"})
+    cache.add(rows.first_batch_row(0) + np.array([batch_row]), slot)
+    assert cache.rows_of(slot) == rows.first_batch_row(0) + batch_row
 
-    rows.run({seat: "after"})
-    cache.add(rows.first_seat(0) + np.array([seat]), slot)
+    rows.run({batch_row: "after"})
+    cache.add(rows.first_batch_row(0) + np.array([batch_row]), slot)
     cache.make_room_for_run(0, 4)
     rows.run({0: "others", 1: "others", 2: "others", 3: "others"})
 

@@ -31,21 +31,21 @@ def runner_of(tmp_path: Path, content: bytes, kind: device.RequestedDevice = "cp
 def steps(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarray:
     """One step of some slots, in place."""
     outputs = sit_and_run(runner, slots, inputs)
-    runner.move(runner.first_seat(0) + np.arange(len(slots)), np.array(slots))
+    runner.move(runner.first_batch_row(0) + np.arange(len(slots)), np.array(slots))
     return outputs
 
 
 def run(
     runner: ModelRunner, inputs: np.ndarray, initial_rows: np.ndarray | None = None, resets: object = None
 ) -> np.ndarray:
-    """Steps [K, B, ...] of x at the first table; returns y, a copy."""
+    """Steps [K, B, ...] of x at the first bank; returns y, a copy."""
     model = runner.model
     steps = model.inputs.pack({"x": inputs}, None if resets is None else np.asarray(resets))
     return model.outputs.unpack(runner.run(steps, 0, initial_rows))["y"].copy()
 
 
 def sit_and_run(runner: ModelRunner, slots: list[int], inputs: np.ndarray) -> np.ndarray:
-    runner.move(np.array(slots), runner.first_seat(0) + np.arange(len(slots)))
+    runner.move(np.array(slots), runner.first_batch_row(0) + np.arange(len(slots)))
     return run(runner, inputs[np.newaxis])[0]
 
 
@@ -56,7 +56,7 @@ def test_a_move_writes_the_slots_named_and_no_others(tmp_path: Path) -> None:
     inputs = np.ones((2, 3), np.float32)
 
     sit_and_run(runner, [INITIAL_SLOT, 4], inputs)
-    runner.move(runner.first_seat(0) + np.arange(2), np.array([7, 9]))
+    runner.move(runner.first_batch_row(0) + np.arange(2), np.array([7, 9]))
 
     expected = before.copy()
     expected[7] = 1
@@ -115,7 +115,7 @@ def test_how_long_a_turn_takes_is_measured_for_the_largest_batch_and_half_of_it(
 def test_a_step_that_fails_on_random_inputs_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_nothing(self: ModelRunner, inputs: np.ndarray, table: int = 0) -> np.ndarray:
+    def run_nothing(self: ModelRunner, inputs: np.ndarray, bank: int = 0) -> np.ndarray:
         raise RuntimeError("zero divide")
 
     monkeypatch.setattr(ModelRunner, "run", run_nothing)
@@ -126,7 +126,7 @@ def test_a_step_that_fails_on_random_inputs_is_not_timed(
 def test_a_batch_goes_on_from_where_the_last_run_left_it(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.delay_line())
     inputs = np.random.default_rng(1).uniform(-1, 1, (6, 4, 3)).astype(np.float32)
-    runner.move(np.full(4, INITIAL_SLOT), runner.first_seat(0) + np.arange(4))
+    runner.move(np.full(4, INITIAL_SLOT), runner.first_batch_row(0) + np.arange(4))
 
     outputs = np.concatenate(
         [run(runner, inputs[turns]) for turns in (slice(0, 1), slice(1, 5), slice(5, 6))]
@@ -141,10 +141,10 @@ def test_steps_at_once_give_what_one_after_the_other_does_bit_for_bit(tmp_path: 
     inputs = np.random.default_rng(2).uniform(-1, 1, (7, 5, 3)).astype(np.float32)
     results = []
     for cuts in ([0, 7], range(8), [0, 1, 3, 7]):
-        runner.move(np.full(5, INITIAL_SLOT), runner.first_seat(0) + np.arange(5))
+        runner.move(np.full(5, INITIAL_SLOT), runner.first_batch_row(0) + np.arange(5))
         pieces = [inputs[start:stop] for start, stop in pairwise(cuts)]
         outputs = np.concatenate([run(runner, piece) for piece in pieces])
-        results.append({"y": outputs, **runner.read(runner.first_seat(0) + np.arange(5))})
+        results.append({"y": outputs, **runner.read(runner.first_batch_row(0) + np.arange(5))})
 
     for other in results[1:]:
         for name, value in other.items():
@@ -157,7 +157,7 @@ def test_what_runs_are_bound_to_does_not_grow_without_end(
     monkeypatch.setattr("server.runtime.runner._MOST_BOUND_BYTES", 1000)
     runner = runner_of(tmp_path, step_models.accumulator())
     inputs = np.ones((4, 8, 3), np.float32)
-    runner.move(np.full(8, INITIAL_SLOT), runner.first_seat(0) + np.arange(8))
+    runner.move(np.full(8, INITIAL_SLOT), runner.first_batch_row(0) + np.arange(8))
 
     for num_steps, num_rows in [(1, 1), (4, 4), (4, 8), (2, 8), (1, 1)]:
         outputs = run(runner, np.ascontiguousarray(inputs[:num_steps, :num_rows]))
@@ -184,29 +184,29 @@ def test_steps_that_are_reset_begin_from_the_rows_that_each_session_names(
         expected = np.empty_like(inputs)
         alone = {}
         for row in range(num_rows):
-            runner.move(np.array([row + 5]), np.array([runner.first_seat(0)]))
+            runner.move(np.array([row + 5]), np.array([runner.first_batch_row(0)]))
             for step in range(num_steps):
                 if resets[step, row]:
-                    runner.move(initial_rows[[row]], np.array([runner.first_seat(0)]))
+                    runner.move(initial_rows[[row]], np.array([runner.first_batch_row(0)]))
                 expected[step, row] = run(runner, inputs[step : step + 1, row : row + 1])[0, 0]
-            alone[row] = runner.read(np.array([runner.first_seat(0)]))
-        seats = np.arange(num_rows)
-        runner.move(seats + 5, runner.first_seat(0) + seats)
+            alone[row] = runner.read(np.array([runner.first_batch_row(0)]))
+        batch_rows = np.arange(num_rows)
+        runner.move(batch_rows + 5, runner.first_batch_row(0) + batch_rows)
 
         outputs = run(runner, inputs, initial_rows, resets)
 
         np.testing.assert_array_equal(outputs, expected)
-        after = runner.read(runner.first_seat(0) + seats)
+        after = runner.read(runner.first_batch_row(0) + batch_rows)
         for row, state in alone.items():
             for name, value in state.items():
                 np.testing.assert_array_equal(after[name][row], value[0])
-        runner.move(runner.first_seat(0) + seats, seats + 5)
+        runner.move(runner.first_batch_row(0) + batch_rows, batch_rows + 5)
 
 
 def test_a_run_with_resets_that_fails_spoils_neither_slots_nor_seats(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.fragile())
     sit_and_run(runner, [INITIAL_SLOT] * 3, np.ones((3, 3), np.float32))
-    kept = np.r_[0:18, runner.first_seat(0) + np.arange(3)]
+    kept = np.r_[0:18, runner.first_batch_row(0) + np.arange(3)]
     before = runner.read(kept)
     inputs = np.zeros((6, 3, 3), np.float32)
     inputs[-1] = 8
@@ -233,7 +233,7 @@ def test_a_run_copies_no_next_state(tmp_path: Path) -> None:
 def test_the_body_of_a_node_may_take_the_next_state_from_around_itself(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.branching())
     inputs = np.random.default_rng(3).uniform(-1, 1, (4, 2, 3)).astype(np.float32)
-    runner.move(np.full(2, INITIAL_SLOT), runner.first_seat(0) + np.arange(2))
+    runner.move(np.full(2, INITIAL_SLOT), runner.first_batch_row(0) + np.arange(2))
 
     outputs = np.concatenate([run(runner, inputs[:1]), run(runner, inputs[1:])])
 
@@ -270,10 +270,10 @@ def test_where_steps_at_once_would_give_something_else_each_is_run_by_itself(
 def test_where_steps_at_once_fail_the_log_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_any = ModelRunner.run
 
-    def run_one(self: ModelRunner, inputs: np.ndarray, table: int = 0) -> np.ndarray:
+    def run_one(self: ModelRunner, inputs: np.ndarray, bank: int = 0) -> np.ndarray:
         if len(inputs) > 1:
             raise RuntimeError("no kernel for Scan")
-        return run_any(self, inputs, table)
+        return run_any(self, inputs, bank)
 
     monkeypatch.setattr(ModelRunner, "run", run_one)
 
@@ -288,7 +288,7 @@ def test_where_steps_at_once_fail_the_log_says_so(tmp_path: Path, monkeypatch: p
 def test_a_run_that_fails_spoils_neither_slots_nor_seats(tmp_path: Path) -> None:
     runner = runner_of(tmp_path, step_models.fragile())
     sit_and_run(runner, [INITIAL_SLOT] * 3, np.ones((3, 3), np.float32))
-    kept = np.r_[0:18, runner.first_seat(0) + np.arange(3)]
+    kept = np.r_[0:18, runner.first_batch_row(0) + np.arange(3)]
     before = runner.read(kept)
 
     inputs = np.zeros((4, 3, 3), np.float32)
@@ -310,7 +310,7 @@ def test_what_a_failed_session_left_does_not_fail_a_padded_batch(tmp_path: Path)
     sit_and_run(runner, [INITIAL_SLOT, 5], ones)
 
     np.testing.assert_array_equal(sit_and_run(runner, [INITIAL_SLOT], ones[:1]), expected)
-    assert np.isfinite(runner.read(runner.first_seat(0) + np.arange(8))["sum"]).all()
+    assert np.isfinite(runner.read(runner.first_batch_row(0) + np.arange(8))["sum"]).all()
 
 
 @pytest.mark.gpu

@@ -302,3 +302,56 @@ def test_sessions_outlive_a_kill_and_more_of_them_than_fit(
             outputs = session.run(cut(inputs, 8, 12), resets[8:])
 
             assert_equal(outputs, cut(expected(model, inputs, [2, 9], goal=goal), 8, 12))
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_random_histories_of_more_sessions_than_fit_are_those_of_a_plain_loop(
+    serve: Callable[..., Any], root: Path, model: StepModel, tmp_path: Path, seed: int
+) -> None:
+    """Steps with resets, repeats of them, resets, forks, exports and imports, in any order, two sessions in memory."""
+    _, address = await serve(
+        root,
+        store=f"sqlite:///{tmp_path}/s.db",
+        max_resident_sessions=2,
+        max_batch_size=2,
+        snapshot_every_steps=7,
+    )
+    generator = np.random.default_rng(seed)
+    pool, used = inputs_of(2000, seed), 0
+    histories: list[dict[str, Any]] = []
+    async with AsyncClient(address) as client:
+        for number in range(4):
+            goal = np.full(3, number, np.float32)
+            session = await client.session("several", initial_state={"goal": goal} if number else None)
+            given = {"goal": goal} if number else {}
+            histories.append({"session": session, "given": given, "inputs": [], "resets": [], "outputs": []})
+        for _ in range(60):
+            history = histories[generator.integers(len(histories))]
+            session, length = history["session"], int(generator.integers(1, 6))
+            match generator.choice(["step", "step", "step", "repeat", "reset", "fork", "import"]):
+                case "step" | "repeat" as action:
+                    inputs, resets = cut(pool, used, used + length), generator.random(length) < 0.15
+                    used += length
+                    first_step = session.next_step
+                    outputs = await session.run(inputs, resets)
+                    if action == "repeat":
+                        session.next_step = first_step
+                        assert_equal(await session.run(inputs, resets), outputs)
+                    history["resets"] += (first_step + np.flatnonzero(resets)).tolist()
+                    history["inputs"].append(inputs)
+                    history["outputs"].append(outputs)
+                case "reset":
+                    await session.reset()
+                    history["resets"].append(session.next_step)
+                case action:
+                    forks = action == "fork"
+                    other = await (session.fork() if forks else client.import_session(await session.export()))
+                    copied = {key: [*history[key]] for key in ("inputs", "resets", "outputs")}
+                    histories.append({"session": other, "given": history["given"], **copied})
+
+    for history in histories:
+        if history["inputs"]:
+            inputs = {name: np.concatenate([part[name] for part in history["inputs"]]) for name in pool}
+            ran = {n: np.concatenate([part[n] for part in history["outputs"]]) for n in history["outputs"][0]}
+            begins = sorted({step for step in history["resets"] if 0 < step < len(inputs["obs"])})
+            assert_equal(ran, expected(model, inputs, begins, **history["given"]))

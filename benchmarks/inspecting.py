@@ -32,6 +32,7 @@ from ntm.v1 import model_pb2, tensor_pb2
 ROWS, COLUMNS = 64, 1024
 NUM_STEPS = 1000
 NUM_WATCHERS = 10
+WARM_UP_STEPS = 1000
 ROUNDS = 5
 ROUND_S = 3.0
 SWEEP_MOVES = 120
@@ -195,6 +196,7 @@ async def watched(address: str) -> list[tuple[str, str]]:
     ratios, rates = [], []
     async with AsyncClient(address) as client, AsyncClient(address) as other:
         session = await client.session("copy")
+        inputs = np.zeros(9, np.float32)
         names = [state.input_name for state in session.model.spec.states]
         for number in range(ROUNDS):
             measured = {}
@@ -204,6 +206,10 @@ async def watched(address: str) -> list[tuple[str, str]]:
                     attached = await other.attach(session.session_id)
                     watchers = [asyncio.create_task(slowly(attached, names)) for _ in range(NUM_WATCHERS)]
                     await asyncio.sleep(0.5)
+                    for _ in range(
+                        WARM_UP_STEPS
+                    ):  # until what may wait for the watchers, here and on the way, is full
+                        await session.step(inputs)
                 measured[is_watched] = await steps_per_s(session)
                 for watcher in watchers:
                     watcher.cancel()

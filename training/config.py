@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import tomli_w
+import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -426,7 +427,10 @@ def write_settings(settings: Settings, path: Path) -> None:
 def make_cell(settings: Settings) -> Cell:
     """The cell that the settings describe, with fresh weights."""
     task, model = settings.task, settings.model
-    sizes: dict[str, Any] = {"input_size": task.input_size, "output_size": task.output_size}
+    with torch.device(
+        "cpu"
+    ):  # A task may read its data for them, also where the cell is made of shapes alone.
+        sizes: dict[str, Any] = {"input_size": task.input_size, "output_size": task.output_size}
     if model.architecture == "plain":
         return PlainCell(**sizes, **model.model_dump(include=_CONTROLLER))
     if model.architecture == "dnc":

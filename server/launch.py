@@ -160,7 +160,7 @@ async def build(settings: ServerSettings) -> Server:
     Raises:
         StartupError: a model cannot be served, the device cannot be had, or the store cannot be used as asked.
     """
-    metrics = Metrics()
+    metrics = Metrics(triton=settings.triton_metrics)
     authenticator, identity = settings.authenticator(), settings.tls_identity()
     chosen_device = device.choose(settings.device, settings.device_id, settings.device_memory_limit_mib)
     metrics.report_device(chosen_device)
@@ -265,6 +265,7 @@ class Server:
             metadata.version("ntm"),
             settings.sequence_idle_s,
             self._idle_streams,
+            metrics,
         )
         self._inference.add_to(self._grpc)
         if isinstance(self._grpc, NativeServer):

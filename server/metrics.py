@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.registry import Collector
 
 from server.engine.engine import BatchReport
 from server.runtime.provider import Device
@@ -13,11 +16,19 @@ from server.sessions.served_model import ServedModel
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+Reason = Literal["REJECTED", "CANCELED", "BACKEND", "OTHER"]
+"""Why a request failed, in Triton's words."""
+
 
 class Metrics:
     """The metrics of one server, in a registry of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, triton: bool = False) -> None:
+        """Nothing is counted yet.
+
+        Args:
+            triton: whether Triton's names are told too.
+        """
         self.registry = CollectorRegistry()
         """All of them, to be told."""
         r = self.registry
@@ -65,6 +76,9 @@ class Metrics:
         self._transport = Gauge(
             "ntm_transport", "1 for what carries gRPC: native or grpcio.", ["transport"], registry=r
         )
+        self._triton = _TritonCollector() if triton else None
+        if self._triton is not None:
+            r.register(self._triton)
 
     def observe_commit(self, num_writes: int, seconds: float) -> None:
         """Count one commit to the store, of so many sessions' changes."""
@@ -87,7 +101,11 @@ class Metrics:
         steps, sizes = self._steps.labels(model), self._batch_size.labels(model)
         run_seconds, queue_seconds = self._run_seconds.labels(model), self._queue_seconds.labels(model)
 
+        triton = self._triton
+
         def observe(report: BatchReport) -> None:
+            if triton is not None:
+                triton.count_batch(model, report)
             steps.inc(report.num_rows * len(report.turn_times_s))
             for turn_s in report.turn_times_s:
                 sizes.observe(report.num_rows)
@@ -96,6 +114,11 @@ class Metrics:
                 queue_seconds.observe(wait_s)
 
         return observe
+
+    def count_inference(self, model: str, seconds: float, failure: Reason | None) -> None:
+        """Count a request of the inference protocol, by the model's label, and why it failed if it did."""
+        if self._triton is not None:
+            self._triton.count_request(model, seconds, failure)
 
     def watch(self, served: ServedModel) -> None:
         """Report a model's sessions and queue as they are when scraped."""
@@ -114,6 +137,8 @@ class Metrics:
             self._pending,
         ):
             metric.remove(model)
+        if self._triton is not None:
+            self._triton.forget(model)
 
     def report_file_problem(self, model: str, problem: str) -> None:
         """Report that a model's file has a problem: "load_failed" or "changed_in_place"."""
@@ -130,3 +155,53 @@ class Metrics:
     def report_transport(self, kind: str) -> None:
         """Report what carries gRPC."""
         self._transport.labels(kind).set(1)
+
+
+class _TritonCollector(Collector):
+    """The metrics that Triton's dashboards read, by Triton's names.
+
+    These lack the ending `_total`, which the library gives every counter, so they go out without a type. Each number
+    has one thread that changes it: a model's engine, or the event loop.
+    """
+
+    _DOCUMENTATION: ClassVar = {
+        "nv_inference_request_success": "Requests of the inference protocol that succeeded.",
+        "nv_inference_request_failure": "Requests of the inference protocol that failed, by reason.",
+        "nv_inference_request_duration_us": "Time of the requests that succeeded, from arrival to answer.",
+        "nv_inference_count": "Steps run, one for each session of a batch.",
+        "nv_inference_exec_count": "Batches run, each one step of its sessions.",
+        "nv_inference_queue_duration_us": "Time that requests waited for their first turn.",
+    }
+
+    def __init__(self) -> None:
+        self._values: Tally[tuple[str, str, str]] = Tally()
+        """By metric, model label and reason, "" for none."""
+
+    def count_request(self, model: str, seconds: float, failure: Reason | None) -> None:
+        if failure is not None:
+            self._values["nv_inference_request_failure", model, failure] += 1
+            return
+        self._values["nv_inference_request_success", model, ""] += 1
+        self._values["nv_inference_request_duration_us", model, ""] += round(seconds * 1e6)
+
+    def count_batch(self, model: str, report: BatchReport) -> None:
+        num_turns = len(report.turn_times_s)
+        self._values["nv_inference_count", model, ""] += report.num_rows * num_turns
+        self._values["nv_inference_exec_count", model, ""] += num_turns
+        waited_us = round(sum(report.queue_times_s) * 1e6)
+        self._values["nv_inference_queue_duration_us", model, ""] += waited_us
+
+    def forget(self, model: str) -> None:
+        for key in [key for key in self._values.copy() if key[1] == model]:
+            del self._values[key]
+
+    def collect(self) -> Iterator[Metric]:
+        values = self._values.copy()  # in one go: whoever counts goes on meanwhile
+        for name, documentation in self._DOCUMENTATION.items():
+            metric = Metric(name, documentation, "unknown")
+            for (counted, label, reason), value in sorted(values.items()):
+                if counted == name:
+                    model, _, version = label.rpartition("/")
+                    labels = {"model": model, "version": version}
+                    metric.add_sample(name, labels | ({"reason": reason} if reason else {}), value)
+            yield metric

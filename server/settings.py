@@ -117,6 +117,8 @@ class ServerSettings(BaseSettings):
     """Seconds that calls in progress have to finish after SIGTERM."""
     metrics_listen: str | None = None
     """HOST:PORT for Prometheus to scrape, over TLS where the server has a certificate. Not set: no metrics endpoint."""
+    triton_metrics: bool = False
+    """Tell the metrics that Triton's dashboards read too, by Triton's names."""
     health_listen: str | None = None
     """HOST:PORT where health alone is told, in plaintext, for probes that do not speak TLS. Not set: nowhere else."""
     insecure: bool = False

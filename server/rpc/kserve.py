@@ -2,8 +2,9 @@
 
 A sequence is a session of the caller's. START makes one, in the place of one that lives; END deletes it after the
 request's steps; one without END ends by an idle limit. A request of T steps has inputs [1, T, ...shape]; without T,
-[1, ...shape], one. The request parameter `first_step` makes a repeat safe, as in `ntm.v1`. Without a sequence id a
-request runs from the initial state and leaves nothing behind.
+[1, ...shape], one. The request parameter `first_step` makes a repeat safe, as in `ntm.v1`. With START a state may be
+given as an input; the input `reset` says which steps begin from the state that the sequence began from. Without a
+sequence id a request runs from the initial state and leaves nothing behind.
 
 Shapes: T steps of a request.
 """
@@ -14,7 +15,7 @@ import asyncio
 import hashlib
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter, time
 from typing import Any
@@ -25,9 +26,20 @@ import structlog
 
 from ntm.tensor import Array, numpy_dtype, type_name
 from ntm.v1 import tensor_pb2
-from server.errors import InvalidInputError, ModelNotFoundError, ServingError, SessionNotFoundError
+from server.errors import (
+    EngineFailedError,
+    InvalidInputError,
+    ModelNotFoundError,
+    NoFreeSlotError,
+    QueueFullError,
+    QuotaExceededError,
+    ServingError,
+    SessionNotFoundError,
+    StepFailedError,
+)
+from server.metrics import Metrics, Reason
 from server.model.layout import Steps
-from server.model.spec import StepModel, to_api
+from server.model.spec import StepModel, api_shape, initial_state, to_api
 from server.rpc import status
 from server.rpc.access import Access
 from server.rpc.inference import grpc_service_pb2 as pb
@@ -42,6 +54,8 @@ log = structlog.get_logger()
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _PREFIX = "sequence~"
+_RESET = "reset"
+"""The input that says which steps begin from the initial state, unless the model has one of this name."""
 _MOST_CONCURRENT = 256
 """Requests of one stream that may be at work."""
 
@@ -69,6 +83,17 @@ class _Sequence:
     first_step: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a request's inputs are."""
+
+    steps: Steps
+    """[T]."""
+    has_steps_axis: bool
+    states: dict[str, Array]
+    """By name, in the API's axes: what the sequence begins from instead of the model's own values."""
+
+
 @dataclass(slots=True)
 class _Statistics:
     """What was inferred with one version of a model."""
@@ -92,6 +117,7 @@ class InferenceService:
         version: str,
         sequence_idle_s: float,
         idle_streams: IdleStreams,
+        metrics: Metrics,
     ) -> None:
         """Nothing is inferred yet.
 
@@ -102,6 +128,7 @@ class InferenceService:
             version: the server's, as metadata tells it.
             sequence_idle_s: seconds without a request after which a sequence ends.
             idle_streams: those that wait for their client.
+            metrics: where requests are counted.
         """
         self._sessions = sessions
         self._limits = limits
@@ -109,6 +136,7 @@ class InferenceService:
         self._version = version
         self._sequence_idle_s = sequence_idle_s
         self._idle_streams = idle_streams
+        self._metrics = metrics
         self._session_ids: dict[str, str] = {}
         """Of the sequences that this server has seen, by the beginning of their keys."""
         self._statistics: dict[tuple[str, int], _Statistics] = defaultdict(_Statistics)
@@ -281,25 +309,35 @@ class InferenceService:
         seen, start_s = self._statistics[served.model.name, served.model.version], perf_counter()
         try:
             answer = await self._run(served, request)
-        except BaseException:
+        except BaseException as error:
+            taken_s = perf_counter() - start_s
             seen.num_failed += 1
-            seen.failed_s += perf_counter() - start_s
+            seen.failed_s += taken_s
+            self._metrics.count_inference(served.model.label, taken_s, _reason(error))
             raise
+        taken_s = perf_counter() - start_s
         seen.num_ok += 1
-        seen.ok_s += perf_counter() - start_s
+        seen.ok_s += taken_s
+        self._metrics.count_inference(served.model.label, taken_s, None)
         seen.last_time_s = time()
         return answer
 
     async def _run(self, served: ServedModel, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
         model, sequence = served.model, _sequence_of(request)
-        steps, has_steps_axis = _inputs_of(request, model, self._limits)
+        given = _inputs_of(request, model, self._limits)
+        if given.states and not (sequence.sequence_id and sequence.starts):
+            raise InvalidInputError(
+                f"inputs.{min(given.states)}",
+                "a state is given where a sequence begins: set sequence_id and sequence_start, or leave it out",
+            )
+        steps = given.steps
         output_names, state_names = _wanted(request, model)
         self._statistics[model.name, model.version].num_steps += len(steps)
         with self._access.steps(len(steps)):
             if not sequence.sequence_id:
                 result = await self._run_alone(served, steps)
             else:
-                result = await self._run_sequence(served, sequence, steps, bool(state_names))
+                result = await self._run_sequence(served, sequence, given, bool(state_names))
         answer = pb.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=request.id)
         answer.parameters["next_step"].int64_param = result.next_step
         for name in ("sequence_id", "sequence_start", "sequence_end"):
@@ -307,7 +345,7 @@ class InferenceService:
                 answer.parameters[name].CopyFrom(request.parameters[name])
         for name in output_names:
             values = model.outputs.tensor(result.outputs, name)
-            _add_output(answer, name, values[None] if has_steps_axis else values)
+            _add_output(answer, name, values[None] if given.has_steps_axis else values)
         states = {state.input_name: state for state in model.spec.states}
         for name in state_names:
             _add_output(answer, name, to_api(states[name], result.state[name])[None])
@@ -315,19 +353,21 @@ class InferenceService:
 
     async def _run_alone(self, served: ServedModel, steps: Steps) -> StepResult:
         """Steps from the initial state, of nobody's session."""
+        initial_state(served.model.spec, {})  # a session input without a value of its own needs a sequence
         return await self._sessions.step_alone(served, steps)
 
     async def _run_sequence(
-        self, served: ServedModel, sequence: _Sequence, steps: Steps, wants_state: bool
+        self, served: ServedModel, sequence: _Sequence, given: _Given, wants_state: bool
     ) -> StepResult:
         beginning = self._beginning_of(served.model.name, sequence.sequence_id)
         key = await self._find(served, beginning)
         if sequence.starts and (key is None or sequence.first_step is None):
+            initial_state(served.model.spec, given.states)  # refused before anything gives way
             if key is not None:  # Triton's meaning: what was left without END gives way
                 await self._sessions.delete(key, allow_missing=True)
             new = beginning + secrets.token_hex(4)
             info = await self._access.begin(
-                lambda: self._sessions.create(served.model.name, served.model.version, new, ""),
+                lambda: self._sessions.create(served.model.name, served.model.version, new, "", given.states),
                 served.model.name,
                 "",
             )
@@ -341,7 +381,7 @@ class InferenceService:
             )
         try:
             session = await self._sessions.find(key)
-            result = await self._sessions.step(session, steps, sequence.first_step, wants_state)
+            result = await self._sessions.step(session, given.steps, sequence.first_step, wants_state)
         except SessionNotFoundError:
             self._session_ids.pop(beginning, None)
             raise
@@ -383,6 +423,18 @@ class InferenceService:
         if version and not version.isdecimal():
             raise InvalidInputError("model_version", f"{version!r} is no number: send one, or nothing")
         return self._sessions.models.find(name, int(version) if version else None)
+
+
+def _reason(error: BaseException) -> Reason:
+    """Why a request failed, in Triton's words."""
+    match error:
+        case asyncio.CancelledError():
+            return "CANCELED"
+        case QueueFullError() | NoFreeSlotError() | QuotaExceededError():
+            return "REJECTED"
+        case StepFailedError() | EngineFailedError():
+            return "BACKEND"
+    return "OTHER"
 
 
 def _is_sequence(key: str) -> bool:
@@ -429,24 +481,30 @@ def _sequence_of(request: pb.ModelInferRequest) -> _Sequence:
     )
 
 
-def _inputs_of(request: pb.ModelInferRequest, model: StepModel, limits: RequestLimits) -> tuple[Steps, bool]:
-    """The steps [T] of a request, and whether its inputs have an axis for them."""
+def _inputs_of(request: pb.ModelInferRequest, model: StepModel, limits: RequestLimits) -> _Given:
+    """The steps of a request, which of them begin anew, and the states it gives."""
     given = {tensor.name: (tensor, position) for position, tensor in enumerate(request.inputs)}
     wanted = {tensor.name: tensor for tensor in model.input_tensors}
-    if set(given) != set(wanted) or len(given) != len(request.inputs):
+    states = {state.input_name: state for state in model.spec.states}
+    optional = {*states, _RESET} - {*wanted}
+    if not {*wanted} <= {*given} <= {*wanted, *optional} or len(given) != len(request.inputs):
         raise InvalidInputError(
-            "inputs", f"they are {sorted(given)}, the model takes {sorted(wanted)}, each once"
+            "inputs",
+            f"they are {sorted(given)}, the model takes {sorted(wanted)}, and may be given {sorted(optional)}, "
+            "each once",
         )
     num_raw = len(request.raw_input_contents)
     if num_raw not in (0, len(request.inputs)):
         raise InvalidInputError(
             "raw_input_contents", f"{num_raw} for {len(request.inputs)} inputs: send one for each, or none"
         )
-    arrays: dict[str, Array] = {}
-    for name, spec in wanted.items():
+
+    def array(name: str, data_type: tensor_pb2.DataType.ValueType, shape: Sequence[int]) -> Array:
         tensor, position = given[name]
         raw = request.raw_input_contents[position] if num_raw else None
-        arrays[name] = _array(tensor, spec.dtype, tuple(spec.shape), raw)
+        return _array(tensor, data_type, tuple(shape), raw)
+
+    arrays = {name: array(name, spec.dtype, spec.shape) for name, spec in wanted.items()}
     ranks = {array.ndim - len(wanted[name].shape) for name, array in arrays.items()}
     if len(ranks) > 1:
         raise InvalidInputError("inputs", "some have an axis for steps and some have none: give all the same")
@@ -461,10 +519,26 @@ def _inputs_of(request: pb.ModelInferRequest, model: StepModel, limits: RequestL
         raise InvalidInputError(
             "inputs", f"{num_steps} steps in one request: send 1 to {limits.max_steps_per_message}"
         )
-    steps = model.inputs.pack(steps_of)
+    resets = None
+    if _RESET in given and _RESET not in wanted and _RESET not in states:
+        resets = array(_RESET, tensor_pb2.DATA_TYPE_BOOL, ()).reshape(-1)
+        if len(resets) != num_steps:
+            raise InvalidInputError(
+                f"inputs.{_RESET}",
+                f"it has {len(resets)} values for {num_steps} steps: send one for each, [1, T]",
+            )
+    given_states = {}
+    for name in sorted({*given} & {*states} - {*wanted}):
+        values = array(name, states[name].dtype, api_shape(states[name]))
+        if values.ndim != 1 + len(states[name].shape):
+            raise InvalidInputError(
+                f"inputs.{name}", f"a state has no axis for steps: send {[1, *api_shape(states[name])]}"
+            )
+        given_states[name] = values[0]
+    steps = model.inputs.pack(steps_of, resets)
     if not model.inputs.are_finite(steps):
         raise InvalidInputError("inputs", "all values must be finite")
-    return steps, has_steps_axis
+    return _Given(steps, has_steps_axis, given_states)
 
 
 def _array(

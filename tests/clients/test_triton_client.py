@@ -187,6 +187,81 @@ print(json.dumps([first.as_numpy("y").tolist(), first.as_numpy("sum").tolist(),
     np.testing.assert_array_equal(rest, expected[8:])
 
 
+def test_a_sequence_begins_from_a_state_given_with_start_and_a_reset_mask_goes_back_to_it(
+    address: str,
+) -> None:
+    given = run(
+        address,
+        """
+state = triton.InferInput("sum", [1, 3], "FP32")
+state.set_data_from_numpy(np.array([[4, 8, -2]], np.float32))
+def mask(array):
+    one = triton.InferInput("reset", list(array.shape), "BOOL")
+    one.set_data_from_numpy(array)
+    return one
+inputs = tensor(np.ones((1, 4, 3), np.float32))
+one = tensor(np.ones((1, 3), np.float32))
+outputs = [
+    client.infer("accumulator", [inputs, state, mask(np.array([[False, False, True, False]]))], sequence_id=1,
+                 sequence_start=True),
+    client.infer("accumulator", [one], sequence_id=1),
+    client.infer("accumulator", [one, mask(np.array([True]))], sequence_id=1),
+    client.infer("accumulator", [mask(np.array([[False, True]])), tensor(np.ones((1, 2, 3), np.float32))]),
+]
+print(json.dumps([result.as_numpy("y").tolist() for result in outputs]))
+""",
+    )
+
+    def step(state: np.ndarray) -> np.ndarray:
+        return np.float32(0.5) * state + np.float32(1)
+
+    begun = np.array([4, 8, -2], np.float32)
+    first = step(begun)
+    np.testing.assert_array_equal(given[0][0], [first, step(first), first, step(first)])
+    np.testing.assert_array_equal(given[1][0], step(step(first)))
+    np.testing.assert_array_equal(given[2][0], first)
+    np.testing.assert_array_equal(given[3][0], np.ones((2, 3)))
+
+
+def test_states_and_masks_that_do_not_fit_are_refused_and_the_living_sequence_stays(address: str) -> None:
+    given = run(
+        address,
+        """
+def named(name, array, datatype="FP32"):
+    one = triton.InferInput(name, list(array.shape), datatype)
+    one.set_data_from_numpy(array)
+    return one
+def refusal(*inputs, **kwargs):
+    try:
+        client.infer("accumulator", [one, *inputs], sequence_id=1, **kwargs)
+    except InferenceServerException as error:
+        return error.message()
+    return None
+one = tensor(np.ones((1, 3), np.float32))
+client.infer("accumulator", [one], sequence_id=1, sequence_start=True)
+state = np.ones((1, 3), np.float32)
+refusals = [
+    refusal(named("sum", state)),
+    refusal(named("sum", np.ones((1, 4), np.float32)), sequence_start=True),
+    refusal(named("sum", np.ones((1, 1, 3), np.float32)), sequence_start=True),
+    refusal(named("sum", np.full((1, 3), np.inf, np.float32)), sequence_start=True),
+    refusal(named("reset", np.array([[True, False]]), "BOOL")),
+    refusal(named("reset", np.ones(1, np.float32))),
+    refusal(named("other", state)),
+]
+rest = client.infer("accumulator", [one], sequence_id=1).as_numpy("y").tolist()
+print(json.dumps([refusals, rest]))
+""",
+    )
+
+    for refusal, said in zip(
+        given[0], ("sequence_start", "shape", "axis", "finite", "2 values", "BOOL", "other"), strict=True
+    ):
+        assert refusal is not None, said
+        assert said in refusal
+    assert given[1] == [[1.5, 1.5, 1.5]]
+
+
 def test_a_request_without_a_sequence_runs_from_the_initial_state_each_time(address: str) -> None:
     given = run(
         address,

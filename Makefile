@@ -33,7 +33,7 @@ inspect: $(VENV)/.inspect ## See sessions at work, in a browser: a page on 127.0
 	@$(BIN)/python -m inspector
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.chromium $(VENV)/triton/.tools ## Run the tests.
+test: $(VENV)/.dev $(VENV)/.chromium $(VENV)/triton/.tools $(VENV)/node/.tools ## Run the tests.
 	@$(BIN)/python -m pytest --numprocesses 2
 
 .PHONY: pictures
@@ -162,6 +162,14 @@ $(VENV)/.chromium: | $(VENV)/bin/python
 $(VENV)/triton/.tools: Makefile | $(VENV)/bin/python
 	@$(PYTHON) -m venv $(VENV)/triton
 	@$(VENV)/triton/bin/pip --disable-pip-version-check --quiet install 'tritonclient[grpc]==$(TRITON_CLIENT_VERSION)'
+	@touch $@
+
+# Where there is no npm the tests of the Node.js client are skipped, and say so.
+$(VENV)/node/.tools: clients/node/package.json | $(VENV)/bin/python
+	@mkdir -p $(VENV)/node
+	@if command -v npm > /dev/null; then \
+		cp clients/node/package.json $(VENV)/node/ && npm install --silent --no-fund --no-audit --prefix $(VENV)/node; \
+	else echo "There is no npm: the tests of the Node.js client will be skipped"; fi
 	@touch $@
 
 $(VENV)/deploy/.tools: Makefile | $(VENV)/bin/python

@@ -1,4 +1,7 @@
-"""`python -m server describe FILE`: draft the spec of a model file, prove it, and publish both."""
+"""`python -m server describe FILE`: draft the spec of a model file, prove it, and publish both.
+
+With `--from-triton config.pbtxt` it begins from what the directory of a Triton model says.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 import structlog
 from google.protobuf import json_format
 
+from server import triton_config
 from server.errors import ModelFileError
 from server.model import spec
 from server.model.describe import SESSION, Draft, Hints, draft, input_names, table
@@ -27,11 +31,21 @@ _MAX_BATCH_SIZE = 64
 
 def describe(arguments: Sequence[str]) -> int:
     """Print a table of a file and its drafted spec; returns the exit status: 0, or 1 where something has to be told."""
-    flags = _parser().parse_args(arguments)
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    if flags.file is None and flags.from_triton is None:
+        parser.error("name the ONNX file, or a Triton model's config: --from-triton CONFIG")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     try:
-        found = draft(flags.file, _hints(flags), flags.name or "")
+        given, name, carried, left = Hints(), flags.name or "", list[str](), list[str]()
+        if flags.from_triton:
+            triton = triton_config.read(flags.from_triton, flags.file)
+            flags.file, given, name = triton.file, triton.hints, name or triton.name
+            carried, left = triton.carried, triton.left
+        found = draft(flags.file, _merged(given, _hints(flags)), name)
         _print(found)
+        _print_list("carried over from Triton's config", carried)
+        _print_list("not carried over", left)
         if found.missing:
             return 1
         with tempfile.TemporaryDirectory() as scratch:
@@ -55,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Draft the spec of an ONNX step model: what goes in and out of a step, and what is its state.",
         epilog="docs/bring-your-own-model.md goes through it with examples.",
     )
-    parser.add_argument("file", type=Path, help="the ONNX file")
+    parser.add_argument(
+        "file", type=Path, nargs="?", help="the ONNX file; with --from-triton by default the newest beside it"
+    )
+    parser.add_argument(
+        "--from-triton", type=Path, metavar="CONFIG", help="the config.pbtxt of a Triton model to begin from"
+    )
     parser.add_argument("--name", help="the model's name; by default that of the file")
     for flag, metavar, text in (
         ("axis", "INPUT[.AXIS]=LENGTH", "how long an open axis is; without AXIS, the last open one"),
@@ -107,6 +126,22 @@ def _hints(flags: argparse.Namespace) -> Hints:
     )
 
 
+def _merged(given: Hints, told: Hints) -> Hints:
+    """Hints, of which those that were told go before those that were given."""
+    return Hints(
+        axes={
+            name: {**given.axes.get(name, {}), **told.axes.get(name, {})}
+            for name in {**given.axes, **told.axes}
+        },
+        states={**given.states, **told.states},
+        constants={**given.constants, **told.constants},
+        initial={**given.initial, **told.initial},
+        inputs={name: kind for name, kind in given.inputs.items() if name not in told.constants}
+        | {**told.inputs},
+        outputs=told.outputs or given.outputs,
+    )
+
+
 def _assignments(file: Path, flag: str, texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         if not all(text.partition("=")):
@@ -117,8 +152,12 @@ def _assignments(file: Path, flag: str, texts: Sequence[str]) -> dict[str, str]:
 def _print(found: Draft) -> None:
     print("\n".join(table([("", "name", "type", "taken for"), *found.rows])))
     for title, lines in (("sure", found.sure), ("guessed", found.guessed), ("has to be told", found.missing)):
-        if lines:
-            print("\n".join(["", f"{title}:", *(f"  - {line}" for line in lines)]))
+        _print_list(title, lines)
+
+
+def _print_list(title: str, lines: Sequence[str]) -> None:
+    if lines:
+        print("\n".join(["", f"{title}:", *(f"  - {line}" for line in lines)]))
 
 
 def _prove(file: Path, found: Draft, directory: Path) -> list[str]:

@@ -48,8 +48,8 @@ class Hints:
     """The output that is the next value of an input."""
     constants: Mapping[str, str] = field(default_factory=dict)
     """Values of inputs that never change."""
-    initial: Mapping[str, str] = field(default_factory=dict)
-    """What states begin from: zeros, ones, a number, or a .npy file."""
+    initial: Mapping[str, str | Array] = field(default_factory=dict)
+    """What states begin from: zeros, ones, a number, a .npy file, or the values."""
     inputs: Mapping[str, Literal["step", "session"]] = field(default_factory=dict)
     """Inputs that are those of a step, or of a session."""
     outputs: Sequence[str] = ()
@@ -470,8 +470,9 @@ class _Drafting:
             if output:
                 state.fill = 0
                 self._guessed.append(f"state {name!r} begins from zeros; else --initial {name}=VALUE")
-        elif text.endswith(".npy"):
-            values = np.load(text).astype(numpy_dtype(tensor.dtype))
+        elif isinstance(text, np.ndarray) or text.endswith(".npy"):
+            loaded = text if isinstance(text, np.ndarray) else np.load(text)
+            values = loaded.astype(numpy_dtype(tensor.dtype))
             state.values.CopyFrom(to_message(values.reshape(tuple(tensor.shape))))
         else:
             try:

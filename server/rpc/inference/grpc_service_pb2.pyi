@@ -763,6 +763,110 @@ class ModelSequenceBatching(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class Control(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        class _Kind:
+            ValueType = _typing.NewType("ValueType", _builtins.int)
+            V: _TypeAlias = ValueType  # noqa: Y015
+
+        class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ModelSequenceBatching.Control._Kind.ValueType], _builtins.type):
+            DESCRIPTOR: _descriptor.EnumDescriptor
+            CONTROL_SEQUENCE_START: ModelSequenceBatching.Control._Kind.ValueType  # 0
+            CONTROL_SEQUENCE_READY: ModelSequenceBatching.Control._Kind.ValueType  # 1
+            CONTROL_SEQUENCE_END: ModelSequenceBatching.Control._Kind.ValueType  # 2
+            CONTROL_SEQUENCE_CORRID: ModelSequenceBatching.Control._Kind.ValueType  # 3
+
+        class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+        CONTROL_SEQUENCE_START: ModelSequenceBatching.Control.Kind.ValueType  # 0
+        CONTROL_SEQUENCE_READY: ModelSequenceBatching.Control.Kind.ValueType  # 1
+        CONTROL_SEQUENCE_END: ModelSequenceBatching.Control.Kind.ValueType  # 2
+        CONTROL_SEQUENCE_CORRID: ModelSequenceBatching.Control.Kind.ValueType  # 3
+
+        KIND_FIELD_NUMBER: _builtins.int
+        INT32_FALSE_TRUE_FIELD_NUMBER: _builtins.int
+        FP32_FALSE_TRUE_FIELD_NUMBER: _builtins.int
+        DATA_TYPE_FIELD_NUMBER: _builtins.int
+        BOOL_FALSE_TRUE_FIELD_NUMBER: _builtins.int
+        kind: Global___ModelSequenceBatching.Control.Kind.ValueType
+        data_type: Global___DataType.ValueType
+        @_builtins.property
+        def int32_false_true(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """The values that say false and true."""
+
+        @_builtins.property
+        def fp32_false_true(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+        @_builtins.property
+        def bool_false_true(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
+        def __init__(
+            self,
+            *,
+            kind: Global___ModelSequenceBatching.Control.Kind.ValueType = ...,
+            int32_false_true: _abc.Iterable[_builtins.int] | None = ...,
+            fp32_false_true: _abc.Iterable[_builtins.float] | None = ...,
+            data_type: Global___DataType.ValueType = ...,
+            bool_false_true: _abc.Iterable[_builtins.bool] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["bool_false_true", b"bool_false_true", "data_type", b"data_type", "fp32_false_true", b"fp32_false_true", "int32_false_true", b"int32_false_true", "kind", b"kind"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ControlInput(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        CONTROL_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        @_builtins.property
+        def control(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSequenceBatching.Control]: ...
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            control: _abc.Iterable[Global___ModelSequenceBatching.Control] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["control", b"control", "name", b"name"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class InitialState(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DATA_TYPE_FIELD_NUMBER: _builtins.int
+        DIMS_FIELD_NUMBER: _builtins.int
+        ZERO_DATA_FIELD_NUMBER: _builtins.int
+        DATA_FILE_FIELD_NUMBER: _builtins.int
+        NAME_FIELD_NUMBER: _builtins.int
+        data_type: Global___DataType.ValueType
+        zero_data: _builtins.bool
+        data_file: _builtins.str
+        name: _builtins.str
+        @_builtins.property
+        def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+        def __init__(
+            self,
+            *,
+            data_type: Global___DataType.ValueType = ...,
+            dims: _abc.Iterable[_builtins.int] | None = ...,
+            zero_data: _builtins.bool = ...,
+            data_file: _builtins.str = ...,
+            name: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["data_file", b"data_file", "state_data", b"state_data", "zero_data", b"zero_data"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["data_file", b"data_file", "data_type", b"data_type", "dims", b"dims", "name", b"name", "state_data", b"state_data", "zero_data", b"zero_data"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType_state_data: _TypeAlias = _typing.Literal["zero_data", "data_file"]  # noqa: Y015
+        _WhichOneofArgType_state_data: _TypeAlias = _typing.Literal["state_data", b"state_data"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType_state_data) -> _WhichOneofReturnType_state_data | None: ...
+
+    @_typing.final
     class State(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -770,11 +874,14 @@ class ModelSequenceBatching(_message.Message):
         OUTPUT_NAME_FIELD_NUMBER: _builtins.int
         DATA_TYPE_FIELD_NUMBER: _builtins.int
         DIMS_FIELD_NUMBER: _builtins.int
+        INITIAL_STATE_FIELD_NUMBER: _builtins.int
         input_name: _builtins.str
         output_name: _builtins.str
         data_type: Global___DataType.ValueType
         @_builtins.property
         def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+        @_builtins.property
+        def initial_state(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSequenceBatching.InitialState]: ...
         def __init__(
             self,
             *,
@@ -782,10 +889,11 @@ class ModelSequenceBatching(_message.Message):
             output_name: _builtins.str = ...,
             data_type: Global___DataType.ValueType = ...,
             dims: _abc.Iterable[_builtins.int] | None = ...,
+            initial_state: _abc.Iterable[Global___ModelSequenceBatching.InitialState] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "dims", b"dims", "input_name", b"input_name", "output_name", b"output_name"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "dims", b"dims", "initial_state", b"initial_state", "input_name", b"input_name", "output_name", b"output_name"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -807,9 +915,12 @@ class ModelSequenceBatching(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     MAX_SEQUENCE_IDLE_MICROSECONDS_FIELD_NUMBER: _builtins.int
+    CONTROL_INPUT_FIELD_NUMBER: _builtins.int
     OLDEST_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     max_sequence_idle_microseconds: _builtins.int
+    @_builtins.property
+    def control_input(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSequenceBatching.ControlInput]: ...
     @_builtins.property
     def oldest(self) -> Global___ModelSequenceBatching.StrategyOldest: ...
     @_builtins.property
@@ -818,12 +929,13 @@ class ModelSequenceBatching(_message.Message):
         self,
         *,
         max_sequence_idle_microseconds: _builtins.int = ...,
+        control_input: _abc.Iterable[Global___ModelSequenceBatching.ControlInput] | None = ...,
         oldest: Global___ModelSequenceBatching.StrategyOldest | None = ...,
         state: _abc.Iterable[Global___ModelSequenceBatching.State] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["oldest", b"oldest", "strategy_choice", b"strategy_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_sequence_idle_microseconds", b"max_sequence_idle_microseconds", "oldest", b"oldest", "state", b"state", "strategy_choice", b"strategy_choice"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_input", b"control_input", "max_sequence_idle_microseconds", b"max_sequence_idle_microseconds", "oldest", b"oldest", "state", b"state", "strategy_choice", b"strategy_choice"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_strategy_choice: _TypeAlias = _typing.Literal["oldest"]  # noqa: Y015
     _WhichOneofArgType_strategy_choice: _TypeAlias = _typing.Literal["strategy_choice", b"strategy_choice"]  # noqa: Y015
@@ -840,11 +952,13 @@ class ModelConfig(_message.Message):
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
+    DEFAULT_MODEL_FILENAME_FIELD_NUMBER: _builtins.int
     SEQUENCE_BATCHING_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     platform: _builtins.str
     max_batch_size: _builtins.int
+    default_model_filename: _builtins.str
     backend: _builtins.str
     @_builtins.property
     def input(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInput]: ...
@@ -860,12 +974,13 @@ class ModelConfig(_message.Message):
         max_batch_size: _builtins.int = ...,
         input: _abc.Iterable[Global___ModelInput] | None = ...,
         output: _abc.Iterable[Global___ModelOutput] | None = ...,
+        default_model_filename: _builtins.str = ...,
         sequence_batching: Global___ModelSequenceBatching | None = ...,
         backend: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence_batching", b"sequence_batching"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "input", b"input", "max_batch_size", b"max_batch_size", "name", b"name", "output", b"output", "platform", b"platform", "sequence_batching", b"sequence_batching"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "default_model_filename", b"default_model_filename", "input", b"input", "max_batch_size", b"max_batch_size", "name", b"name", "output", b"output", "platform", b"platform", "sequence_batching", b"sequence_batching"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,6 +23,7 @@ from benchmarks.server_process import Shape
 from benchmarks.serving import (
     BATCHES_OF_SINGLE_STEPS,
     FEW_STREAMS_OF_CHUNKS,
+    PLAIN_CALLS,
     SHAPES_BY_STORE,
     STORES,
     STREAMS_OF_CHUNKS,
@@ -59,6 +60,10 @@ RATIOS = (
     Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "echo with uvloop"), 0.75, 0.2),
     Ratio(name(STREAMS_OF_SINGLE_STEPS), name(STREAMS_OF_SINGLE_STEPS, "Triton"), 0.8),
     Ratio(name(STREAMS_OF_CHUNKS), name(Shape("StreamSteps", 64, 1), "Triton"), 5.0),
+    Ratio(name(PLAIN_CALLS), name(PLAIN_CALLS, "echo with uvloop"), 1.5, 1.0),
+    Ratio(name(PLAIN_CALLS), name(PLAIN_CALLS, "Triton"), 1.2),
+    Ratio(name(Shape("Step", 8, 1)), name(Shape("Step", 8, 1), "Triton"), 1.1),
+    Ratio(name(Shape("Step", 1, 1)), name(Shape("Step", 1, 1), "Triton"), 1.0),
     Ratio(name(STREAMS_OF_CHUNKS), name(FEW_STREAMS_OF_CHUNKS, "naive"), 10.0, 10.0),
     *(
         Ratio(

@@ -34,6 +34,8 @@ _NUM_PROCESSES = 3
 # What Triton can do as well: one step a message.
 STREAMS_OF_SINGLE_STEPS = Shape("StreamSteps", 32, 1, in_flight=4)
 STREAMS_OF_CHUNKS = Shape("StreamSteps", 64, 32, in_flight=4)
+# What everybody does first: one step a call, from many callers.
+PLAIN_CALLS = Shape("Step", 64, 1)
 # Four callers, each with 64 sessions of its own.
 BATCHES_OF_SINGLE_STEPS = Shape("BatchStep", 256, 1, num_lanes=4)
 # The naive service runs one step after another, for however many streams; with few, it answers within a round.
@@ -68,7 +70,8 @@ def compare(num_rounds: int, duration_s: float) -> Figures:
         cases.add_naive(FEW_STREAMS_OF_CHUNKS)
         cases.add_triton("stream", 32, in_flight=4)
         cases.add_triton("stream", 64, in_flight=4)
-        cases.add_triton("unary", 64)
+        for num_callers in NUM_SESSIONS[:3]:
+            cases.add_triton("unary", num_callers)
         return side_by_side(cases.by_name, num_rounds)
 
 
@@ -82,9 +85,11 @@ def compare_main(num_rounds: int, duration_s: float) -> Figures:
             BATCHES_OF_SINGLE_STEPS,
             STREAMS_OF_CHUNKS,
             STREAMS_OF_SINGLE_STEPS,
+            PLAIN_CALLS,
         ):
             cases.add_ours(shape)
         cases.add_echo("uvloop", STREAMS_OF_SINGLE_STEPS)
+        cases.add_echo("uvloop", PLAIN_CALLS)
         cases.add_naive(FEW_STREAMS_OF_CHUNKS)
         return side_by_side(cases.by_name, num_rounds)
 

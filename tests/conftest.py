@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import structlog
 import uvloop
 
 from server.launch import Server, build
@@ -66,6 +67,13 @@ class ServerProcess:
         if self._process.poll() is None:
             self._process.terminate()
             self.wait()
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """A test that sets up the log, as a command does, leaves it to the others as it was."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import grpc
 
 from ntm.v1 import session_service_pb2
 from server.errors import ServerStoppingError
+from server.rpc.interceptors import MALFORMED, malformed
 from server.security import split_key
 from server.sessions.request import StepRequest, Waiter
 
@@ -40,13 +41,15 @@ class IdleStreams:
         """A stream's next message, or None at its end; to be called in the stream's own task.
 
         Raises:
-            ServerStoppingError: the server stops meanwhile.
+            ServerStoppingError: the server stops meanwhile. InvalidInputError: its bytes are no message.
         """
         if self._is_stopping:
             raise ServerStoppingError
         self._tasks.add(task)
         try:
             request = await context.read()
+            if request is MALFORMED:
+                raise malformed()
             return None if request is grpc.aio.EOF else request
         except asyncio.CancelledError:
             if self._is_stopping:

@@ -262,6 +262,38 @@ print(json.dumps([refusals, rest]))
     assert given[1] == [[1.5, 1.5, 1.5]]
 
 
+def test_a_request_given_up_by_deadline_or_cancellation_is_repeated_and_takes_effect_once(
+    address: str,
+) -> None:
+    given = run(
+        address,
+        """
+def infer(i, **options):
+    return client.infer("accumulator", [tensor(steps(0, 3)[i:i + 1])], sequence_id=1, sequence_start=i == 0,
+                        parameters={"first_step": i}, **options)
+
+outputs, refusals = [infer(0)], []
+for timeout in (-1, 1e-3, 1e-3):  # one whose deadline has passed, and some that may be in time
+    try:
+        infer(1, client_timeout=timeout)
+    except InferenceServerException as error:
+        refusals.append(str(error))
+outputs.append(infer(1))
+answers = queue.Queue()
+call = client.async_infer("accumulator", [tensor(steps(0, 3)[2:])], lambda result, error: answers.put(error),
+                          sequence_id=1, parameters={"first_step": 2})
+call.cancel()
+answers.get(timeout=30)  # cancelled, unless the answer was quicker
+outputs.append(infer(2))
+print(json.dumps([refusals, [result.as_numpy("y")[0].tolist() for result in outputs]]))
+""",
+    )
+
+    assert given[0]
+    assert all("Deadline Exceeded" in refusal for refusal in given[0])
+    np.testing.assert_array_equal(np.array(given[1], np.float32), alone(address, steps(0, 3)))
+
+
 def test_a_request_without_a_sequence_runs_from_the_initial_state_each_time(address: str) -> None:
     given = run(
         address,

@@ -275,6 +275,7 @@ class Server:
             step = f"/{SERVICE_NAMES[0]}/Step"
             self._grpc.add_direct_handler(step, self._session_service.step_directly)
         self._health_alone = transport.make_server("grpcio", None, settings.max_message_bytes)
+        self._unstarted = [self._grpc, self._health_alone]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_alone)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection(
@@ -311,7 +312,9 @@ class Server:
             except RuntimeError as error:
                 await self.close()
                 raise ListenError(settings.health_listen) from error
+            self._unstarted.remove(self._health_alone)
             await self._health_alone.start()
+        self._unstarted.remove(self._grpc)
         await self._grpc.start()
         self._background += [
             asyncio.create_task(self._keep_house()),
@@ -363,6 +366,10 @@ class Server:
 
     async def close(self, abandon: bool = False) -> None:
         """End the engines and close the store, of a server that does not listen."""
+        for server in self._unstarted:
+            # grpcio complains as the interpreter ends of a server that was never started.
+            await server.start()
+            await server.stop(None)
         for served in [*self.sessions.models, *self.model_watcher.unloading.values()]:
             await asyncio.to_thread(served.engine.close, abandon=abandon)
         await asyncio.to_thread(self.sessions.store.close)

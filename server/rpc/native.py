@@ -182,10 +182,11 @@ class NativeServer:
 
     async def start(self) -> None:
         """Serve."""
-        assert self._front is not None
         socket = str(Path(self._directory) / "fallback")
         self._fallback.add_insecure_port(f"unix:{socket}")
         await self._fallback.start()
+        if self._front is None:  # no port was had: whatever comes is stopped at once
+            return
         self._front.set_fallback(socket)
         self._front.start()
         self._thread = threading.Thread(

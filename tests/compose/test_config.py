@@ -55,7 +55,7 @@ def test_envoy_and_prometheus_accept_their_files() -> None:
     )
     checked = docker(
         *("run", "--rm", "--volume", prometheus, "--entrypoint", "promtool", image["prom/prometheus"]),
-        *("check", "config", "/etc/prometheus/prometheus.yml"),
+        *("check", "config", "--syntax-only", "/etc/prometheus/prometheus.yml"),
     )
 
     assert "configuration '/etc/envoy/envoy.yaml' OK" in validated

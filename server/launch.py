@@ -353,7 +353,8 @@ class Server:
             log.warning("calls still in progress are cut off", drain_timeout_s=self._settings.drain_timeout_s)
         # The grace is for answers on their way to slow readers.
         await self._grpc.stop(max(0.0, deadline_s - monotonic()))
-        await self._health_alone.stop(None)
+        if self._health_alone not in self._unstarted:
+            await self._health_alone.stop(None)
         self._metrics_endpoint.stop()
         for task in self._background:
             task.cancel()
@@ -366,8 +367,9 @@ class Server:
 
     async def close(self, abandon: bool = False) -> None:
         """End the engines and close the store, of a server that does not listen."""
-        for server in self._unstarted:
+        while self._unstarted:
             # grpcio complains as the interpreter ends of a server that was never started.
+            server = self._unstarted.pop()
             await server.start()
             await server.stop(None)
         for served in [*self.sessions.models, *self.model_watcher.unloading.values()]:

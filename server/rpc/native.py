@@ -32,6 +32,7 @@ log = structlog.get_logger()
 
 _BATCH_SIZE = 256
 _DRAIN_PAUSE_S = 0.01
+_LINGER_S = 0.5
 _NO_AUTH: dict[str, list[bytes]] = {}
 
 
@@ -200,9 +201,12 @@ class NativeServer:
         behind = asyncio.ensure_future(self._fallback.stop(grace))
         front = self._front
         if front is not None:
-            # Nobody tells when the last byte has left.
+            # Nobody tells when the last byte has left: what was written last has a moment more.
+            had_unsent = bool(self._in_progress or self._num_unsent(front))
             while perf_counter() < end_s and (self._in_progress or self._num_unsent(front)):  # noqa: ASYNC110
                 await asyncio.sleep(_DRAIN_PAUSE_S)
+            if had_unsent:
+                await asyncio.sleep(min(_LINGER_S, max(0.0, end_s - perf_counter())))
             await asyncio.to_thread(front.close)
         for call in [*self._in_progress.values()]:
             if isinstance(call, asyncio.Task):

@@ -80,10 +80,11 @@ async def test_calls_for_one_session_that_waits_for_room_are_served_in_order(
     with caller.hold("accumulator"):
         busy = asyncio.ensure_future(caller.step(random_inputs(1), "in"))
         await pending(caller, "accumulator", 1)
-        waiting = [
-            asyncio.ensure_future(caller.step(inputs[at : at + 1], "out", first_step=at))
-            for at in range(2, 6)
-        ]
+        waiting = []
+        for at in range(2, 6):  # one after another, since calls sent at once may arrive in any order
+            waiting.append(asyncio.ensure_future(caller.step(inputs[at : at + 1], "out", first_step=at)))
+            while caller.server.calls.num_calls < 1 + len(waiting):
+                await asyncio.sleep(0)
         again = asyncio.ensure_future(refusal_of(caller.create("accumulator", "out")))
         assert await again == "SESSION_EXISTS"
 

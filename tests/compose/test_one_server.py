@@ -79,7 +79,7 @@ def test_the_readmes_client_lines_recall_a_sequence_without_an_error(one: Compos
 def test_the_demo_recalls_every_bit_through_the_server(one: Compose) -> None:
     said = one.run("run", "--rm", "demo")
 
-    assert re.findall(r"│ (\d+) +│ \d+ +│ \d+ +│ (\d+) ", said) == [("20", "0"), ("100", "0")]
+    assert re.findall(r"│ (\d+) +│ \d+ +│ \d+ +│ (\d+) ", said) == [("20", "0"), ("100", "0"), ("1000", "0")]
 
 
 def test_the_container_cannot_write_but_to_its_volume(one: Compose) -> None:

@@ -26,7 +26,11 @@ def test_the_readmes_lines_on_deploying_run_in_their_order(start_project: Callab
     for line in lines:
         said = project.shell(*line)
         if "demo" in line:
-            assert re.findall(r"│ (\d+) +│ \d+ +│ \d+ +│ (\d+) ", said) == [("20", "0"), ("100", "0")]
+            assert re.findall(r"│ (\d+) +│ \d+ +│ \d+ +│ (\d+) ", said) == [
+                ("20", "0"),
+                ("100", "0"),
+                ("1000", "0"),
+            ]
 
     assert lines[-1] == ["make", "roll"]
     assert len(project.containers("replica")) == 2

@@ -66,8 +66,9 @@ def test_prometheus_finds_the_server(start_project: Callable[..., Compose]) -> N
     project = start_project("watch", NTM_PROMETHEUS_PORT="0")
     project.run("--profile", "monitoring", "up", "--detach", "server", "prometheus")
     code = (
-        "import sys, urllib.request;"
-        "sys.stdout.write(urllib.request.urlopen('http://prometheus:9090/api/v1/query?query=up').read().decode())"
+        "import ssl, sys, urllib.request; context = ssl._create_unverified_context();"
+        "url = 'https://prometheus:9090/api/v1/query?query=up';"
+        "sys.stdout.write(urllib.request.urlopen(url, context=context).read().decode())"
     )
     (server,) = project.containers("server")
 

@@ -55,11 +55,17 @@ def test_envoy_and_prometheus_accept_their_files() -> None:
     )
     checked = docker(
         *("run", "--rm", "--volume", prometheus, "--entrypoint", "promtool", image["prom/prometheus"]),
+        # The certificates that it names are there in the running container alone.
         *("check", "config", "--syntax-only", "/etc/prometheus/prometheus.yml"),
+    )
+    rules = docker(
+        *("run", "--rm", "--volume", prometheus, "--entrypoint", "promtool", image["prom/prometheus"]),
+        *("check", "rules", "/etc/prometheus/alerts.yml"),
     )
 
     assert "configuration '/etc/envoy/envoy.yaml' OK" in validated
-    assert "7 rules found" in checked
+    assert "SUCCESS" in checked
+    assert "7 rules found" in rules
 
 
 def test_prometheus_finds_the_server(start_project: Callable[..., Compose]) -> None:

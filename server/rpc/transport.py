@@ -7,6 +7,7 @@ a grpcio server behind it. `grpcio` has everything. `lifecycle.py` adds the serv
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -36,15 +37,25 @@ def choose(requested: Literal["auto", "native", "grpcio"], needs_tls: bool = Fal
     Raises:
         TransportError: the native transport was asked for, and cannot serve what is asked.
     """
-    if requested == "native" and needs_tls:
+    problem = "it has no TLS" if needs_tls else _why_no_socket()
+    if requested == "native" and problem:
         raise TransportError(
-            "--transport native has no TLS: use --transport auto or grpcio, or serve without certificates"
+            f"--transport native cannot be had: {problem}; use --transport auto or grpcio, or take the reason away"
         )
     if requested != "auto":
         return Choice(requested, "as asked")
-    if needs_tls:
-        return Choice("grpcio", "the native transport has no TLS")
+    if problem:
+        return Choice("grpcio", f"not the native transport: {problem}")
     return Choice("native", "it can serve what is asked")
+
+
+def _why_no_socket() -> str:
+    """Why the native transport cannot reach the grpcio server behind it, or ""."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        return "there is no directory for temporary files, where its Unix socket would be"
+    return ""
 
 
 def make_server(kind: Kind, interceptor: CallInterceptor | None, max_message_bytes: int) -> grpc.aio.Server:

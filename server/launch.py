@@ -75,9 +75,6 @@ _PURGE_PAUSE_S = 600.0
 # How long the event loop keeps the interpreter from the engine that asks for it after a run: 5 ms, Python's own, is
 # as long as the run; less than this only means that each takes it from the other in mid-work.
 _SWITCH_INTERVAL_S = 5e-4
-# Objects of requests in progress are looked through at each young collection; with Python's own threshold of 700 that
-# took a tenth of the time of many streams.
-_GC_THRESHOLD = 20_000
 
 SERVICE_NAMES = [
     session_service_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
@@ -465,7 +462,6 @@ async def run(settings: ServerSettings) -> None:
     # What is there now stays. A full collection that looks through it takes 20 ms, in which nobody is answered.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     await stopping.wait()
     # A second signal stops at once.

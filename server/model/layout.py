@@ -103,8 +103,6 @@ class StepLayout:
     def one_step(self, raw: bytes) -> Steps | None:
         """The one step [1] of a layout of one tensor, from its elements; None if they are too few, too many, or not
         finite.
-
-        As `pack`, in a third of the time.
         """
         if self._single is None or len(raw) + len(self._padding) != self.dtype.itemsize:
             return None

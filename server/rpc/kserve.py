@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,7 +25,7 @@ import grpc
 import numpy as np
 import structlog
 
-from ntm.tensor import Array, numpy_dtype, type_name
+from ntm.tensor import Array, data_type, numpy_dtype, type_name
 from ntm.v1 import tensor_pb2
 from server.errors import (
     EngineFailedError,
@@ -62,9 +63,13 @@ _MOST_CONCURRENT = 256
 _CONTENTS = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
+    "INT16": "int_contents",
     "INT32": "int_contents",
     "INT64": "int64_contents",
     "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
 }
@@ -563,7 +568,7 @@ def _array(
             f"{shape[0]} rows in a request of one sequence: a request has one row; send one request for each sequence, "
             "at once or on one stream, and they run together (or BatchStep of ntm.v1, for many in one message)",
         )
-    num_elements = int(np.prod(shape, dtype=object))
+    num_elements = math.prod(shape)
     if raw is None:
         contents = getattr(tensor.contents, _CONTENTS[name]) if name in _CONTENTS else ()
         if len(contents) != num_elements:
@@ -594,13 +599,8 @@ def _wanted(request: pb.ModelInferRequest, model: StepModel) -> tuple[list[str],
 
 
 def _add_output(answer: pb.ModelInferResponse, name: str, values: Array) -> None:
-    answer.outputs.add(name=name, datatype=_datatype(values.dtype), shape=values.shape)
+    answer.outputs.add(name=name, datatype=type_name(data_type(values.dtype)), shape=values.shape)
     answer.raw_output_contents.append(values.tobytes())
-
-
-def _datatype(dtype: np.dtype[Any]) -> str:
-    kinds = {"f": "FP", "i": "INT", "u": "UINT"}
-    return "BOOL" if dtype.kind == "b" else f"{kinds[dtype.kind]}{8 * dtype.itemsize}"
 
 
 def _config_type(data_type: tensor_pb2.DataType.ValueType) -> pb.DataType.ValueType:

@@ -21,10 +21,9 @@ from typing import Any, NoReturn, Protocol
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
-from server.errors import InvalidInputError, ServingError
+from server.errors import ServingError
 from server.rpc import status
 from server.rpc.interceptors import CallInterceptor
 
@@ -286,10 +285,7 @@ class NativeServer:
             assert intercepted is not None
             handle: Callable[[Any, Any], Awaitable[Any]] = intercepted.unary_unary  # type: ignore[assignment]
             deserialize = intercepted.request_deserializer
-            try:
-                request = payload if deserialize is None else deserialize(payload)
-            except DecodeError:
-                raise InvalidInputError("request", f"its bytes are no message of {method}") from None
+            request = payload if deserialize is None else deserialize(payload)
             serialize = self._handlers[method].response_serializer
             assert serialize is not None
             answer = serialize(await handle(request, _Context(metadata, peer)))

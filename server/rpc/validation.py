@@ -59,7 +59,7 @@ class GivenSteps:
 
 def step_inputs(request: session_service_pb2.StepRequest, model: StepModel, limits: RequestLimits) -> Steps:
     """The steps [T] of one session."""
-    # One step of one input, as most are, takes 4 µs here and 16 below, where it is said what is wrong.
+    # One step of one input, as most are, takes 2.5 µs here and 7.8 below, where it is said what is wrong.
     layout, plain = model.inputs, request.inputs
     if (
         len(layout.names) == 1

@@ -131,7 +131,7 @@ class StepExecutor:
     def _prepare_one(self, request: StepRequest) -> bool:
         """Say what of a request of one session is to run; False if its answer is known.
 
-        In scalars: for S = 1 numpy costs 4 µs more, of about 20 that admitting a step takes.
+        In scalars: for S = 1 that takes 0.4 µs, and by arrays 4.0.
         """
         (session,), model = request.sessions, request.model
         table, index, inputs = session.table, session.index, request.caller_inputs

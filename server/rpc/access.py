@@ -14,7 +14,15 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from server.errors import QuotaExceededError
-from server.security import Authenticator, Namespace, QuotaKeeper, Quotas, Usage, current_principal, split_key
+from server.security import (
+    Authenticator,
+    Namespace,
+    QuotaEnforcer,
+    Quotas,
+    Usage,
+    current_principal,
+    split_key,
+)
 from server.sessions.info import SessionInfo
 from server.sessions.manager import SessionManager
 from server.sessions.served_model import ServedModel
@@ -54,7 +62,7 @@ class Access:
         """
         self._sessions = sessions
         self._authenticator = authenticator
-        self._quotas = QuotaKeeper(quotas)
+        self._quotas = QuotaEnforcer(quotas)
         self._snapshot_every_steps = snapshot_every_steps
 
     def namespace(self, owner: str, *, may_be_all: bool = False) -> Namespace:

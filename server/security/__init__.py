@@ -17,7 +17,7 @@ from server.security.principals import (
     calling,
     current_principal,
 )
-from server.security.quotas import QuotaKeeper, Quotas, Usage
+from server.security.quotas import QuotaEnforcer, Quotas, Usage
 from server.security.tokens import TokenFile
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "JwtVerifier",
     "Namespace",
     "Principal",
-    "QuotaKeeper",
+    "QuotaEnforcer",
     "Quotas",
     "TlsFiles",
     "TlsIdentity",

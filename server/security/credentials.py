@@ -66,11 +66,6 @@ class TlsIdentity:
         self._context: tuple[_Pair, ssl.SSLContext] | None = None
         _warn_of_end(files, self._pair)
 
-    @property
-    def not_after_s(self) -> float:
-        """When the certificate ends, in seconds since the epoch."""
-        return self._pair.not_after.timestamp()
-
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Credentials of a gRPC port that shows the certificate as it is when a client connects."""
         shown = self._pair

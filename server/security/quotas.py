@@ -53,7 +53,7 @@ class _Account:
         return not self.num_queued and not self.num_beginning
 
 
-class QuotaKeeper:
+class QuotaEnforcer:
     """Holds principals to their quotas; for one event loop."""
 
     def __init__(self, quotas: Quotas, clock: Callable[[], float] = monotonic) -> None:

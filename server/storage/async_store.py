@@ -15,7 +15,7 @@ import structlog
 from server.errors import LeaseLapsedError, StoreError
 from server.storage.commit_writer import CommitWriter, Outcome
 from server.storage.interface import Claim, Entry, OwnedElsewhere, Store, Write
-from server.storage.lease import LeaseKeeper
+from server.storage.lease import LeaseRenewer
 
 log = structlog.get_logger()
 
@@ -45,7 +45,7 @@ class AsyncStore:
         Raises:
             StoreError.
         """
-        self.lease = LeaseKeeper(store, open_store, beat_interval_s)
+        self.lease = LeaseRenewer(store, open_store, beat_interval_s)
         self._loop = asyncio.get_running_loop()
         self._readers = ThreadPoolExecutor(_NUM_READERS, "store reader")
         self._writer = CommitWriter(lambda: self.backend, on_commit) if store.keeps_steps else None

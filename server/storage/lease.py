@@ -19,8 +19,8 @@ from server.storage.interface import Beat, Store
 log = structlog.get_logger()
 
 
-class LeaseKeeper:
-    """Keeps a store's lease. Made and used in the event loop."""
+class LeaseRenewer:
+    """Renews a store's lease, and opens the store again when it has run out. Made and used in the event loop."""
 
     def __init__(self, store: Store, open_store: Callable[[], Store], beat_interval_s: float) -> None:
         """Begin to keep the lease.

@@ -1,7 +1,7 @@
 import pytest
 
 from server.errors import QuotaExceededError
-from server.security.quotas import MIB, QuotaKeeper, Quotas, Usage
+from server.security.quotas import MIB, QuotaEnforcer, Quotas, Usage
 
 
 class Clock:
@@ -17,22 +17,22 @@ def clock():
     return Clock()
 
 
-def run(keeper, principal, num_steps):
+def run(enforcer, principal, num_steps):
     """Begin a message and end it at once; says after how long to try again if it is refused."""
     try:
-        keeper.begin_steps(principal, num_steps)
+        enforcer.begin_steps(principal, num_steps)
     except QuotaExceededError as error:
         return error.retry_after_s
-    keeper.end_steps(principal, num_steps)
+    enforcer.end_steps(principal, num_steps)
     return None
 
 
 def test_steps_pass_at_the_rate_whatever_their_messages_are_like(clock):
     for num_steps in (1, 7, 300):
-        keeper = QuotaKeeper(Quotas(max_steps_per_s=100.0), clock)
+        enforcer = QuotaEnforcer(Quotas(max_steps_per_s=100.0), clock)
         num_run, begun_s = 0, clock.now_s
         while clock.now_s < begun_s + 50.0:
-            if run(keeper, "alice", num_steps) is None:
+            if run(enforcer, "alice", num_steps) is None:
                 num_run += num_steps
             clock.now_s += 0.01
         # A second's worth of what was saved up, and one message that is owed.
@@ -40,94 +40,94 @@ def test_steps_pass_at_the_rate_whatever_their_messages_are_like(clock):
 
 
 def test_who_is_refused_is_told_when_to_come_again(clock):
-    keeper = QuotaKeeper(Quotas(max_steps_per_s=10.0), clock)
-    assert run(keeper, "alice", 30) is None
+    enforcer = QuotaEnforcer(Quotas(max_steps_per_s=10.0), clock)
+    assert run(enforcer, "alice", 30) is None
 
-    retry_after_s = run(keeper, "alice", 1)
+    retry_after_s = run(enforcer, "alice", 1)
 
     assert retry_after_s is not None
     assert retry_after_s > 1.9
     clock.now_s += retry_after_s - 0.01
-    assert run(keeper, "alice", 1) is not None
+    assert run(enforcer, "alice", 1) is not None
     clock.now_s += 0.02
-    assert run(keeper, "alice", 1) is None
+    assert run(enforcer, "alice", 1) is None
 
 
 def test_one_principals_quota_is_not_anothers(clock):
-    keeper = QuotaKeeper(Quotas(max_steps_per_s=1.0, max_queued_steps=5), clock)
-    assert run(keeper, "alice", 5) is None
+    enforcer = QuotaEnforcer(Quotas(max_steps_per_s=1.0, max_queued_steps=5), clock)
+    assert run(enforcer, "alice", 5) is None
 
-    assert run(keeper, "alice", 1) is not None
-    assert run(keeper, "bob", 1) is None
+    assert run(enforcer, "alice", 1) is not None
+    assert run(enforcer, "bob", 1) is None
 
 
 def test_steps_wait_up_to_the_quota_and_a_refused_message_takes_nothing_of_it():
-    keeper = QuotaKeeper(Quotas(max_queued_steps=10))
-    keeper.begin_steps("alice", 6)
+    enforcer = QuotaEnforcer(Quotas(max_queued_steps=10))
+    enforcer.begin_steps("alice", 6)
     for _ in range(3):
         with pytest.raises(QuotaExceededError):
-            keeper.begin_steps("alice", 5)
-    keeper.begin_steps("alice", 4)
+            enforcer.begin_steps("alice", 5)
+    enforcer.begin_steps("alice", 4)
 
-    keeper.end_steps("alice", 6)
+    enforcer.end_steps("alice", 6)
 
-    keeper.begin_steps("alice", 6)
+    enforcer.begin_steps("alice", 6)
 
 
 async def test_a_session_over_the_quota_does_not_begin():
-    keeper = QuotaKeeper(Quotas(max_sessions=2))
+    enforcer = QuotaEnforcer(Quotas(max_sessions=2))
     used = 1
 
     async def usage():
         return Usage(used, 0)
 
-    async with keeper.beginning("alice", 0, usage):
+    async with enforcer.beginning("alice", 0, usage):
         with pytest.raises(QuotaExceededError):
-            async with keeper.beginning("alice", 0, usage):
+            async with enforcer.beginning("alice", 0, usage):
                 pass
-    async with keeper.beginning("alice", 0, usage):
+    async with enforcer.beginning("alice", 0, usage):
         used = 2
     with pytest.raises(QuotaExceededError):
-        async with keeper.beginning("alice", 0, usage):
+        async with enforcer.beginning("alice", 0, usage):
             pass
     used = 0
-    async with keeper.beginning("alice", 0, usage):
+    async with enforcer.beginning("alice", 0, usage):
         pass
 
 
 async def test_what_sessions_may_take_in_the_store_is_bounded():
-    keeper = QuotaKeeper(Quotas(max_stored_mib=3))
+    enforcer = QuotaEnforcer(Quotas(max_stored_mib=3))
 
     async def usage():
         return Usage(2, 2 * MIB)
 
-    async with keeper.beginning("alice", MIB, usage):
+    async with enforcer.beginning("alice", MIB, usage):
         pass
     with pytest.raises(QuotaExceededError, match="MiB"):
-        async with keeper.beginning("alice", MIB + 1, usage):
+        async with enforcer.beginning("alice", MIB + 1, usage):
             pass
 
 
 async def test_a_beginning_that_fails_gives_its_place_back():
-    keeper = QuotaKeeper(Quotas(max_sessions=1))
+    enforcer = QuotaEnforcer(Quotas(max_sessions=1))
 
     async def usage():
         return Usage(0, 0)
 
     for _ in range(3):
         with pytest.raises(LookupError):
-            async with keeper.beginning("alice", 0, usage):
+            async with enforcer.beginning("alice", 0, usage):
                 raise LookupError
-    async with keeper.beginning("alice", 0, usage):
+    async with enforcer.beginning("alice", 0, usage):
         pass
 
 
 def test_principals_who_come_and_go_leave_nothing_for_ever(monkeypatch):
     monkeypatch.setattr("server.security.quotas._MAX_ACCOUNTS", 100)
-    keeper = QuotaKeeper(Quotas(max_queued_steps=5))
-    keeper.begin_steps("waiting", 5)
+    enforcer = QuotaEnforcer(Quotas(max_queued_steps=5))
+    enforcer.begin_steps("waiting", 5)
     for number in range(1000):
-        run(keeper, str(number), 1)
+        run(enforcer, str(number), 1)
 
-    assert len(keeper._accounts) <= 101
-    assert run(keeper, "waiting", 1) is not None
+    assert len(enforcer._accounts) <= 101
+    assert run(enforcer, "waiting", 1) is not None

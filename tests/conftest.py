@@ -45,10 +45,17 @@ class ServerProcess:
         """Read the log up to an event."""
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            self.log.append(json.loads(line))
+            self.log.append(self._parsed(line))
             if self.log[-1]["event"] == event:
                 return self.log[-1]
         raise AssertionError(f"the server ended before it said {event!r}: {self.log}")
+
+    def _parsed(self, line: str) -> dict[str, object]:
+        try:
+            return dict(json.loads(line))
+        except ValueError:
+            assert self._process.stderr is not None
+            raise AssertionError(f"not a line of the log: {line}{self._process.stderr.read()}") from None
 
     @property
     def pid(self) -> int:
@@ -60,7 +67,7 @@ class ServerProcess:
     def wait(self) -> int:
         """Read the log to its end; returns the exit status."""
         assert self._process.stderr is not None
-        self.log += [json.loads(line) for line in self._process.stderr]
+        self.log += [self._parsed(line) for line in self._process.stderr]
         return self._process.wait(timeout=30)
 
     def stop(self) -> None:

@@ -369,7 +369,10 @@ def _num_bytes_acknowledged(port: int) -> int:
             if not str(descriptor.readlink()).startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
-                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getsockname()[1] == port:
+                if (
+                    connection.family in (socket.AF_INET, socket.AF_INET6)
+                    and connection.getsockname()[1] == port
+                ):
                     told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKNOWLEDGED + 8)
                     total += int.from_bytes(told[_BYTES_ACKNOWLEDGED:], sys.byteorder)
     return total

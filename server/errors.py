@@ -34,6 +34,7 @@ ServingError
 ├── QueueFullError
 ├── StepFailedError                   the model failed on a message's inputs
 │   └── OutputNotFiniteError
+├── StepTimedOutError                 a step took longer than one may
 ├── EngineFailedError                 a batch failed, whatever the inputs
 ├── StoreError                        the store did not do what it was asked; nothing was answered as done
 │   ├── StoreUnavailableError
@@ -272,6 +273,16 @@ class OutputNotFiniteError(StepFailedError):
             "this message: send other inputs, or reset it",
         )
         self.step = step
+
+
+class StepTimedOutError(ServingError):
+    """A step took longer than one may; the session is as it was before the message."""
+
+    def __init__(self, model: str, limit_s: float) -> None:
+        super().__init__(
+            f"a step of model {model!r} took over {limit_s:g} s and was ended; the session is as it was before this "
+            "message: send other inputs, or raise --step-timeout-s"
+        )
 
 
 class ServerStoppingError(ServingError):

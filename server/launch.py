@@ -112,6 +112,7 @@ class ModelLoader:
                 settings.max_resident_sessions,
                 settings.max_pending_messages,
                 settings.retry_window_steps,
+                settings.step_timeout_s,
             ),
             self._executor.commit,
             self._metrics.batch_observer(model.label),

@@ -83,6 +83,36 @@ def fragile() -> bytes:
     return model(nodes, [vector_state("first"), vector_state("second")], constants)
 
 
+def endless() -> bytes:
+    """As the accumulator, but does not return while an input is above 1000."""
+    forever = helper.make_graph(
+        [
+            helper.make_node("Identity", ["condition"], ["next_condition"]),
+            helper.make_node("Identity", ["value"], ["next_value"]),
+        ],
+        "forever",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("condition", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("value", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("next_condition", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next_value", TensorProto.FLOAT, None),
+        ],
+    )
+    nodes = [
+        helper.make_node("Mul", ["sum", "half"], ["decayed"]),
+        helper.make_node("Add", ["decayed", "x"], ["next_sum"]),
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Greater", ["largest", "limit"], ["is_endless"]),
+        helper.make_node("Loop", ["", "is_endless", "next_sum"], ["y"], body=forever),
+    ]
+    return model(
+        nodes, [vector_state("sum")], {"half": np.array(0.5, np.float32), "limit": np.array(1000, np.float32)}
+    )
+
+
 def logarithm() -> bytes:
     """sum' = sum + x; y = log(sum'): not finite unless every sum is above 0. Starts from 1."""
     nodes = [

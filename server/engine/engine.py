@@ -25,8 +25,9 @@ import numpy as np
 import structlog
 
 from server.engine.request import EngineRequest
+from server.engine.run_limit import RunLimit
 from server.engine.scheduler import Scheduler
-from server.errors import EngineFailedError, OutputNotFiniteError, StepFailedError
+from server.errors import EngineFailedError, OutputNotFiniteError, StepFailedError, StepTimedOutError
 from server.model.layout import Steps
 from server.runtime.runner import INITIAL_SLOT, ModelRunner, Rows
 from server.runtime.state_cache import StateCache
@@ -63,6 +64,7 @@ class Engine:
         runner: ModelRunner,
         on_ended: OnEnded,
         on_batch: Callable[[BatchReport], None] = lambda _: None,
+        step_timeout_s: float = 30.0,
     ) -> None:
         """Start the loop.
 
@@ -70,8 +72,11 @@ class Engine:
             runner: the model; the loop's thread owns it from here on.
             on_ended: called in the loop's thread with the requests that a batch ended.
             on_batch: called in the loop's thread after every batch.
+            step_timeout_s: seconds that a run may take.
         """
         self._runner = runner
+        self._limit = RunLimit(runner.model.label, step_timeout_s, runner.interrupt)
+        self._step_timeout_s = step_timeout_s
         self._cache = StateCache(runner)
         self._on_ended = on_ended
         self._ended: list[EngineRequest] = []
@@ -120,6 +125,7 @@ class Engine:
             self._is_abandoned = abandon
             self._wake.notify()
         self._thread.join()
+        self._limit.close()
 
     def _loop(self) -> None:
         unfinished: list[EngineRequest] = []
@@ -248,7 +254,7 @@ class Engine:
             self._cache.make_room_for_run(bank, num_rows)
             self._hand_back()
             try:
-                outputs = self._runner.run(inputs[num_done : num_done + num], bank, initial_rows)
+                outputs = self._run_limited(inputs[num_done : num_done + num], bank, initial_rows)
             except Exception:  # ONNX Runtime raises types of its own for what a model does
                 num_failed = num
                 break
@@ -265,6 +271,23 @@ class Engine:
         self._cache.add(self._runner.batch_rows(bank, num_rows)[rows], write_slots)
         for _ in range(num_failed):
             self._take_turn_alone([request for request in batch if not request.has_ended])
+
+    def _run_limited(self, inputs: Steps, bank: int = 0, initial_rows: Rows | None = None) -> Steps:
+        """As the runner's `run`.
+
+        Raises:
+            StepTimedOutError: it took too long.
+        """
+        self._limit.begin()
+        try:
+            return self._runner.run(inputs, bank, initial_rows)
+        except Exception as error:  # ONNX Runtime raises types of its own
+            if self._limit.was_reached:
+                raise StepTimedOutError(self._runner.model.label, self._step_timeout_s) from error
+            raise
+        finally:
+            if self._limit.end():
+                self._runner.allow_runs()
 
     @staticmethod
     def _initial_rows(batch: list[EngineRequest], rows: Rows) -> Rows | None:
@@ -309,10 +332,13 @@ class Engine:
                 try:
                     inputs = np.ascontiguousarray(request.inputs[np.newaxis, row, step])
                     initial_row = None if request.initial_slots is None else [request.initial_slots[row]]
-                    outputs[row] = self._runner.run(
+                    outputs[row] = self._run_limited(
                         inputs[np.newaxis],
                         initial_rows=None if initial_row is None else np.array(initial_row),
                     )[0]
+                except StepTimedOutError as error:
+                    request.fail(row, error)
+                    continue
                 except Exception as error:  # as above
                     log.error(
                         "a step failed",

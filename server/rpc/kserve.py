@@ -37,6 +37,7 @@ from server.errors import (
     ServingError,
     SessionNotFoundError,
     StepFailedError,
+    StepTimedOutError,
 )
 from server.metrics import Metrics, Reason
 from server.model.layout import Steps
@@ -437,7 +438,7 @@ def _reason(error: BaseException) -> Reason:
             return "CANCELED"
         case QueueFullError() | NoFreeSlotError() | QuotaExceededError():
             return "REJECTED"
-        case StepFailedError() | EngineFailedError():
+        case StepFailedError() | StepTimedOutError() | EngineFailedError():
             return "BACKEND"
     return "OTHER"
 

@@ -35,6 +35,7 @@ _TABLE: dict[type[errors.ServingError], tuple[grpc.StatusCode, str]] = {
     errors.QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     errors.StepFailedError: (grpc.StatusCode.INTERNAL, "STEP_FAILED"),
     errors.OutputNotFiniteError: (grpc.StatusCode.INTERNAL, "OUTPUT_NOT_FINITE"),
+    errors.StepTimedOutError: (grpc.StatusCode.INTERNAL, "STEP_TIMED_OUT"),
     errors.EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     errors.ModelMismatchError: (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_MISMATCH"),
     errors.ModelNotLoadedError: (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_NOT_LOADED"),

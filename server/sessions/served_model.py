@@ -28,6 +28,8 @@ class SessionLimits:
     max_resident_sessions: int
     max_pending_messages: int
     retry_window_steps: int
+    step_timeout_s: float = 30.0
+    """Seconds that a run may take."""
 
 
 class ServedModel:
@@ -62,7 +64,7 @@ class ServedModel:
         """Its file is gone from the models directory: it serves the sessions it has, and takes no new ones."""
         self._commit = commit
         self._loop = asyncio.get_running_loop()
-        self.engine = Engine(runner, self._hand_back, on_batch)
+        self.engine = Engine(runner, self._hand_back, on_batch, limits.step_timeout_s)
 
     @property
     def num_sessions(self) -> int:

@@ -23,8 +23,9 @@ from server.launch import EXIT_NOT_STOPPED_IN_TIME, EXIT_THREAD_DIED
 from server.storage.codec import MAX_IMPORTED_STEP
 from server.storage.factory import open_store, without_secrets
 from server.storage.interface import FIRST_FENCE, NEW, Entry, Record, Write
+from tests import step_models
 from tests.conftest import ROOT
-from tests.server.helpers import INVALID, Caller, accumulated, random_inputs, refused
+from tests.server.helpers import INVALID, Caller, Start, accumulated, random_inputs, refused
 
 
 def with_next_step(snapshot: bytes, next_step: int) -> bytes:
@@ -332,3 +333,30 @@ sys.exit(main())
 
     assert done.returncode == EXIT_THREAD_DIED
     assert "a thread died" in done.stderr
+
+
+async def test_a_step_that_does_not_return_fails_alone_and_its_neighbours_get_their_own_bits(
+    serve: Start, tmp_path: Path
+) -> None:
+    step_models.write(tmp_path, step_models.endless(), "endless")
+    server, address = await serve(tmp_path, step_timeout_s=0.3, max_resident_sessions=4, max_batch_size=4)
+    caller = Caller(server, address)
+    for name in ("endless", "neighbour", "other"):
+        await caller.create("endless", name)
+    inputs = random_inputs(3)
+    forever = inputs.copy()
+    forever[1] = 2000
+
+    with caller.hold("endless"):  # all of them are one batch
+        calls = [
+            asyncio.ensure_future(caller.step(forever if name == "endless" else inputs, name, first_step=0))
+            for name in ("endless", "neighbour", "other")
+        ]
+        while server.sessions.models.find("endless", None).num_pending < 3:
+            await asyncio.sleep(0)
+
+    await refused(calls[0], grpc.StatusCode.INTERNAL, "STEP_TIMED_OUT")
+    for call in calls[1:]:
+        assert (await call).tobytes() == accumulated(inputs).tobytes()
+    assert (await caller.step(inputs, "endless", first_step=0)).tobytes() == accumulated(inputs).tobytes()
+    await caller.channel.close()

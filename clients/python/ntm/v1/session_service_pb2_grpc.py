@@ -214,7 +214,7 @@ class SessionServiceServicer:
         (STEP_TOO_OLD), the step was run with other inputs (INPUT_MISMATCH), or the state asked for has moved
         on (STATE_NOT_KEPT). RESOURCE_EXHAUSTED: too many messages wait (QUEUE_FULL).
         INTERNAL: the model failed on these inputs (STEP_FAILED), or gave values that are not finite
-        (OUTPUT_NOT_FINITE). After any error but UNAVAILABLE the session is as it was before the message. A message with a
+        (OUTPUT_NOT_FINITE), or a step took longer than the server allows (STEP_TIMED_OUT). After any error but UNAVAILABLE the session is as it was before the message. A message with a
         `first_step` that failed by its inputs is answered the same when it is repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

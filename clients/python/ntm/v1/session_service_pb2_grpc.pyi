@@ -93,7 +93,7 @@ class SessionServiceStub:
     (STEP_TOO_OLD), the step was run with other inputs (INPUT_MISMATCH), or the state asked for has moved
     on (STATE_NOT_KEPT). RESOURCE_EXHAUSTED: too many messages wait (QUEUE_FULL).
     INTERNAL: the model failed on these inputs (STEP_FAILED), or gave values that are not finite
-    (OUTPUT_NOT_FINITE). After any error but UNAVAILABLE the session is as it was before the message. A message with a
+    (OUTPUT_NOT_FINITE), or a step took longer than the server allows (STEP_TIMED_OUT). After any error but UNAVAILABLE the session is as it was before the message. A message with a
     `first_step` that failed by its inputs is answered the same when it is repeated.
     """
     StreamSteps: _grpc.StreamStreamMultiCallable[_session_service_pb2.StreamStepsRequest, _session_service_pb2.StreamStepsResponse]
@@ -200,7 +200,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     (STEP_TOO_OLD), the step was run with other inputs (INPUT_MISMATCH), or the state asked for has moved
     on (STATE_NOT_KEPT). RESOURCE_EXHAUSTED: too many messages wait (QUEUE_FULL).
     INTERNAL: the model failed on these inputs (STEP_FAILED), or gave values that are not finite
-    (OUTPUT_NOT_FINITE). After any error but UNAVAILABLE the session is as it was before the message. A message with a
+    (OUTPUT_NOT_FINITE), or a step took longer than the server allows (STEP_TIMED_OUT). After any error but UNAVAILABLE the session is as it was before the message. A message with a
     `first_step` that failed by its inputs is answered the same when it is repeated.
     """
     StreamSteps: _aio.StreamStreamMultiCallable[_session_service_pb2.StreamStepsRequest, _session_service_pb2.StreamStepsResponse]  # type: ignore[assignment]
@@ -340,7 +340,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         (STEP_TOO_OLD), the step was run with other inputs (INPUT_MISMATCH), or the state asked for has moved
         on (STATE_NOT_KEPT). RESOURCE_EXHAUSTED: too many messages wait (QUEUE_FULL).
         INTERNAL: the model failed on these inputs (STEP_FAILED), or gave values that are not finite
-        (OUTPUT_NOT_FINITE). After any error but UNAVAILABLE the session is as it was before the message. A message with a
+        (OUTPUT_NOT_FINITE), or a step took longer than the server allows (STEP_TIMED_OUT). After any error but UNAVAILABLE the session is as it was before the message. A message with a
         `first_step` that failed by its inputs is answered the same when it is repeated.
         """
 

@@ -22,7 +22,8 @@ from server.errors import (
     ServingError,
     SessionCorruptError,
     SessionQuarantinedError,
-    StoreError,
+    StoreFullError,
+    StoreUnavailableError,
 )
 from server.runtime.runner import INITIAL_SLOT
 from server.sessions.changes import change_of, commit_change, with_snapshot
@@ -209,10 +210,14 @@ class Replay:
         write = change_of(session, metadata, session.last_use_s, snapshot=snapshot)
         try:
             await commit_change(self._store, self._queues, session, metadata, write)
-        except StoreError:
+        except StoreFullError:
             # The replay was sound: nobody is to be quarantined because a store has no room.
             sound = replace(session.metadata, num_recoveries=0)
             await self._store.commit_one(change_of(session, sound, session.last_use_s))
+            raise
+        except StoreUnavailableError:
+            # Nor because it did not answer. It may have the snapshot, and what is said of it must stay true: all again.
+            await self._store.commit_one(write)
             raise
 
 

@@ -20,6 +20,9 @@ class FaultyLine:
         self._ends: list[socket.socket] = []
         self._is_refusing = False
         self._is_swallowing_replies = False
+        self._marker: bytes | None = None
+        self._muted: socket.socket | None = None
+        self.num_marked = 0
         self._on_request: Callable[[bytes], bool] = lambda _: False
         self._open = threading.Event()
         """Cleared: nothing passes until it is set; then all that waited arrives late."""
@@ -44,6 +47,10 @@ class FaultyLine:
     def swallow_replies(self) -> None:
         """Requests arrive, their answers never."""
         self._is_swallowing_replies = True
+
+    def swallow_reply_to(self, marker: bytes) -> None:
+        """The first request with these bytes arrives, its answer never; `num_marked` counts all that have them."""
+        self._marker = marker
 
     def hold(self) -> None:
         """Nothing passes for now, in either direction."""
@@ -98,7 +105,10 @@ class FaultyLine:
                 if not is_reply and self._on_request(data):
                     self.cut()
                     return
-                is_mute = is_mute or (is_reply and self._is_swallowing_replies)
+                if not is_reply and self._marker is not None and self._marker in data:
+                    self._muted = self._muted or sink
+                    self.num_marked += 1
+                is_mute = is_mute or (is_reply and (self._is_swallowing_replies or source is self._muted))
                 if not is_mute:
                     sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)

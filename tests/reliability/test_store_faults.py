@@ -100,6 +100,26 @@ async def test_a_step_whose_commit_fails_is_refused_within_bounds_and_its_repeat
     assert await caller.next_step() == 9
 
 
+async def test_a_session_is_whole_when_the_answer_to_its_recovery_is_lost(
+    start: Restart, line: FaultyLine
+) -> None:
+    inputs = random_inputs(9)
+    caller = await start()
+    await caller.create("accumulator")
+    await caller.step(inputs[:3], first_step=0)
+    line.refuse()
+    assert await refusal_of(caller.step(inputs[3:5], first_step=3)) == "STORE_UNAVAILABLE"
+    line.heal()  # it is out of memory, and has steps to be replayed
+
+    line.swallow_reply_to(b'"num_recoveries":0')  # what was replayed becomes a snapshot
+    assert await refusal_of(caller.step(inputs[3:5], first_step=3)) == "STORE_UNAVAILABLE"
+    while line.num_marked < 2:  # and what is said of it afterwards has arrived as well
+        await asyncio.sleep(0.05)
+
+    outputs = await repeated(lambda: caller.step(inputs[3:], first_step=3))
+    np.testing.assert_array_equal(outputs, accumulated(inputs)[3:])
+
+
 @pytest.mark.parametrize("fault", ["refused", "the answer is lost", "the answer is late"])
 async def test_a_creation_a_fork_a_reset_and_a_deletion_are_refused_and_their_repeats_take_effect_once(
     start: Restart, line: FaultyLine, fault: str

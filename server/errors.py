@@ -32,6 +32,8 @@ ServingError
 │   └── WrongReplicaError
 ├── NoFreeSlotError
 ├── QueueFullError
+│   ├── QueueTooSlowError
+│   └── ServerOverloadedError
 ├── StepFailedError                   the model failed on a message's inputs
 │   └── OutputNotFiniteError
 ├── StepTimedOutError                 a step took longer than one may
@@ -250,6 +252,28 @@ class QueueFullError(ServingError):
         super().__init__(
             f"{max_pending} messages wait for model {model!r}, as many as may: try again after a pause, or raise "
             "--max-pending-messages"
+        )
+
+
+class QueueTooSlowError(QueueFullError):
+    """Messages wait for the model longer than they may: it is asked for more than it can do."""
+
+    def __init__(self, model: str, limit_s: float) -> None:
+        Exception.__init__(
+            self,
+            f"more steps of model {model!r} are asked for than it can run, and those that wait would wait over "
+            f"{limit_s:g} s: try again after a pause, add replicas, or raise --max-queue-wait-s",
+        )
+
+
+class ServerOverloadedError(QueueFullError):
+    """More calls come than the server can look at."""
+
+    def __init__(self, limit_s: float) -> None:
+        Exception.__init__(
+            self,
+            f"more calls come than this server can take, and this one would wait over {limit_s:g} s: try again after a "
+            "pause, add replicas, or raise --max-queue-wait-s",
         )
 
 

@@ -113,6 +113,7 @@ class ModelLoader:
                 settings.max_pending_messages,
                 settings.retry_window_steps,
                 settings.step_timeout_s,
+                settings.max_queue_wait_s,
             ),
             self._executor.commit,
             self._metrics.batch_observer(model.label),
@@ -254,7 +255,9 @@ class Server:
         self.access = Access(sessions, authenticator, settings.quotas, settings.snapshot_every_steps)
         self._idle_streams = IdleStreams()
         self._session_service = SessionService(sessions, limits, self.access, self._idle_streams)
-        self._grpc = transport.make_server(chosen_transport.kind, self.calls, settings.max_message_bytes)
+        self._grpc = transport.make_server(
+            chosen_transport.kind, self.calls, settings.max_message_bytes, settings.max_queue_wait_s
+        )
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(sessions, limits, chosen_transport.kind), self._grpc

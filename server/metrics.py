@@ -85,16 +85,17 @@ class Metrics:
         self._commit_writes.observe(num_writes)
         self._commit_seconds.observe(seconds)
 
-    def count_call(self, rpc: str, code: str, seconds: float) -> None:
-        """Count a call that was answered."""
+    def count_call(self, rpc: str, code: str, seconds: float, num_calls: int = 1) -> None:
+        """Count a call that was answered, or several that were refused at once, whose time is not worth telling."""
         children = self._children.get((rpc, code))
         if children is None:
             children = self._children[rpc, code] = (
                 self._calls.labels(rpc, code),
                 self._call_seconds.labels(rpc),
             )
-        children[0].inc()
-        children[1].observe(seconds)
+        children[0].inc(num_calls)
+        if num_calls == 1:
+            children[1].observe(seconds)
 
     def batch_observer(self, model: str) -> Callable[[BatchReport], None]:
         """What to call after each batch of a model."""

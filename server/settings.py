@@ -110,6 +110,9 @@ class ServerSettings(BaseSettings):
     """Bytes of one request or answer at most. Most gRPC clients accept no more than 4 MiB unless told to."""
     max_pending_messages: Count = 4096
     """Messages that may wait for one model; one more is refused with RESOURCE_EXHAUSTED."""
+    max_queue_wait_s: Seconds = 0.5
+    """Seconds that a message may wait for its first turn. Where messages wait half of that, new ones are refused with
+    RESOURCE_EXHAUSTED until fewer wait, those first whose principal has more than its share in the queue."""
     retry_window_steps: Count = 1024
     """Steps, at least, for which each session keeps its answers, for calls that are repeated."""
     idle_limit_s: Seconds | None = None

@@ -14,6 +14,7 @@ Shapes: S sessions of a request, T steps of it, R rows of a batch (all sessions 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +28,17 @@ import structlog
 from server.engine.request import EngineRequest
 from server.engine.run_limit import RunLimit
 from server.engine.scheduler import Scheduler
-from server.errors import EngineFailedError, OutputNotFiniteError, StepFailedError, StepTimedOutError
+from server.errors import (
+    EngineFailedError,
+    OutputNotFiniteError,
+    QueueTooSlowError,
+    StepFailedError,
+    StepTimedOutError,
+)
 from server.model.layout import Steps
 from server.runtime.runner import INITIAL_SLOT, ModelRunner, Rows
 from server.runtime.state_cache import StateCache
+from server.wait_limit import WaitLimit
 
 log = structlog.get_logger()
 
@@ -65,6 +73,7 @@ class Engine:
         on_ended: OnEnded,
         on_batch: Callable[[BatchReport], None] = lambda _: None,
         step_timeout_s: float = 30.0,
+        max_queue_wait_s: float = math.inf,
     ) -> None:
         """Start the loop.
 
@@ -73,10 +82,14 @@ class Engine:
             on_ended: called in the loop's thread with the requests that a batch ended.
             on_batch: called in the loop's thread after every batch.
             step_timeout_s: seconds that a run may take.
+            max_queue_wait_s: seconds that a caller's request may wait for its first turn where requests keep coming
+                faster than they run; one that has waited longer is then not run.
         """
         self._runner = runner
         self._limit = RunLimit(runner.model.label, step_timeout_s, runner.interrupt)
         self._step_timeout_s = step_timeout_s
+        self.wait_limit = WaitLimit(max_queue_wait_s)
+        """Of the waits for a first turn."""
         self._cache = StateCache(runner)
         self._on_ended = on_ended
         self._ended: list[EngineRequest] = []
@@ -96,8 +109,10 @@ class Engine:
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Enqueue requests."""
+        now_s = perf_counter()
         with self._lock:
             for request in requests:
+                request.enqueue_time_s = now_s
                 self._scheduler.enqueue(request)
             self._wake.notify()
 
@@ -130,7 +145,9 @@ class Engine:
     def _loop(self) -> None:
         unfinished: list[EngineRequest] = []
         while (batch := self._next_batch(unfinished)) is not None:
-            self._attempt(batch)
+            late = self._take_late(batch)
+            if len(late) < len(batch):
+                self._attempt([request for request in batch if not request.has_ended] if late else batch)
             unfinished = []
             for request in batch:
                 (self._ended if request.has_ended else unfinished).append(request)
@@ -141,6 +158,7 @@ class Engine:
             for request in unfinished:
                 self._scheduler.enqueue(request)
             while self._num_holds or not self._scheduler or self._is_abandoned:
+                self.wait_limit.clear()
                 if self._ended:
                     self._hand_back()
                     continue  # whoever took it may have enqueued something
@@ -148,6 +166,24 @@ class Engine:
                     return None
                 self._wake.wait()
             return self._scheduler.next_batch()
+
+    def _take_late(self, batch: list[EngineRequest]) -> list[EngineRequest]:
+        """End the requests of a batch that have waited too long for their first turn; returns these."""
+        now_s, limit_s = perf_counter(), self.wait_limit.limit_s
+        first_s = min([request.enqueue_time_s for request in batch if not request.steps_done], default=now_s)
+        self.wait_limit.note(first_s, now_s)
+        if not self.wait_limit.is_reached:
+            return []
+        late = [
+            request
+            for request in batch
+            if request.is_from_caller and not request.steps_done and now_s - request.enqueue_time_s > limit_s
+        ]
+        error = QueueTooSlowError(self._runner.model.label, limit_s)
+        for request in late:
+            request.errors = dict.fromkeys(range(request.num_rows), error)
+            request.has_ended = True
+        return late
 
     def _hand_back(self) -> None:
         """Hand back what has ended: at once when nothing is to be run, else when the next run begins.

@@ -28,6 +28,7 @@ class EngineRequest:
     """
 
     __slots__ = (
+        "enqueue_time_s",
         "errors",
         "first_steps",
         "has_ended",
@@ -49,6 +50,8 @@ class EngineRequest:
         "trace_names",
         "write_slots",
     )
+    is_from_caller = False
+    """A caller asked for it, and can be told to try again."""
 
     def __init__(
         self,
@@ -102,6 +105,8 @@ class EngineRequest:
         self.has_ended = False
         """All its turns are done, or every session has failed."""
         self.submit_time_s = perf_counter()
+        self.enqueue_time_s = 0.0
+        """When it was enqueued for its first turn."""
 
     @property
     def present_slots(self) -> Sequence[int] | Rows:

@@ -25,6 +25,7 @@ from server.security import (
 )
 from server.sessions.info import SessionInfo
 from server.sessions.manager import SessionManager
+from server.sessions.queues import queue_too_slow
 from server.sessions.served_model import ServedModel
 
 log = structlog.get_logger()
@@ -82,19 +83,19 @@ class Access:
 
     @property
     def counts_steps(self) -> bool:
-        """Whether steps are bounded for each principal."""
-        return self._quotas.counts_steps
+        """Whether steps are counted for each principal."""
+        return self._quotas.counts_steps or self._authenticator.tells_apart
 
-    def begin_steps(self, num_steps: int, enter: Callable[[], T]) -> T:
+    def begin_steps(self, served: ServedModel, num_steps: int, enter: Callable[[], T]) -> T:
         """Let steps of the caller in by what enters them; they count until its future is done.
 
         Raises:
-            QuotaExceededError: they are too many. Whatever `enter` raises.
+            QuotaExceededError: they are too many. QueueTooSlowError: the model has more to do than it can, and more of
+            it is the caller's than of others. Whatever `enter` raises.
         """
-        if not self._quotas.counts_steps:
+        if not self.counts_steps:
             return enter()
-        name = current_principal().name
-        self._quotas.begin_steps(name, num_steps)
+        name = self._begin_steps(served, num_steps)
         try:
             entered = enter()
         except BaseException:
@@ -104,20 +105,27 @@ class Access:
         return entered
 
     @contextmanager
-    def steps(self, num_steps: int) -> Iterator[None]:
+    def steps(self, served: ServedModel, num_steps: int) -> Iterator[None]:
         """Around steps of the caller, which count until they have ended.
 
         Raises:
-            QuotaExceededError: they are too many.
+            QuotaExceededError, QueueTooSlowError: as `begin_steps`.
         """
-        name = current_principal().name
-        if self._quotas.counts_steps:
-            self._quotas.begin_steps(name, num_steps)
+        if not self.counts_steps:
+            yield
+            return
+        name = self._begin_steps(served, num_steps)
         try:
             yield
         finally:
-            if self._quotas.counts_steps:
-                self._quotas.end_steps(name, num_steps)
+            self._quotas.end_steps(name, num_steps)
+
+    def _begin_steps(self, served: ServedModel, num_steps: int) -> str:
+        name = current_principal().name
+        if served.engine.wait_limit.is_near and self._quotas.has_more_than_its_share(name):
+            raise queue_too_slow(served)
+        self._quotas.begin_steps(name, num_steps)
+        return name
 
     async def begin(
         self, make: Callable[[], Awaitable[SessionInfo]], model_name: str, request_key: str

@@ -66,6 +66,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._all_done.set()
         self._metrics.count_call(rpc, code.name, perf_counter() - start_s)
 
+    def note_refused(self, rpc: str, code: grpc.StatusCode, num_calls: int) -> None:
+        """Calls were refused that were never let in."""
+        self._metrics.count_call(rpc, code.name, 0.0, num_calls)
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],

@@ -339,7 +339,7 @@ class InferenceService:
         steps = given.steps
         output_names, state_names = _wanted(request, model)
         self._statistics[model.name, model.version].num_steps += len(steps)
-        with self._access.steps(len(steps)):
+        with self._access.steps(served, len(steps)):
             if not sequence.sequence_id:
                 result = await self._run_alone(served, steps)
             else:

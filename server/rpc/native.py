@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -27,9 +28,10 @@ import grpc
 import structlog
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
-from server.errors import ServingError
+from server.errors import ServerOverloadedError, ServingError
 from server.rpc import status
 from server.rpc.interceptors import CallInterceptor
+from server.wait_limit import WaitLimit
 
 log = structlog.get_logger()
 
@@ -122,6 +124,7 @@ class NativeServer:
         fallback: grpc.aio.Server,
         max_receive_bytes: int,
         max_send_bytes: int,
+        max_wait_s: float,
     ) -> None:
         """Nothing is served and nothing listens.
 
@@ -130,11 +133,13 @@ class NativeServer:
             fallback: serves what is no plain call; it has the same interceptor.
             max_receive_bytes: of one request.
             max_send_bytes: of one answer.
+            max_wait_s: seconds that calls may wait for the event loop where they keep coming faster than it takes them.
         """
         self._interceptor = interceptor
         self._fallback = fallback
         self._max_receive_bytes = max_receive_bytes
         self._max_send_bytes = max_send_bytes
+        self._wait_limit = WaitLimit(max_wait_s)
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._direct: dict[str, DirectHandler] = {}
         self._methods: list[str] = []
@@ -254,13 +259,17 @@ class NativeServer:
     def _keep_receiving(self, front: NativeGrpcFront) -> None:
         while (events := front.recv_batch_details(_BATCH_SIZE)) is not None:
             try:
-                self._loop.call_soon_threadsafe(self._take, events)
+                self._loop.call_soon_threadsafe(self._take, events, perf_counter())
             except RuntimeError:  # the loop was closed without `stop`
                 front.close()
                 return
 
-    def _take(self, events: Sequence[tuple[Any, ...]]) -> None:
+    def _take(self, events: Sequence[tuple[Any, ...]], arrival_s: float) -> None:
         """Begin the calls that came together, and end those whose caller has left."""
+        self._wait_limit.note(arrival_s, perf_counter())
+        if self._wait_limit.is_reached:
+            self._refuse_to_queue(events)
+            return
         direct: dict[str, list[DirectCall]] = {}
         for kind, call_id, method_id, payload, _, details in events:
             if kind == EVENT_CANCEL:
@@ -289,6 +298,21 @@ class NativeServer:
                 del self._in_progress[call.call_id]
                 self._interceptor.num_calls -= 1
                 self._begin(call.call_id, method, call.payload, ((), "", None))
+
+    def _refuse_to_queue(self, events: Sequence[tuple[Any, ...]]) -> None:
+        """Refuse calls unread, since more come than can be looked at."""
+        front, told = self._front, status.of(ServerOverloadedError(self._wait_limit.limit_s))
+        assert front is not None
+        code, message, trailing = told.code.value[0], told.message, told.trailing
+        num_refused = Counter[int]()
+        for kind, call_id, method_id, *_ in events:
+            if kind == EVENT_CANCEL:
+                self._cancel(call_id)
+            else:
+                num_refused[method_id] += 1
+                front.fail(call_id, code, message, trailing_metadata=trailing)
+        for method_id, num_calls in num_refused.items():
+            self._interceptor.note_refused(self._methods[method_id].rpartition("/")[2], told.code, num_calls)
 
     def _begin(self, call_id: int, method: str, payload: bytes, details: tuple[Any, str, Any]) -> None:
         task = self._loop.create_task(self._handle(call_id, method, payload, details))

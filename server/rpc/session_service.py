@@ -170,7 +170,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
 
         alike = [_if_alike(session, check) for session in found]
         batch = self._access.begin_steps(
-            steps.size, lambda: self._sessions.admit_each(keys, alike, steps, first_steps, check)
+            first.model, steps.size, lambda: self._sessions.admit_each(keys, alike, steps, first_steps, check)
         )
         return _batch_message(await self._sessions.finish_each(batch), model)
 
@@ -268,7 +268,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             self._executor.admit([steps])
             return entered
 
-        return self._access.begin_steps(steps.caller_inputs.size, admit)
+        return self._access.begin_steps(session.model, steps.caller_inputs.size, admit)
 
     def _step_request(
         self,

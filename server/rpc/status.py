@@ -33,6 +33,8 @@ _TABLE: dict[type[errors.ServingError], tuple[grpc.StatusCode, str]] = {
     errors.StateNotKeptError: (grpc.StatusCode.FAILED_PRECONDITION, "STATE_NOT_KEPT"),
     errors.NoFreeSlotError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_FREE_SLOT"),
     errors.QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    errors.QueueTooSlowError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    errors.ServerOverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     errors.StepFailedError: (grpc.StatusCode.INTERNAL, "STEP_FAILED"),
     errors.OutputNotFiniteError: (grpc.StatusCode.INTERNAL, "OUTPUT_NOT_FINITE"),
     errors.StepTimedOutError: (grpc.StatusCode.INTERNAL, "STEP_TIMED_OUT"),

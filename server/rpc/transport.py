@@ -7,6 +7,7 @@ a grpcio server behind it. `grpcio` has everything. `lifecycle.py` adds the serv
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -58,7 +59,9 @@ def _why_no_socket() -> str:
     return ""
 
 
-def make_server(kind: Kind, interceptor: CallInterceptor | None, max_message_bytes: int) -> grpc.aio.Server:
+def make_server(
+    kind: Kind, interceptor: CallInterceptor | None, max_message_bytes: int, max_wait_s: float = math.inf
+) -> grpc.aio.Server:
     """A server that serves nothing yet and listens nowhere.
 
     Args:
@@ -66,6 +69,7 @@ def make_server(kind: Kind, interceptor: CallInterceptor | None, max_message_byt
         interceptor: runs around every call; the native transport needs one.
         max_message_bytes: of one answer at most. Twice as large a request is taken, so that one somewhat too large is
             told which field is at fault.
+        max_wait_s: seconds that calls may wait for the event loop, where the transport knows of it.
     """
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", 2 * max_message_bytes),
@@ -79,4 +83,7 @@ def make_server(kind: Kind, interceptor: CallInterceptor | None, max_message_byt
         return server
     assert interceptor is not None
     # It has what a server is asked for here, under the same names.
-    return cast(grpc.aio.Server, NativeServer(interceptor, server, 2 * max_message_bytes, max_message_bytes))
+    return cast(
+        grpc.aio.Server,
+        NativeServer(interceptor, server, 2 * max_message_bytes, max_message_bytes, max_wait_s),
+    )

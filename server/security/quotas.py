@@ -66,6 +66,9 @@ class QuotaEnforcer:
         self._quotas = quotas
         self._clock = clock
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
+        self._num_queued = 0
+        self._num_waiting = 0
+        """Principals of whom some steps wait or run."""
         self.counts_steps: bool = quotas.max_steps_per_s is not None or quotas.max_queued_steps is not None
         self.counts_sessions: bool = quotas.max_sessions is not None or quotas.max_stored_mib is not None
 
@@ -93,11 +96,15 @@ class QuotaEnforcer:
                     principal, f"it may run {rate:g} steps a second", (1e-3 - account.steps_left) / rate
                 )
             account.steps_left -= num_steps
-        account.num_queued += num_steps
+        self._queue(account, num_steps)
+
+    def has_more_than_its_share(self, principal: str) -> bool:
+        """Whether more steps of a principal wait or run than of those on average who have some."""
+        return self._account(principal).num_queued * self._num_waiting > self._num_queued
 
     def end_steps(self, principal: str, num_steps: int) -> None:
         """A message that was let in has been answered, or will not be."""
-        self._account(principal).num_queued -= num_steps
+        self._queue(self._account(principal), -num_steps)
 
     @asynccontextmanager
     async def beginning(
@@ -128,6 +135,12 @@ class QuotaEnforcer:
             yield
         finally:
             account.num_beginning -= 1
+
+    def _queue(self, account: _Account, num_steps: int) -> None:
+        was_waiting = account.num_queued > 0
+        account.num_queued += num_steps
+        self._num_queued += num_steps
+        self._num_waiting += (account.num_queued > 0) - was_waiting
 
     def _check(self, principal: str, what: str, wanted: int, most: int) -> None:
         if wanted > most:

@@ -38,7 +38,7 @@ from server.sessions.info import SessionInfo, SessionInfos
 from server.sessions.models import ServedModels
 from server.sessions.ownership import Ownership
 from server.sessions.pager import Pager
-from server.sessions.queues import queue_full
+from server.sessions.queues import queue_full, queue_too_slow
 from server.sessions.replay import Replay
 from server.sessions.request import BatchReply, EngineCall, StepRequest, StepResult, Waiter
 from server.sessions.served_model import ServedModel
@@ -128,6 +128,8 @@ class SessionManager:
         """
         if served.num_pending >= served.limits.max_pending_messages or not served.slots.num_free:
             raise queue_full(served)
+        if served.engine.wait_limit.is_reached:
+            raise queue_too_slow(served)
         slot = served.slots.take()
         served.num_pending += 1
         call = EngineCall([""], (0,), inputs[None], (INITIAL_SLOT,), (slot,), reads_state=True)

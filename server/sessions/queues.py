@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from server.errors import LeaseLapsedError, QueueFullError, ServingError
+from server.errors import LeaseLapsedError, QueueFullError, QueueTooSlowError, ServingError
 from server.runtime.runner import Rows
 from server.sessions.request import StepRequest, Turn
 from server.sessions.served_model import ServedModel
@@ -58,6 +58,8 @@ class SessionQueues:
         sessions, model = request.sessions, request.model
         if model.num_pending + len(sessions) > model.limits.max_pending_messages:
             raise queue_full(model)
+        if model.engine.wait_limit.is_reached:
+            raise queue_too_slow(model)
         if len(sessions) == 1:
             (session,) = sessions
             session.check_may_enter()
@@ -301,3 +303,8 @@ class SessionQueues:
 def queue_full(model: ServedModel) -> QueueFullError:
     """Too many requests wait for a model."""
     return QueueFullError(model.model.label, model.limits.max_pending_messages)
+
+
+def queue_too_slow(model: ServedModel) -> QueueTooSlowError:
+    """What waits for a model waits too long."""
+    return QueueTooSlowError(model.model.label, model.limits.max_queue_wait_s)

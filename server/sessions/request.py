@@ -55,6 +55,7 @@ class StepRequest(EngineRequest):
         "unready",
         "wants_state",
     )
+    is_from_caller = True
 
     def __init__(
         self,

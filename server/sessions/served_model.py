@@ -7,6 +7,7 @@ runs; `launch.py` makes one for each model that `model/repository.py` finds.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -30,6 +31,8 @@ class SessionLimits:
     retry_window_steps: int
     step_timeout_s: float = 30.0
     """Seconds that a run may take."""
+    max_queue_wait_s: float = math.inf
+    """Seconds that a caller's message may wait for its first turn."""
 
 
 class ServedModel:
@@ -64,7 +67,9 @@ class ServedModel:
         """Its file is gone from the models directory: it serves the sessions it has, and takes no new ones."""
         self._commit = commit
         self._loop = asyncio.get_running_loop()
-        self.engine = Engine(runner, self._hand_back, on_batch, limits.step_timeout_s)
+        self.engine = Engine(
+            runner, self._hand_back, on_batch, limits.step_timeout_s, limits.max_queue_wait_s
+        )
 
     @property
     def num_sessions(self) -> int:

@@ -32,10 +32,13 @@ def test_every_error_that_a_caller_can_meet_has_a_row() -> None:
     assert never_sent <= bases
 
 
-def test_reasons_are_unique() -> None:
-    reasons = [reason for _, reason in status._TABLE.values()]
+def test_two_errors_have_one_reason_only_where_one_is_a_kind_of_the_other() -> None:
+    for error, told in status._TABLE.items():
+        alike = {other for other, told_other in status._TABLE.items() if told_other[1] == told[1]}
+        base = max(alike, key=lambda other: sum(issubclass(each, other) for each in alike))
 
-    assert len(set(reasons)) == len(reasons)
+        assert issubclass(error, base)
+        assert {status._TABLE[other] for other in alike} == {told}
 
 
 def test_the_error_tree_at_the_top_of_the_module_names_every_error() -> None:

@@ -131,3 +131,20 @@ def test_principals_who_come_and_go_leave_nothing_for_ever(monkeypatch):
 
     assert len(enforcer._accounts) <= 101
     assert run(enforcer, "waiting", 1) is not None
+
+
+def test_more_than_its_share_has_who_has_more_waiting_than_others_on_average(clock):
+    enforcer = QuotaEnforcer(Quotas(), clock)
+    enforcer.begin_steps("alice", 9)
+    assert not enforcer.has_more_than_its_share("alice")  # nobody else wants any
+
+    enforcer.begin_steps("bob", 1)
+
+    assert enforcer.has_more_than_its_share("alice")
+    assert not enforcer.has_more_than_its_share("bob")
+    assert not enforcer.has_more_than_its_share("carol")
+    enforcer.end_steps("alice", 8)
+    assert not enforcer.has_more_than_its_share("alice")
+    enforcer.end_steps("bob", 1)
+    enforcer.end_steps("alice", 1)
+    assert not enforcer.has_more_than_its_share("alice")

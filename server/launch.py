@@ -38,6 +38,7 @@ from server.model.spec import StepModel
 from server.model_watcher import ModelWatcher
 from server.rpc import kserve, transport
 from server.rpc.access import Access
+from server.rpc.failures import Failures
 from server.rpc.interceptors import CallInterceptor
 from server.rpc.kserve import InferenceService
 from server.rpc.model_service import ModelService
@@ -243,16 +244,17 @@ class Server:
         self._authenticator = authenticator
         self._identity = identity
         self._metrics_endpoint = MetricsEndpoint(metrics.registry, identity)
-        self.calls = CallInterceptor(metrics, authenticator)
+        failures = Failures(metrics)
+        self.calls = CallInterceptor(metrics, authenticator, failures)
         limits = RequestLimits(
             settings.max_steps_per_message,
             settings.retry_window_steps,
             settings.max_sessions_per_batch,
             settings.max_message_bytes,
         )
-        self.access = Access(sessions, authenticator, settings.quotas, settings.snapshot_every_steps)
+        self.access = Access(sessions, authenticator, settings.quotas, settings.snapshot_every_steps, metrics)
         self._idle_streams = IdleStreams()
-        self._session_service = SessionService(sessions, limits, self.access, self._idle_streams)
+        self._session_service = SessionService(sessions, limits, self.access, self._idle_streams, failures)
         self._grpc = transport.make_server(chosen_transport.kind, self.calls, settings.max_message_bytes)
         session_service_pb2_grpc.add_SessionServiceServicer_to_server(self._session_service, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
@@ -266,6 +268,7 @@ class Server:
             settings.sequence_idle_s,
             self._idle_streams,
             metrics,
+            failures,
         )
         self._inference.add_to(self._grpc)
         if isinstance(self._grpc, NativeServer):
@@ -313,6 +316,11 @@ class Server:
             await self._health_alone.start()
         self._unstarted.remove(self._grpc)
         await self._grpc.start()
+        for thread in (
+            *self.sessions.store.threads,
+            *(self._grpc.threads if isinstance(self._grpc, NativeServer) else ()),
+        ):
+            self.metrics.watch_thread(thread)
         self._background += [
             asyncio.create_task(self._keep_house()),
             asyncio.create_task(self.model_watcher.keep_looking(settings.model_poll_s)),
@@ -426,7 +434,7 @@ async def _open_store(settings: ServerSettings, metrics: Metrics) -> AsyncStore:
     while True:
         try:
             store = await asyncio.to_thread(opened)
-            return AsyncStore(store, opened, settings.lease_s / 3, metrics.observe_commit)
+            return AsyncStore(store, opened, settings.lease_s / 3, metrics)
         except StoreUnavailableError as error:
             if next(attempts) % _STORE_PAUSES_PER_WARNING == 0:
                 # Without what stands before the @ of the URL, which can be a password.

@@ -52,6 +52,12 @@ _MOST_TURNS_AT_ONCE = 32
 
 _NOBODY = -1
 
+
+def engine_thread_name(model: str) -> str:
+    """What the thread of a model's engine is called."""
+    return f"engine {model}"
+
+
 OnEnded = Callable[[list[EngineRequest]], None]
 
 
@@ -86,8 +92,15 @@ class Engine:
         self._in_order = np.arange(runner.max_batch_size)
         self._is_closing = False
         self._is_abandoned = False
-        self._thread = threading.Thread(target=self._loop, name=f"engine {runner.model.label}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop, name=engine_thread_name(runner.model.label), daemon=True
+        )
         self._thread.start()
+
+    @property
+    def thread(self) -> threading.Thread:
+        """The loop's."""
+        return self._thread
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Enqueue requests."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from server.errors import QuotaExceededError
+from server.metrics import Metrics
 from server.security import (
     Authenticator,
     Namespace,
@@ -51,6 +52,7 @@ class Access:
         authenticator: Authenticator,
         quotas: Quotas,
         snapshot_every_steps: int,
+        metrics: Metrics,
     ) -> None:
         """Nobody has anything yet.
 
@@ -59,11 +61,13 @@ class Access:
             authenticator: knows owners and admins.
             quotas: of each principal.
             snapshot_every_steps: how many steps the store keeps at most, about.
+            metrics: where steps are counted by principal.
         """
         self._sessions = sessions
         self._authenticator = authenticator
         self._quotas = QuotaEnforcer(quotas)
         self._snapshot_every_steps = snapshot_every_steps
+        self._metrics = metrics
 
     def namespace(self, owner: str, *, may_be_all: bool = False) -> Namespace:
         """Where the caller looks; its own sessions for "".
@@ -92,7 +96,10 @@ class Access:
             QuotaExceededError: they are too many. Whatever `enter` raises.
         """
         if not self._quotas.counts_steps:
-            return enter()
+            entered = enter()
+            if self._authenticator.tells_apart:
+                self._metrics.count_principal_steps(current_principal().name, num_steps)
+            return entered
         name = current_principal().name
         self._quotas.begin_steps(name, num_steps)
         try:
@@ -101,6 +108,8 @@ class Access:
             self._quotas.end_steps(name, num_steps)
             raise
         entered.future.add_done_callback(lambda _: self._quotas.end_steps(name, num_steps))
+        if self._authenticator.tells_apart:
+            self._metrics.count_principal_steps(name, num_steps)
         return entered
 
     @contextmanager
@@ -113,6 +122,8 @@ class Access:
         name = current_principal().name
         if self._quotas.counts_steps:
             self._quotas.begin_steps(name, num_steps)
+        if self._authenticator.tells_apart:
+            self._metrics.count_principal_steps(name, num_steps)
         try:
             yield
         finally:

@@ -24,14 +24,10 @@ from time import perf_counter
 from typing import Any, NoReturn, Protocol
 
 import grpc
-import structlog
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
-from server.errors import ServingError
 from server.rpc import status
 from server.rpc.interceptors import CallInterceptor
-
-log = structlog.get_logger()
 
 _BATCH_SIZE = 256
 _DRAIN_PAUSE_S = 0.01
@@ -40,18 +36,24 @@ _FIRST_LOOK_S = 0.05
 _BYTES_ACKNOWLEDGED = 120  # where tcpi_bytes_acked stands in Linux's struct tcp_info
 _NO_AUTH: dict[str, list[bytes]] = {}
 
+_Details = tuple[Sequence[tuple[str, str | bytes]], str, Any]
+"""Of a call: its metadata, its caller's address, and its deadline."""
+
 
 class DirectCall:
     """One plain call that waits for its answer, which its handler gives by `respond` or `fail`."""
 
-    __slots__ = ("_server", "call_id", "on_cancel", "payload", "rpc", "start_s")
+    __slots__ = ("_server", "call_id", "details", "on_cancel", "payload", "rpc", "start_s")
 
-    def __init__(self, server: NativeServer, call_id: int, rpc: str, payload: bytes) -> None:
+    def __init__(
+        self, server: NativeServer, call_id: int, rpc: str, payload: bytes, details: _Details
+    ) -> None:
         """Nothing is answered yet."""
         self._server = server
         self.call_id = call_id
         self.rpc = rpc
         self.payload = payload
+        self.details = details
         self.start_s = perf_counter()
         self.on_cancel: Callable[[], None] | None = None
         """Called when the caller has left, or its deadline has passed."""
@@ -60,9 +62,9 @@ class DirectCall:
         """Answer it."""
         self._server.finish(self, grpc.StatusCode.OK, answer)
 
-    def fail(self, error: BaseException) -> None:
-        """Answer it with the status of an error."""
-        told = status.of(error)
+    def fail(self, error: BaseException, session_id: str = "") -> None:
+        """Answer it with the status of an error, which the log may name a session with."""
+        told = self._server.failures.tell(self.rpc, error, self.details[0], session_id=session_id)
         self._server.finish(self, told.code, told)
 
 
@@ -132,6 +134,7 @@ class NativeServer:
             max_send_bytes: of one answer.
         """
         self._interceptor = interceptor
+        self.failures = interceptor.failures
         self._fallback = fallback
         self._max_receive_bytes = max_receive_bytes
         self._max_send_bytes = max_send_bytes
@@ -200,6 +203,11 @@ class NativeServer:
             target=self._keep_receiving, args=(self._front,), name="gRPC calls", daemon=True
         )
         self._thread.start()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """Those that must not end before `stop`."""
+        return [] if self._thread is None else [self._thread]
 
     async def stop(self, grace: float | None) -> None:
         """Accept nothing more; what is in progress, and answers on their way, have so many seconds."""
@@ -270,7 +278,7 @@ class NativeServer:
             if len(payload) > self._max_receive_bytes:
                 self._refuse_size(call_id, "request", len(payload), self._max_receive_bytes)
             elif method in self._direct and self._interceptor.lets_in_directly:
-                call = DirectCall(self, call_id, method.rpartition("/")[2], payload)
+                call = DirectCall(self, call_id, method.rpartition("/")[2], payload, details)
                 self._in_progress[call_id] = call
                 self._interceptor.num_calls += 1
                 direct.setdefault(method, []).append(call)
@@ -280,7 +288,6 @@ class NativeServer:
             try:
                 left = self._direct[method](calls)
             except Exception as error:
-                log.error("a call failed unexpectedly", rpc=method, exc_info=error)
                 for call in calls:
                     if call.call_id in self._in_progress:
                         call.fail(error)
@@ -288,13 +295,13 @@ class NativeServer:
             for call in left:
                 del self._in_progress[call.call_id]
                 self._interceptor.num_calls -= 1
-                self._begin(call.call_id, method, call.payload, ((), "", None))
+                self._begin(call.call_id, method, call.payload, call.details)
 
-    def _begin(self, call_id: int, method: str, payload: bytes, details: tuple[Any, str, Any]) -> None:
+    def _begin(self, call_id: int, method: str, payload: bytes, details: _Details) -> None:
         task = self._loop.create_task(self._handle(call_id, method, payload, details))
         self._in_progress[call_id] = task
 
-    async def _handle(self, call_id: int, method: str, payload: bytes, details: tuple[Any, str, Any]) -> None:
+    async def _handle(self, call_id: int, method: str, payload: bytes, details: _Details) -> None:
         front, (metadata, peer, _) = self._front, details
         assert front is not None
 
@@ -321,9 +328,7 @@ class NativeServer:
         except asyncio.CancelledError:
             front.fail(call_id, grpc.StatusCode.CANCELLED.value[0], "cancelled")
         except Exception as error:
-            if not isinstance(error, ServingError):
-                log.error("a call failed unexpectedly", rpc=method, exc_info=error)
-            told = status.of(error)
+            told = self.failures.tell(method.rpartition("/")[2], error, metadata)
             front.fail(call_id, told.code.value[0], told.message, trailing_metadata=told.trailing)
         finally:
             self._last_answer_s = perf_counter()

@@ -45,6 +45,7 @@ from server.rpc.model_service import ModelService
 from server.rpc.native import NativeServer
 from server.rpc.session_service import SessionService
 from server.rpc.streaming import IdleStreams
+from server.rpc.tracing import Tracing, check_is_installed, open_tracing
 from server.rpc.validation import RequestLimits
 from server.runtime import provider as device
 from server.runtime.probe import load_runner
@@ -163,6 +164,8 @@ async def build(settings: ServerSettings) -> Server:
     """
     metrics = Metrics(triton=settings.triton_metrics)
     authenticator, identity = settings.authenticator(), settings.tls_identity()
+    if settings.otlp_endpoint is not None:
+        check_is_installed()
     chosen_device = device.choose(settings.device, settings.device_id, settings.device_memory_limit_mib)
     metrics.report_device(chosen_device)
     chosen_transport = transport.choose(settings.transport, needs_tls=identity is not None)
@@ -207,8 +210,19 @@ async def build(settings: ServerSettings) -> Server:
     )
     for file, problem in skipped.items():
         watcher.note_unloadable(file, problem)
+    tracing = None
+    if settings.otlp_endpoint is not None:
+        tracing = open_tracing(settings.otlp_endpoint, metadata.version("ntm"))
     server = Server(
-        settings, metrics, chosen_device, chosen_transport, sessions, watcher, authenticator, identity
+        settings,
+        metrics,
+        chosen_device,
+        chosen_transport,
+        sessions,
+        watcher,
+        authenticator,
+        identity,
+        tracing,
     )
     try:
         await _check_unowned_sessions(settings, store)
@@ -231,6 +245,7 @@ class Server:
         model_watcher: ModelWatcher,
         authenticator: Authenticator,
         identity: TlsIdentity | None,
+        tracing: Tracing | None,
     ) -> None:
         """Nothing listens yet; `build` makes the parts."""
         self._settings = settings
@@ -243,9 +258,10 @@ class Server:
         self._background: list[asyncio.Task[None]] = []
         self._authenticator = authenticator
         self._identity = identity
+        self._tracing = tracing
         self._metrics_endpoint = MetricsEndpoint(metrics.registry, identity)
         failures = Failures(metrics)
-        self.calls = CallInterceptor(metrics, authenticator, failures)
+        self.calls = CallInterceptor(metrics, authenticator, failures, tracing)
         limits = RequestLimits(
             settings.max_steps_per_message,
             settings.retry_window_steps,
@@ -338,6 +354,7 @@ class Server:
             durability=backend.durability.value,
             is_encrypted=self._identity is not None,
             tells_callers_apart=self._authenticator.tells_apart,
+            is_traced=self._tracing is not None,
         )
         if not backend.keeps_steps:
             log.warning("sessions are kept in memory only, and end with this process")
@@ -380,6 +397,8 @@ class Server:
         for served in [*self.sessions.models, *self.model_watcher.unloading.values()]:
             await asyncio.to_thread(served.engine.close, abandon=abandon)
         await asyncio.to_thread(self.sessions.store.close)
+        if self._tracing is not None:
+            await self._tracing.close()
 
     async def _keep_house(self) -> None:
         """End idle sessions, and forget those that ended long ago."""

@@ -28,6 +28,7 @@ class EngineRequest:
     """
 
     __slots__ = (
+        "end_time_s",
         "errors",
         "first_steps",
         "has_ended",
@@ -42,6 +43,7 @@ class EngineRequest:
         "session_ids",
         "shared_slots",
         "slots",
+        "start_time_s",
         "state",
         "steps_done",
         "submit_time_s",
@@ -102,6 +104,10 @@ class EngineRequest:
         self.has_ended = False
         """All its turns are done, or every session has failed."""
         self.submit_time_s = perf_counter()
+        self.start_time_s = 0.0
+        """When its first turn began; 0.0 before that."""
+        self.end_time_s = 0.0
+        """When its last turn had ended; 0.0 before that. Both by `time.perf_counter`, as `submit_time_s`."""
 
     @property
     def present_slots(self) -> Sequence[int] | Rows:

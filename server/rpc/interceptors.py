@@ -17,12 +17,15 @@ from server.errors import InvalidInputError, ServerStoppingError, ServingError, 
 from server.metrics import Metrics
 from server.rpc import status
 from server.rpc.failures import Failures
+from server.rpc.tracing import CallSpan, Tracing
 from server.security import Authenticator, calling
+from server.sessions.following import current_follower
 
 MALFORMED: Any = object()
 """In the place of a request whose bytes are no message of its kind."""
 
 _FIRST_MESSAGE_S = 1.0
+_KINDS = ("unary_unary", "unary_stream", "stream_stream")
 _MOST_CHARACTERS_LOGGED = 256
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -34,8 +37,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     It knows how many calls are in progress, and while the server stops it lets no new one in.
     """
 
-    def __init__(self, metrics: Metrics, authenticator: Authenticator, failures: Failures) -> None:
-        self.failures = failures
+    def __init__(
+        self,
+        metrics: Metrics,
+        authenticator: Authenticator,
+        failures: Failures,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self.failures, self.tracing = failures, tracing
         """For whoever answers calls past this."""
         self._metrics = metrics
         self._authenticator = authenticator
@@ -88,7 +97,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
-            self._handlers[method] = wrapped = self._wrap(method, handler)
+            self._handlers[method] = wrapped = self._traced(method, self._wrap(method, handler))
         return wrapped
 
     def _wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
@@ -108,6 +117,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
+
+    def _traced(
+        self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """A wrapped handler, with a span around each of its calls where the server is traced."""
+        tracing = self.tracing
+        if tracing is None or _is_open_to_all(method):
+            return handler
+        kind = next(kind for kind in _KINDS if getattr(handler, kind) is not None)
+        handle: Callable[[Any, Any], Awaitable[Any]] = getattr(handler, kind)
+
+        async def traced(request: Any, context: _Context) -> Any:
+            with tracing.call(method, context.invocation_metadata() or ()):
+                return await handle(request, context)
+
+        wrapped: grpc.RpcMethodHandler[Any, Any] = getattr(grpc, f"{kind}_rpc_method_handler")(
+            traced,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return wrapped
 
     def _refusal(
         self, rpc: str, handler: grpc.RpcMethodHandler[Any, Any], error: ServingError
@@ -218,7 +248,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """End a call with the status of an error."""
         session_id = getattr(request, "session_id", "")[:_MOST_CHARACTERS_LOGGED]
         metadata = context.invocation_metadata() or ()
-        told = self.failures.tell(call.rpc, error, metadata, session_id=session_id)
+        span = current_follower()
+        if isinstance(span, CallSpan):
+            told = self.failures.tell(
+                call.rpc, error, metadata, session_id=session_id, trace_id=span.trace_id
+            )
+            span.fail(told)
+        else:
+            told = self.failures.tell(call.rpc, error, metadata, session_id=session_id)
         call.code = told.code
         await _abort(told, context)
 

@@ -28,6 +28,7 @@ from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
 from server.rpc import status
 from server.rpc.interceptors import CallInterceptor
+from server.rpc.tracing import CallSpan
 
 _BATCH_SIZE = 256
 _DRAIN_PAUSE_S = 0.01
@@ -43,7 +44,7 @@ _Details = tuple[Sequence[tuple[str, str | bytes]], str, Any]
 class DirectCall:
     """One plain call that waits for its answer, which its handler gives by `respond` or `fail`."""
 
-    __slots__ = ("_server", "call_id", "details", "on_cancel", "payload", "rpc", "start_s")
+    __slots__ = ("_server", "call_id", "details", "on_cancel", "payload", "rpc", "span", "start_s")
 
     def __init__(
         self, server: NativeServer, call_id: int, rpc: str, payload: bytes, details: _Details
@@ -54,6 +55,8 @@ class DirectCall:
         self.rpc = rpc
         self.payload = payload
         self.details = details
+        self.span: CallSpan | None = None
+        """Where it is traced."""
         self.start_s = perf_counter()
         self.on_cancel: Callable[[], None] | None = None
         """Called when the caller has left, or its deadline has passed."""
@@ -64,7 +67,14 @@ class DirectCall:
 
     def fail(self, error: BaseException, session_id: str = "") -> None:
         """Answer it with the status of an error, which the log may name a session with."""
-        told = self._server.failures.tell(self.rpc, error, self.details[0], session_id=session_id)
+        trace_id = ""
+        if self.span is not None:
+            trace_id = self.span.trace_id
+        told = self._server.failures.tell(
+            self.rpc, error, self.details[0], session_id=session_id, trace_id=trace_id
+        )
+        if self.span is not None:
+            self.span.fail(told)
         self._server.finish(self, told.code, told)
 
 
@@ -135,6 +145,7 @@ class NativeServer:
         """
         self._interceptor = interceptor
         self.failures = interceptor.failures
+        self._tracing = interceptor.tracing
         self._fallback = fallback
         self._max_receive_bytes = max_receive_bytes
         self._max_send_bytes = max_send_bytes
@@ -279,6 +290,8 @@ class NativeServer:
                 self._refuse_size(call_id, "request", len(payload), self._max_receive_bytes)
             elif method in self._direct and self._interceptor.lets_in_directly:
                 call = DirectCall(self, call_id, method.rpartition("/")[2], payload, details)
+                if self._tracing is not None:
+                    call.span = self._tracing.begin(method, details[0])
                 self._in_progress[call_id] = call
                 self._interceptor.num_calls += 1
                 direct.setdefault(method, []).append(call)
@@ -348,6 +361,8 @@ class NativeServer:
             front.respond(call.call_id, answer)
         self._last_answer_s = perf_counter()
         self._interceptor.note(call.rpc, code, call.start_s)
+        if call.span is not None:
+            call.span.end(code)
 
     def _cancel(self, call_id: int) -> None:
         call = self._in_progress.get(call_id)
@@ -356,6 +371,8 @@ class NativeServer:
         elif call is not None:
             del self._in_progress[call_id]
             self._interceptor.note(call.rpc, grpc.StatusCode.CANCELLED, call.start_s)
+            if call.span is not None:
+                call.span.end(grpc.StatusCode.CANCELLED)
             if call.on_cancel is not None:
                 call.on_cancel()
 

@@ -29,6 +29,7 @@ from server.rpc.tensors import fill_outputs
 from server.rpc.validation import RequestLimits
 from server.rpc.watching import watch
 from server.security import split_key
+from server.sessions.following import Followed, followed
 from server.sessions.info import SessionInfo
 from server.sessions.manager import SessionManager
 from server.sessions.request import BatchReply, ReplyTo, StepRequest, Waiter
@@ -246,7 +247,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                     left.append(call)
                     continue
                 reply = _DirectStep(call)
-                steps, reply.state_names = self._step_request(request, session, reply)
+                reply_to = reply if call.span is None else Followed(reply, call.span)
+                steps, reply.state_names = self._step_request(request, session, reply_to)
             except DecodeError:
                 left.append(call)
             except ServingError as error:
@@ -265,7 +267,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     ) -> EnteredStep:
         """Check a request for steps of a session, and admit it."""
         waiter = Waiter()
-        steps, names = self._step_request(request, session, waiter, follows.request if follows else None)
+        follows_request = follows.request if follows else None
+        steps, names = self._step_request(request, session, followed(waiter), follows_request)
         entered = EnteredStep(steps, waiter, names)
 
         def admit() -> EnteredStep:

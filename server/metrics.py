@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.registry import Collector
@@ -83,6 +83,8 @@ class Metrics:
             ["cause"],
             registry=r,
         )
+        for cause in get_args(Cause):
+            self._take_overs.labels(cause)
         self._store_read_seconds = Histogram(
             "ntm_store_read_seconds",
             "One operation of the store other than a commit.",
@@ -159,6 +161,11 @@ class Metrics:
             )
         children[0].inc()
         children[1].observe(seconds)
+
+    def expect_refusals(self, reasons: Iterable[str]) -> None:
+        """Tell of reasons for which nothing was refused yet, so that the first of each is seen as an increase."""
+        for reason in reasons:
+            self._refusals.labels(reason)
 
     def count_refusal(self, reason: str) -> None:
         """Count what was refused or failed, by one of the reasons that the errors have."""

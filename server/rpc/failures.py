@@ -42,6 +42,7 @@ class Failures:
     def __init__(self, metrics: Metrics) -> None:
         """Count them in a server's metrics."""
         self._metrics = metrics
+        metrics.expect_refusals(status.REASONS)
 
     def tell(self, rpc: str, error: BaseException, metadata: Metadata, **about: str | int) -> status.Status:
         """Count and log a failure; returns what its caller is to be told.

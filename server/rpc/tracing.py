@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
     from opentelemetry.util.types import AttributeValue
 
-    from server.engine.request import EngineRequest
-    from server.sessions.request import TimesS
+    from server.sessions.request import EngineCall, StepRequest, TimesS
 
 log = structlog.get_logger()
 
@@ -171,7 +170,7 @@ class CallSpan:
         """The trace's, as W3C writes it."""
         return f"{self._span.get_span_context().trace_id:032x}"
 
-    def note(self, request: EngineRequest, commit_times_s: TimesS | None = None) -> None:
+    def note(self, request: StepRequest | EngineCall, commit_times_s: TimesS | None = None) -> None:
         """Add what became of a request, with the times that it has."""
         if not request.start_time_s:  # answered from the retry window, or refused
             return

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
-from server.engine.request import EngineRequest
-from server.sessions.request import ReplyTo, StepRequest, TimesS
+from server.sessions.request import EngineCall, ReplyTo, StepRequest, TimesS
 
 
 class Follower(Protocol):
     """Whoever is told of requests before they are answered."""
 
-    def note(self, request: EngineRequest, commit_times_s: TimesS | None = None) -> None:
+    def note(self, request: StepRequest | EngineCall, commit_times_s: TimesS | None = None) -> None:
         """A request is over."""
 
 

@@ -20,12 +20,16 @@ log = structlog.get_logger()
 
 REQUEST_ID_KEY = "x-request-id"
 MAX_REQUEST_ID_CHARACTERS = 128
+MOST_CHARACTERS_LOGGED = 256
+"""Of what a caller has sent, a session's id say, that may be none."""
 _USABLE = re.compile(rf"[A-Za-z0-9._:/+=@-]{{1,{MAX_REQUEST_ID_CHARACTERS}}}")
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
 _SERVERS_OWN = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNAVAILABLE})
 """What no caller can mend: the log has a line for each such call. The others know all there is from their answer."""
+_ORDINARY = frozenset({"SERVER_STOPPING", "WRONG_REPLICA"})
+"""Of these what is no fault, and is mended by a call to another server."""
 
 
 def request_id_of(metadata: Metadata) -> str:
@@ -58,7 +62,7 @@ class Failures:
         fields = {"rpc": rpc, "request_id": told.request_id} | {k: v for k, v in about.items() if v != ""}
         if told.reason == status.BUG:
             log.error("a call failed unexpectedly", **fields, exc_info=error)
-        elif told.code in _SERVERS_OWN:
+        elif told.code in _SERVERS_OWN and told.reason not in _ORDINARY:
             log.warning(
                 "a call failed", **fields, code=told.code.name, reason=told.reason, problem=told.message
             )

@@ -16,17 +16,15 @@ import grpc
 from server.errors import InvalidInputError, ServerStoppingError, ServingError, UnauthenticatedError
 from server.metrics import Metrics
 from server.rpc import status
-from server.rpc.failures import Failures
-from server.rpc.tracing import CallSpan, Tracing
+from server.rpc.failures import MOST_CHARACTERS_LOGGED, Failures
+from server.rpc.tracing import Tracing, current_span
 from server.security import Authenticator, calling
-from server.sessions.following import current_follower
 
 MALFORMED: Any = object()
 """In the place of a request whose bytes are no message of its kind."""
 
 _FIRST_MESSAGE_S = 1.0
 _KINDS = ("unary_unary", "unary_stream", "stream_stream")
-_MOST_CHARACTERS_LOGGED = 256
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -246,16 +244,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def _abort(self, call: _Call, error: Exception, context: _Context, request: Any = None) -> NoReturn:
         """End a call with the status of an error."""
-        session_id = getattr(request, "session_id", "")[:_MOST_CHARACTERS_LOGGED]
+        session_id = getattr(request, "session_id", "")[:MOST_CHARACTERS_LOGGED]
         metadata = context.invocation_metadata() or ()
-        span = current_follower()
-        if isinstance(span, CallSpan):
-            told = self.failures.tell(
-                call.rpc, error, metadata, session_id=session_id, trace_id=span.trace_id
-            )
+        span = current_span()
+        trace_id = "" if span is None else span.trace_id
+        told = self.failures.tell(call.rpc, error, metadata, session_id=session_id, trace_id=trace_id)
+        if span is not None:
             span.fail(told)
-        else:
-            told = self.failures.tell(call.rpc, error, metadata, session_id=session_id)
         call.code = told.code
         await _abort(told, context)
 

@@ -40,7 +40,7 @@ from server.metrics import Metrics, Reason
 from server.model.layout import Steps
 from server.model.spec import StepModel, api_shape, initial_state, to_api
 from server.rpc.access import Access
-from server.rpc.failures import Failures
+from server.rpc.failures import MOST_CHARACTERS_LOGGED, Failures
 from server.rpc.inference import grpc_service_pb2 as pb
 from server.rpc.streaming import IdleStreams
 from server.rpc.validation import RequestLimits
@@ -282,7 +282,9 @@ class InferenceService:
             try:
                 answer.infer_response.CopyFrom(await self._infer(request))
             except Exception as error:
-                told = self._failures.tell("ModelStreamInfer", error, metadata, inference_id=request.id[:128])
+                told = self._failures.tell(
+                    "ModelStreamInfer", error, metadata, inference_id=request.id[:MOST_CHARACTERS_LOGGED]
+                )
                 answer.error_message = told.message
                 answer.infer_response.id = request.id
             async with writing:

@@ -67,9 +67,7 @@ class DirectCall:
 
     def fail(self, error: BaseException, session_id: str = "") -> None:
         """Answer it with the status of an error, which the log may name a session with."""
-        trace_id = ""
-        if self.span is not None:
-            trace_id = self.span.trace_id
+        trace_id = "" if self.span is None else self.span.trace_id
         told = self._server.failures.tell(
             self.rpc, error, self.details[0], session_id=session_id, trace_id=trace_id
         )

@@ -22,10 +22,11 @@ from server.errors import InvalidInputError, ServingError
 from server.model.spec import StepModel, to_api
 from server.rpc import validation
 from server.rpc.access import Access
-from server.rpc.failures import REQUEST_ID_KEY, Failures, request_id_of
+from server.rpc.failures import MOST_CHARACTERS_LOGGED, REQUEST_ID_KEY, Failures, request_id_of
 from server.rpc.native import DirectCall
 from server.rpc.streaming import EnteredStep, IdleStreams, ReadAhead
 from server.rpc.tensors import fill_outputs
+from server.rpc.tracing import current_span
 from server.rpc.validation import RequestLimits
 from server.rpc.watching import watch
 from server.security import split_key
@@ -367,8 +368,13 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         named = (
             [(REQUEST_ID_KEY, request_id_of(context.invocation_metadata() or ()))] if result.errors else ()
         )
+        span = current_span() if result.errors else None
+        trace_id = "" if span is None else span.trace_id
         for index, error in sorted(result.errors.items()):
-            told = self._failures.tell("BatchStep", error, named, index=index)
+            session_id = split_key(result.session_ids[index])[1][:MOST_CHARACTERS_LOGGED]
+            told = self._failures.tell(
+                "BatchStep", error, named, index=index, session_id=session_id, trace_id=trace_id
+            )
             response.errors.add(
                 index=index,
                 code=told.code.value[0],

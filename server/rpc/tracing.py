@@ -21,7 +21,7 @@ import structlog
 from server.errors import TracingError
 from server.rpc.failures import Metadata
 from server.rpc.status import Status
-from server.sessions.following import followed_by
+from server.sessions.following import current_follower, followed_by
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -146,6 +146,12 @@ class Tracing:
         closing = threading.Thread(target=close, name="last spans", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, _CLOSE_TIMEOUT_S)
+
+
+def current_span() -> CallSpan | None:
+    """The span of the call that runs in this task, if it is traced."""
+    follower = current_follower()
+    return follower if isinstance(follower, CallSpan) else None
 
 
 class CallSpan:

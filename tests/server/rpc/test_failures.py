@@ -160,7 +160,9 @@ async def test_sessions_that_fail_in_a_batch_have_the_name_of_the_batch(serve: S
     told = [line for line in lines if line["event"] == "a call failed"]
     assert [*result.errors] == [0, 1]
     (name,) = {error.request_id for error in result.errors.values()}
-    assert [(line["request_id"], line["index"]) for line in told] == [(name, 0), (name, 1)]
+    assert [(line["request_id"], line["index"], line["session_id"]) for line in told] == [
+        (name, index, sessions[index].session_id) for index in (0, 1)
+    ]
 
 
 def samples(server: Any) -> dict[tuple[str, ...], float]:

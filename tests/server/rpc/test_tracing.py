@@ -19,6 +19,7 @@ from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace import TracerProvider
+from pydantic import ValidationError
 from structlog.testing import capture_logs
 
 from ntm import AsyncClient, Client, InternalError
@@ -26,6 +27,8 @@ from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
 from server.errors import TracingError
 from server.launch import Server
+from server.rpc.tracing import CallSpan
+from server.settings import ServerSettings
 from tests.conftest import ROOT, ServerProcess
 from tests.server.helpers import Caller, Start, pending, random_inputs
 
@@ -286,6 +289,50 @@ async def test_what_is_answered_from_the_retry_window_has_no_run(
     assert sorted(len(collector.below(call)) for call in collector.calls(STEP)) == [0, 2]
 
 
+async def test_opentelemetrys_own_variables_say_how_many_calls_are_traced(
+    serve: Start, models: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+    async with traced(serve, models, collector) as (_, caller):
+        await caller.create("accumulator")
+        await caller.stub.Step(step())
+        await caller.stub.Step(step(), metadata=[("traceparent", TRACEPARENT)])
+
+    assert [call.trace_id.hex() for call in collector.calls(STEP)] == [TRACEPARENT.split("-")[1]]
+
+
+def test_the_endpoint_is_a_setting_like_others_and_goes_before_the_standard_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text('otlp_endpoint = "http://file:4318"\n')
+    monkeypatch.setenv("NTM_SERVER_CONFIG", str(tmp_path / "config.toml"))
+    found = [ServerSettings().otlp_endpoint]
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "NTM_SERVER_OTLP_ENDPOINT"):
+        monkeypatch.setenv(name, f"http://{name.lower()}:4318")
+        found.append(ServerSettings().otlp_endpoint)
+    found.append(ServerSettings(otlp_endpoint="https://given").otlp_endpoint)
+
+    assert found == [
+        "http://file:4318",
+        "http://otel_exporter_otlp_endpoint:4318",
+        "http://ntm_server_otlp_endpoint:4318",
+        "https://given",
+    ]
+
+
+def test_a_standard_variable_that_is_empty_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+
+    assert ServerSettings().otlp_endpoint is None
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:4318", "grpc://h:4317", "http://", "http://h:4318/v1/traces"])
+def test_an_endpoint_that_no_spans_could_go_to_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="the http or https URL of a collector"):
+        ServerSettings(otlp_endpoint=url)
+
+
 def test_without_an_endpoint_nothing_is_traced_and_opentelemetry_is_not_loaded() -> None:
     program = (
         "import sys, server.launch, server.__main__; from server.settings import ServerSettings; "
@@ -298,6 +345,30 @@ def test_without_an_endpoint_nothing_is_traced_and_opentelemetry_is_not_loaded()
     )
 
     assert ended.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_span_that_cannot_be_made_keeps_no_caller_waiting(
+    serve: Start, models: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    monkeypatch.setattr(CallSpan, "note", lambda *_: 1 / 0)
+
+    async with traced(serve, models, collector, transport=transport) as (_, caller):
+        await caller.create("accumulator")
+        assert len(await caller.step(random_inputs(2))) == 2
+
+
+def test_a_check_of_the_settings_finds_that_opentelemetry_is_missing(models: Path) -> None:
+    program = (
+        "import sys; sys.modules['opentelemetry.sdk.trace'] = None; "
+        f"sys.argv[1:] = ['check-config', '--models', {str(models)!r}, '--otlp-endpoint', 'http://127.0.0.1:4318']; "
+        "from server.__main__ import main; sys.exit(main())"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+
+    assert ended.returncode == 1
+    assert "the server does not start: spans are to be sent to otlp_endpoint" in ended.stderr
 
 
 async def test_a_collector_that_is_away_is_told_in_the_log_and_fails_no_call(

@@ -42,8 +42,8 @@ FROM build AS build-server
 ARG VARIANT=cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     case "$VARIANT" in \
-        cpu) set -- '.[server]' ;; \
-        gpu) set -- --constraint constraints-gpu.txt '.[gpu]' ;; \
+        cpu) set -- '.[server,otel]' ;; \
+        gpu) set -- --constraint constraints-gpu.txt '.[gpu,otel]' ;; \
         *) echo "VARIANT is cpu or gpu, not $VARIANT" >&2; exit 1 ;; \
     esac \
     && pip --python /opt/venv/bin/python install --constraint constraints.txt ./clients/python "$@"

@@ -33,7 +33,7 @@ inspect: $(VENV)/.inspect ## See sessions at work, in a browser: a page on 127.0
 	@$(BIN)/python -m inspector
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.chromium $(VENV)/triton/.tools $(VENV)/node/.tools ## Run the tests.
+test: $(VENV)/.dev $(VENV)/.chromium $(VENV)/.promtool $(VENV)/triton/.tools $(VENV)/node/.tools ## Run the tests.
 	@$(BIN)/python -m pytest --numprocesses 2
 
 .PHONY: pictures
@@ -157,6 +157,18 @@ $(VENV)/.chromium: | $(VENV)/bin/python
 			--no-install-recommends chromium fonts-dejavu-core > /dev/null; \
 	else echo "There is no chromium: the tests of the inspector's page will be skipped"; fi
 	@touch $@
+
+# promtool tests the alert rules. It is taken out of Debian's package, which is not installed. Where it cannot be had its
+# tests are skipped, and say so; the next time it is tried again.
+$(VENV)/.promtool: | $(VENV)/bin/python
+	@if command -v promtool > /dev/null; then touch $@; \
+	elif command -v apt-get > /dev/null && command -v dpkg-deb > /dev/null; then \
+		echo "Taking promtool out of Debian's package prometheus, for the tests of the alert rules"; \
+		mkdir -p $(VENV)/prometheus && cd $(VENV)/prometheus && rm -f *.deb && \
+		{ [ "$$(id -u)" != 0 ] || apt-get update --quiet=2; } && apt-get download --quiet=2 prometheus 2> /dev/null && \
+		dpkg-deb --fsys-tarfile prometheus_*.deb | tar --extract --strip-components=3 ./usr/bin/promtool && \
+		rm prometheus_*.deb && touch ../../$@ || echo "promtool cannot be had: the tests of the alert rules will be skipped"; \
+	else echo "There is no promtool: the tests of the alert rules will be skipped"; fi
 
 # Triton's client pins another protobuf than the server's.
 $(VENV)/triton/.tools: Makefile | $(VENV)/bin/python

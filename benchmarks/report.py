@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import growth, plots, residence, routing, serving, step_graph
+from benchmarks import growth, plots, residence, routing, serving, step_graph, tracing
 from benchmarks.measuring import Figures, machine, ratio
 from benchmarks.peers import triton
 from benchmarks.server_process import Shape
@@ -92,6 +92,7 @@ def full(console: Console) -> int:
         "latency": partial(serving.compare_latency, num_rounds=5, duration_s=2.0),
         "stores": partial(serving.compare_stores, num_rounds=5, duration_s=1.0),
         "routing": partial(routing.compare, num_rounds=5, duration_s=2.0),
+        "tracing": partial(tracing.compare, num_rounds=5, duration_s=2.0),
         "residence": partial(residence.compare, num_rounds=2, duration_s=2.0),
         "growth": partial(growth.compare, num_rounds=5, duration_s=0.7),
     }

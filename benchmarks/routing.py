@@ -42,13 +42,13 @@ def compare(num_rounds: int, duration_s: float) -> Figures:
                 ("the client's own routing", addresses, []),
                 ("through Envoy", router, [envoy_pid]),
             ):
-                load = _Load(runner, address, rpc, duration_s, server_pids, envoy_pids)
+                load = Load(runner, address, rpc, duration_s, server_pids, envoy_pids)
                 stack.callback(load.close)
                 cases[f"{NUM_SESSIONS} sessions, {rpc}, T=1, {way}"] = load.measure
         return side_by_side(cases, num_rounds)
 
 
-class _Load:
+class Load:
     """Sessions that step as fast as they are answered, one message of each under way."""
 
     def __init__(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +27,9 @@ Rpc = Literal["Step", "StreamSteps", "BatchStep"]
 
 
 @contextmanager
-def serving(models: Path, *flags: str, store: str = "none") -> Iterator[tuple[str, list[int]]]:
+def serving(
+    models: Path, *flags: str, store: str = "none", variables: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, list[int]]]:
     """Run the server on a port of its own; gives its address and the process's id.
 
     Raises:
@@ -34,7 +37,9 @@ def serving(models: Path, *flags: str, store: str = "none") -> Iterator[tuple[st
     """
     command = [sys.executable, "-m", "server", "--models", str(models), "--listen", "127.0.0.1:0"]
     command += ["--device", "cpu", "--log-format", "json", "--store", store, *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    process = subprocess.Popen(  # noqa: S603
+        command, cwd=ROOT, env={**os.environ, **(variables or {})}, stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     log: list[str] = []
     try:

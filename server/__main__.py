@@ -17,6 +17,7 @@ from server.describe_command import describe
 from server.errors import StartupError
 from server.launch import run
 from server.model import repository
+from server.rpc.tracing import check_is_installed
 from server.settings import ServerSettings, SettingsError, check_environment
 
 
@@ -56,6 +57,8 @@ def _check(settings: ServerSettings) -> int:
     """
     settings.authenticator()
     settings.tls_identity()
+    if settings.otlp_endpoint is not None:
+        check_is_installed()
     skips = settings.model_errors == "skip"
     models = repository.load_all(
         settings.models, (lambda _, error: print(f"skipped: {error}", file=sys.stderr)) if skips else None

@@ -8,6 +8,7 @@ ServingError
 │   ├── ListenError                   the address cannot be listened on
 │   ├── TransportError                the transport asked for cannot serve what is asked
 │   ├── StoreSettingsError            the store cannot be used as asked
+│   ├── TracingError                  spans were asked for, and cannot be made
 │   └── SecurityFileError             a certificate, a key or a file of tokens cannot be used
 ├── InvalidInputError                 a field of a request is wrong
 ├── ModelNotFoundError
@@ -103,6 +104,16 @@ class ListenError(StartupError):
 
 class TransportError(StartupError):
     """The transport asked for cannot serve what is asked."""
+
+
+class TracingError(StartupError):
+    """Spans were asked for, and OpenTelemetry is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "spans are to be sent to otlp_endpoint, and OpenTelemetry is not installed: install the extra otel "
+            "(pip install -c constraints.txt '.[otel]'), or take the setting or OTEL_EXPORTER_OTLP_ENDPOINT away"
+        )
 
 
 class InvalidInputError(ServingError):

@@ -38,12 +38,14 @@ from server.model.spec import StepModel
 from server.model_watcher import ModelWatcher
 from server.rpc import kserve, transport
 from server.rpc.access import Access
+from server.rpc.failures import Failures
 from server.rpc.interceptors import CallInterceptor
 from server.rpc.kserve import InferenceService
 from server.rpc.model_service import ModelService
 from server.rpc.native import NativeServer
 from server.rpc.session_service import SessionService
 from server.rpc.streaming import IdleStreams
+from server.rpc.tracing import Tracing, check_is_installed, open_tracing
 from server.rpc.validation import RequestLimits
 from server.runtime import provider as device
 from server.runtime.probe import load_runner
@@ -164,6 +166,8 @@ async def build(settings: ServerSettings) -> Server:
     """
     metrics = Metrics(triton=settings.triton_metrics)
     authenticator, identity = settings.authenticator(), settings.tls_identity()
+    if settings.otlp_endpoint is not None:
+        check_is_installed()
     chosen_device = device.choose(settings.device, settings.device_id, settings.device_memory_limit_mib)
     metrics.report_device(chosen_device)
     chosen_transport = transport.choose(settings.transport, needs_tls=identity is not None)
@@ -208,8 +212,19 @@ async def build(settings: ServerSettings) -> Server:
     )
     for file, problem in skipped.items():
         watcher.note_unloadable(file, problem)
+    tracing = None
+    if settings.otlp_endpoint is not None:
+        tracing = open_tracing(settings.otlp_endpoint, metadata.version("ntm"))
     server = Server(
-        settings, metrics, chosen_device, chosen_transport, sessions, watcher, authenticator, identity
+        settings,
+        metrics,
+        chosen_device,
+        chosen_transport,
+        sessions,
+        watcher,
+        authenticator,
+        identity,
+        tracing,
     )
     try:
         await _check_unowned_sessions(settings, store)
@@ -232,6 +247,7 @@ class Server:
         model_watcher: ModelWatcher,
         authenticator: Authenticator,
         identity: TlsIdentity | None,
+        tracing: Tracing | None,
     ) -> None:
         """Nothing listens yet; `build` makes the parts."""
         self._settings = settings
@@ -244,17 +260,19 @@ class Server:
         self._background: list[asyncio.Task[None]] = []
         self._authenticator = authenticator
         self._identity = identity
+        self._tracing = tracing
         self._metrics_endpoint = MetricsEndpoint(metrics.registry, identity)
-        self.calls = CallInterceptor(metrics, authenticator)
+        failures = Failures(metrics)
+        self.calls = CallInterceptor(metrics, authenticator, failures, tracing)
         limits = RequestLimits(
             settings.max_steps_per_message,
             settings.retry_window_steps,
             settings.max_sessions_per_batch,
             settings.max_message_bytes,
         )
-        self.access = Access(sessions, authenticator, settings.quotas, settings.snapshot_every_steps)
+        self.access = Access(sessions, authenticator, settings.quotas, settings.snapshot_every_steps, metrics)
         self._idle_streams = IdleStreams()
-        self._session_service = SessionService(sessions, limits, self.access, self._idle_streams)
+        self._session_service = SessionService(sessions, limits, self.access, self._idle_streams, failures)
         self._grpc = transport.make_server(
             chosen_transport.kind, self.calls, settings.max_message_bytes, settings.max_queue_wait_s
         )
@@ -270,6 +288,7 @@ class Server:
             settings.sequence_idle_s,
             self._idle_streams,
             metrics,
+            failures,
         )
         self._inference.add_to(self._grpc)
         if isinstance(self._grpc, NativeServer):
@@ -317,6 +336,11 @@ class Server:
             await self._health_alone.start()
         self._unstarted.remove(self._grpc)
         await self._grpc.start()
+        for thread in (
+            *self.sessions.store.threads,
+            *(self._grpc.threads if isinstance(self._grpc, NativeServer) else ()),
+        ):
+            self.metrics.watch_thread(thread)
         self._background += [
             asyncio.create_task(self._keep_house()),
             asyncio.create_task(self.model_watcher.keep_looking(settings.model_poll_s)),
@@ -334,6 +358,7 @@ class Server:
             durability=backend.durability.value,
             is_encrypted=self._identity is not None,
             tells_callers_apart=self._authenticator.tells_apart,
+            is_traced=self._tracing is not None,
         )
         if not backend.keeps_steps:
             log.warning("sessions are kept in memory only, and end with this process")
@@ -376,6 +401,8 @@ class Server:
         for served in [*self.sessions.models, *self.model_watcher.unloading.values()]:
             await asyncio.to_thread(served.engine.close, abandon=abandon)
         await asyncio.to_thread(self.sessions.store.close)
+        if self._tracing is not None:
+            await self._tracing.close()
 
     async def _keep_house(self) -> None:
         """End idle sessions, and forget those that ended long ago."""
@@ -430,7 +457,7 @@ async def _open_store(settings: ServerSettings, metrics: Metrics) -> AsyncStore:
     while True:
         try:
             store = await asyncio.to_thread(opened)
-            return AsyncStore(store, opened, settings.lease_s / 3, metrics.observe_commit)
+            return AsyncStore(store, opened, settings.lease_s / 3, metrics)
         except StoreUnavailableError as error:
             if next(attempts) % _STORE_PAUSES_PER_WARNING == 0:
                 # Without what stands before the @ of the URL, which can be a password.

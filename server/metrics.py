@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterable, Iterator
+from threading import Thread
+from typing import ClassVar, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.engine import BatchReport
+from server.engine.engine import BatchReport, engine_thread_name
 from server.runtime.provider import Device
 from server.sessions.served_model import ServedModel
+from server.storage.observer import Cause, Operation
 
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+MOST_PRINCIPALS = 100
+"""Principals with labels of their own: those that call first."""
+OTHER_PRINCIPALS = "other"
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 Reason = Literal["REJECTED", "CANCELED", "BACKEND", "OTHER"]
@@ -38,6 +43,12 @@ class Metrics:
         self._call_seconds = Histogram(
             "ntm_call_seconds", "From a call's arrival to its answer.", ["rpc"], buckets=_SECONDS, registry=r
         )
+        self._refusals = Counter(
+            "ntm_refusals",
+            "Calls, and sessions of a batch, that were refused or failed, by the reason of their ErrorInfo.",
+            ["reason"],
+            registry=r,
+        )
         self._children: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._steps = Counter("ntm_steps", "Steps run.", ["model"], registry=r)
         self._batch_size = Histogram(
@@ -53,6 +64,34 @@ class Metrics:
             buckets=_SECONDS,
             registry=r,
         )
+        self._principal_calls = Counter(
+            "ntm_principal_calls",
+            "Calls by principal, where callers are told apart.",
+            ["principal"],
+            registry=r,
+        )
+        self._principal_steps = Counter(
+            "ntm_principal_steps",
+            "Steps let in by principal, where callers are told apart.",
+            ["principal"],
+            registry=r,
+        )
+        self._principals: set[str] = set()
+        self._take_overs = Counter(
+            "ntm_session_take_overs",
+            "Sessions that came from another replica: it gave them (asked), or its lease had run out (dead).",
+            ["cause"],
+            registry=r,
+        )
+        for cause in get_args(Cause):
+            self._take_overs.labels(cause)
+        self._store_read_seconds = Histogram(
+            "ntm_store_read_seconds",
+            "One operation of the store other than a commit.",
+            ["operation"],
+            buckets=_SECONDS,
+            registry=r,
+        )
         self._commit_writes = Histogram(
             "ntm_store_commit_writes",
             "Changes of sessions committed to the store together.",
@@ -64,6 +103,9 @@ class Metrics:
         )
         self._sessions = Gauge("ntm_sessions", "Sessions in memory.", ["model"], registry=r)
         self._pending = Gauge("ntm_pending_messages", "Messages waiting or running.", ["model"], registry=r)
+        self._threads = Gauge(
+            "ntm_thread_alive", "1: a thread that must not end is alive.", ["thread"], registry=r
+        )
         self._file_problems = Gauge(
             "ntm_model_file_problem",
             "1: a file in the models directory cannot be served, or has changed under its sessions.",
@@ -85,6 +127,30 @@ class Metrics:
         self._commit_writes.observe(num_writes)
         self._commit_seconds.observe(seconds)
 
+    def observe_store_read(self, operation: Operation, seconds: float) -> None:
+        """Count one operation of the store other than a commit."""
+        self._store_read_seconds.labels(operation).observe(seconds)
+
+    def count_take_over(self, cause: Cause) -> None:
+        """Count a session that came from another replica."""
+        self._take_overs.labels(cause).inc()
+
+    def count_principal_call(self, principal: str) -> None:
+        """Count a call of a principal who is known."""
+        self._principal_calls.labels(self._principal_label(principal)).inc()
+
+    def count_principal_steps(self, principal: str, num_steps: int) -> None:
+        """Count steps of a principal that were let in."""
+        self._principal_steps.labels(self._principal_label(principal)).inc(num_steps)
+
+    def _principal_label(self, principal: str) -> str:
+        """The name itself of the first MOST_PRINCIPALS; there must be no more labels than can be kept."""
+        if principal not in self._principals:
+            if len(self._principals) >= MOST_PRINCIPALS:
+                return OTHER_PRINCIPALS
+            self._principals.add(principal)
+        return principal
+
     def count_call(self, rpc: str, code: str, seconds: float, num_calls: int = 1) -> None:
         """Count a call that was answered, or several that were refused at once, whose time is not worth telling."""
         children = self._children.get((rpc, code))
@@ -96,6 +162,15 @@ class Metrics:
         children[0].inc(num_calls)
         if num_calls == 1:
             children[1].observe(seconds)
+
+    def expect_refusals(self, reasons: Iterable[str]) -> None:
+        """Tell of reasons for which nothing was refused yet, so that the first of each is seen as an increase."""
+        for reason in reasons:
+            self._refusals.labels(reason)
+
+    def count_refusal(self, reason: str, num_calls: int = 1) -> None:
+        """Count what was refused or failed, by one of the reasons that the errors have."""
+        self._refusals.labels(reason).inc(num_calls)
 
     def batch_observer(self, model: str) -> Callable[[BatchReport], None]:
         """What to call after each batch of a model."""
@@ -126,6 +201,11 @@ class Metrics:
         label = served.model.label
         self._sessions.labels(label).set_function(lambda: served.num_sessions)
         self._pending.labels(label).set_function(lambda: served.num_pending)
+        self.watch_thread(served.engine.thread)
+
+    def watch_thread(self, thread: Thread) -> None:
+        """Report whether a thread is alive, which must not end while its part of the server is there."""
+        self._threads.labels(thread.name).set_function(thread.is_alive)
 
     def forget(self, model: str) -> None:
         """Report nothing more of a model that is no longer served."""
@@ -138,6 +218,7 @@ class Metrics:
             self._pending,
         ):
             metric.remove(model)
+        self._threads.remove(engine_thread_name(model))
         if self._triton is not None:
             self._triton.forget(model)
 

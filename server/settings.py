@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -31,6 +33,7 @@ from server.security import (
 )
 
 ENV_PREFIX = "NTM_SERVER_"
+OTLP_ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -125,6 +128,9 @@ class ServerSettings(BaseSettings):
     """HOST:PORT for Prometheus to scrape, over TLS where the server has a certificate. Not set: no metrics endpoint."""
     triton_metrics: bool = False
     """Tell the metrics that Triton's dashboards read too, by Triton's names."""
+    otlp_endpoint: str | None = None
+    """URL of an OpenTelemetry collector that takes spans by OTLP over HTTP, such as http://127.0.0.1:4318; the standard
+    variable OTEL_EXPORTER_OTLP_ENDPOINT says the same. Not set: nothing is traced. It needs the extra otel."""
     health_listen: str | None = None
     """HOST:PORT where health alone is told, in plaintext, for probes that do not speak TLS. Not set: nowhere else."""
     insecure: bool = False
@@ -179,6 +185,13 @@ class ServerSettings(BaseSettings):
                 f"handover_timeout_s ({self.handover_timeout_s}) must be more than lease_s ({self.lease_s}), or a call "
                 "would give up before a dead replica's sessions can be taken over"
             )
+        if self.otlp_endpoint is not None:
+            url = urlsplit(self.otlp_endpoint)
+            if url.scheme not in ("http", "https") or not url.hostname or url.path.endswith("/v1/traces"):
+                raise ValueError(
+                    f"otlp_endpoint ({self.otlp_endpoint}) must be the http or https URL of a collector, without the "
+                    "path /v1/traces, such as http://127.0.0.1:4318"
+                )
         for name in ("listen", "metrics_listen", "health_listen"):
             address = getattr(self, name)
             if address is None:
@@ -278,11 +291,26 @@ class ServerSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags (which pydantic-settings puts first), then the environment, then the file."""
-        return init_settings, env_settings, _ConfigFile(settings_cls)
+        return init_settings, env_settings, _StandardVariables(settings_cls), _ConfigFile(settings_cls)
 
 
 def _names(listed: str | None) -> list[str]:
     return [name for name in (each.strip() for each in (listed or "").split(",")) if name]
+
+
+class _StandardVariables(PydanticBaseSettingsSource):
+    """What OpenTelemetry's own variables say; those that begin with NTM_SERVER_ go before them."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """The value of one setting, which is never read as JSON."""
+        named = os.environ.get(OTLP_ENDPOINT_VARIABLE) if field_name == "otlp_endpoint" else None
+        return named or None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        value, name, _ = self.get_field_value(
+            self.settings_cls.model_fields["otlp_endpoint"], "otlp_endpoint"
+        )
+        return {} if value is None else {name: value}
 
 
 class _ConfigFile(TomlConfigSettingsSource):

@@ -58,7 +58,7 @@ ROOMS = {
     "storage": {"errors", "model", "runtime"},
     "security": {"errors"},
     "sessions": {"errors", "engine", "runtime", "storage", "model"},
-    "metrics": {"engine", "runtime", "sessions"},
+    "metrics": {"engine", "runtime", "sessions", "storage"},
     "rpc": {"errors", "sessions", "model", "security", "storage", "metrics", "wait_limit"},
 }
 """What each package of the server may import of the others; only what puts them together may import all."""

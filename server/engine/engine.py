@@ -61,6 +61,12 @@ _MOST_TURNS_AT_ONCE = 32
 
 _NOBODY = -1
 
+
+def engine_thread_name(model: str) -> str:
+    """What the thread of a model's engine is called."""
+    return f"engine {model}"
+
+
 OnEnded = Callable[[list[EngineRequest]], None]
 
 
@@ -104,8 +110,15 @@ class Engine:
         self._in_order = np.arange(runner.max_batch_size)
         self._is_closing = False
         self._is_abandoned = False
-        self._thread = threading.Thread(target=self._loop, name=f"engine {runner.model.label}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop, name=engine_thread_name(runner.model.label), daemon=True
+        )
         self._thread.start()
+
+    @property
+    def thread(self) -> threading.Thread:
+        """The loop's."""
+        return self._thread
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Enqueue requests."""
@@ -210,7 +223,11 @@ class Engine:
         """Run turns of a batch until somebody else waits or a request has ended."""
         self._load([request for request in batch if request.load_state is not None])
         start_s = perf_counter()
-        queue_times_s = [start_s - request.submit_time_s for request in batch if not request.steps_done]
+        queue_times_s = []
+        for request in batch:
+            if not request.steps_done:
+                request.start_time_s = start_s
+                queue_times_s.append(start_s - request.submit_time_s)
         turn_times_s: list[float] = []
         stepping = [request for request in batch if request.num_left and not request.has_ended]
         num_rows = sum([request.num_rows for request in stepping])
@@ -229,8 +246,10 @@ class Engine:
             ended = [request for request in batch if request.has_ended or not request.num_left]
             if self._is_wanted():
                 break
+        end_s = perf_counter()
         for request in ended:
             request.has_ended = True
+            request.end_time_s = end_s
         self._forget_what_was_before(ended)
         self._read(
             [request for request in ended if request.reads_state and len(request.errors) < request.num_rows]

@@ -28,6 +28,7 @@ class EngineRequest:
     """
 
     __slots__ = (
+        "end_time_s",
         "enqueue_time_s",
         "errors",
         "first_steps",
@@ -43,6 +44,7 @@ class EngineRequest:
         "session_ids",
         "shared_slots",
         "slots",
+        "start_time_s",
         "state",
         "steps_done",
         "submit_time_s",
@@ -107,6 +109,10 @@ class EngineRequest:
         self.submit_time_s = perf_counter()
         self.enqueue_time_s = 0.0
         """When it was enqueued for its first turn."""
+        self.start_time_s = 0.0
+        """When its first turn began; 0.0 before that."""
+        self.end_time_s = 0.0
+        """When its last turn had ended; 0.0 before that. Both by `time.perf_counter`, as `submit_time_s`."""
 
     @property
     def present_slots(self) -> Sequence[int] | Rows:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from server.errors import QuotaExceededError
+from server.metrics import Metrics
 from server.security import (
     Authenticator,
     Namespace,
@@ -52,6 +53,7 @@ class Access:
         authenticator: Authenticator,
         quotas: Quotas,
         snapshot_every_steps: int,
+        metrics: Metrics,
     ) -> None:
         """Nobody has anything yet.
 
@@ -60,11 +62,13 @@ class Access:
             authenticator: knows owners and admins.
             quotas: of each principal.
             snapshot_every_steps: how many steps the store keeps at most, about.
+            metrics: where steps are counted by principal.
         """
         self._sessions = sessions
         self._authenticator = authenticator
         self._quotas = QuotaEnforcer(quotas)
         self._snapshot_every_steps = snapshot_every_steps
+        self._metrics = metrics
 
     def namespace(self, owner: str, *, may_be_all: bool = False) -> Namespace:
         """Where the caller looks; its own sessions for "".
@@ -125,6 +129,8 @@ class Access:
         if served.engine.wait_limit.is_near and self._quotas.has_more_than_its_share(name):
             raise queue_too_slow(served)
         self._quotas.begin_steps(name, num_steps)
+        if self._authenticator.tells_apart:
+            self._metrics.count_principal_steps(name, num_steps)
         return name
 
     async def begin(

@@ -1,4 +1,7 @@
-"""Interceptors: what happens around every rpc. Errors become statuses, calls are counted, bugs are logged."""
+"""Interceptors: what happens around every rpc. Errors become statuses, and calls are counted.
+
+`failures.py` says what is told of those that fail.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,38 @@ from time import perf_counter, time
 from typing import Any, NoReturn
 
 import grpc
-import structlog
 
 from server.errors import InvalidInputError, ServerStoppingError, ServingError, UnauthenticatedError
 from server.metrics import Metrics
 from server.rpc import status
+from server.rpc.failures import MOST_CHARACTERS_LOGGED, Failures
+from server.rpc.tracing import Tracing, current_span
 from server.security import Authenticator, calling
-
-log = structlog.get_logger()
 
 MALFORMED: Any = object()
 """In the place of a request whose bytes are no message of its kind."""
 
 _FIRST_MESSAGE_S = 1.0
+_KINDS = ("unary_unary", "unary_stream", "stream_stream")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Answers a ServingError with its status, and anything else with INTERNAL after logging it whole.
+    """Answers what fails with its status, and a failure of ours with INTERNAL.
 
     It knows how many calls are in progress, and while the server stops it lets no new one in.
     """
 
-    def __init__(self, metrics: Metrics, authenticator: Authenticator) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        authenticator: Authenticator,
+        failures: Failures,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self.failures, self.tracing = failures, tracing
+        """For whoever answers calls past this."""
         self._metrics = metrics
         self._authenticator = authenticator
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
@@ -66,9 +77,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._all_done.set()
         self._metrics.count_call(rpc, code.name, perf_counter() - start_s)
 
-    def note_refused(self, rpc: str, code: grpc.StatusCode, num_calls: int) -> None:
+    def note_refused(self, rpc: str, told: status.Status, num_calls: int) -> None:
         """Calls were refused that were never let in."""
-        self._metrics.count_call(rpc, code.name, 0.0, num_calls)
+        self._metrics.count_call(rpc, told.code.name, 0.0, num_calls)
+        self._metrics.count_refusal(told.reason, num_calls)
 
     async def intercept_service(
         self,
@@ -88,7 +100,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
-            self._handlers[method] = wrapped = self._wrap(method, handler)
+            self._handlers[method] = wrapped = self._traced(method, self._wrap(method, handler))
         return wrapped
 
     def _wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
@@ -109,6 +121,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
+    def _traced(
+        self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """A wrapped handler, with a span around each of its calls where the server is traced."""
+        tracing = self.tracing
+        if tracing is None or _is_open_to_all(method):
+            return handler
+        kind = next(kind for kind in _KINDS if getattr(handler, kind) is not None)
+        handle: Callable[[Any, Any], Awaitable[Any]] = getattr(handler, kind)
+
+        async def traced(request: Any, context: _Context) -> Any:
+            with tracing.call(method, context.invocation_metadata() or ()):
+                return await handle(request, context)
+
+        wrapped: grpc.RpcMethodHandler[Any, Any] = getattr(grpc, f"{kind}_rpc_method_handler")(
+            traced,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return wrapped
+
     def _refusal(
         self, rpc: str, handler: grpc.RpcMethodHandler[Any, Any], error: ServingError
     ) -> grpc.RpcMethodHandler[Any, Any]:
@@ -117,7 +150,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 if handler.stream_stream is not None:
                     await _first_message(context)
-                await call.abort(error, context)
+                await self._abort(call, error, context)
             finally:
                 self._metrics.count_call(call.rpc, call.code.name, perf_counter() - call.start_s)
 
@@ -166,7 +199,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 await self._handle(handle, request, context)
                 call.code = grpc.StatusCode.OK
             except Exception as error:
-                await call.abort(error, context)
+                await self._abort(call, error, context, request)
             finally:
                 self._metrics.count_call(call.rpc, call.code.name, perf_counter() - call.start_s)
 
@@ -186,7 +219,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 response = await self._handle(handle, request, context)
                 call.code = grpc.StatusCode.OK
             except Exception as error:
-                await call.abort(error, context)
+                await self._abort(call, error, context, request)
             finally:
                 self._let_out(call)
             return response
@@ -202,6 +235,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return await handle(request, context)
         shown = {} if authenticator.needs_token else context.auth_context()
         caller = await authenticator.authenticate(context.invocation_metadata() or (), shown)
+        self._metrics.count_principal_call(caller.principal.name)
         with calling(caller):
             if caller.expires_s == float("inf"):
                 return await handle(request, context)
@@ -212,6 +246,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if not limit.expired():
                     raise
                 raise UnauthenticatedError("what the call began with has expired meanwhile") from None
+
+    async def _abort(self, call: _Call, error: Exception, context: _Context, request: Any = None) -> NoReturn:
+        """End a call with the status of an error."""
+        session_id = getattr(request, "session_id", "")[:MOST_CHARACTERS_LOGGED]
+        metadata = context.invocation_metadata() or ()
+        span = current_span()
+        trace_id = "" if span is None else span.trace_id
+        told = self.failures.tell(call.rpc, error, metadata, session_id=session_id, trace_id=trace_id)
+        if span is not None:
+            span.fail(told)
+        call.code = told.code
+        await _abort(told, context)
 
     def _let_in(self) -> None:
         self.num_calls += 1
@@ -231,12 +277,6 @@ class _Call:
         self.rpc = rpc
         self.start_s = perf_counter()
         self.code = grpc.StatusCode.CANCELLED
-
-    async def abort(self, error: Exception, context: _Context) -> NoReturn:
-        """End the call with the status of an error."""
-        told = _tell(self.rpc, error)
-        self.code = told.code
-        await _abort(told, context)
 
 
 def malformed() -> InvalidInputError:
@@ -261,12 +301,6 @@ def _tolerant(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], 
 def _is_open_to_all(method: str) -> bool:
     """Health and reflection, which tell nothing of sessions."""
     return method.startswith("/grpc.")
-
-
-def _tell(rpc: str, error: Exception) -> status.Status:
-    if not isinstance(error, ServingError):
-        log.error("a call failed unexpectedly", rpc=rpc, exc_info=error)
-    return status.of(error)
 
 
 async def _first_message(context: _Context) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-import structlog
 
 from ntm.tensor import Array, data_type, numpy_dtype, type_name
 from ntm.v1 import tensor_pb2
@@ -34,7 +33,6 @@ from server.errors import (
     NoFreeSlotError,
     QueueFullError,
     QuotaExceededError,
-    ServingError,
     SessionNotFoundError,
     StepFailedError,
     StepTimedOutError,
@@ -42,8 +40,8 @@ from server.errors import (
 from server.metrics import Metrics, Reason
 from server.model.layout import Steps
 from server.model.spec import StepModel, api_shape, initial_state, to_api
-from server.rpc import status
 from server.rpc.access import Access
+from server.rpc.failures import MOST_CHARACTERS_LOGGED, Failures
 from server.rpc.inference import grpc_service_pb2 as pb
 from server.rpc.streaming import IdleStreams
 from server.rpc.validation import RequestLimits
@@ -51,8 +49,6 @@ from server.security import split_key
 from server.sessions.manager import SessionManager
 from server.sessions.request import StepResult
 from server.sessions.served_model import ServedModel
-
-log = structlog.get_logger()
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _PREFIX = "sequence~"
@@ -124,6 +120,7 @@ class InferenceService:
         sequence_idle_s: float,
         idle_streams: IdleStreams,
         metrics: Metrics,
+        failures: Failures,
     ) -> None:
         """Nothing is inferred yet.
 
@@ -135,6 +132,7 @@ class InferenceService:
             sequence_idle_s: seconds without a request after which a sequence ends.
             idle_streams: those that wait for their client.
             metrics: where requests are counted.
+            failures: tells of those that fail.
         """
         self._sessions = sessions
         self._limits = limits
@@ -143,6 +141,7 @@ class InferenceService:
         self._sequence_idle_s = sequence_idle_s
         self._idle_streams = idle_streams
         self._metrics = metrics
+        self._failures = failures
         self._session_ids: dict[str, str] = {}
         """Of the sequences that this server has seen, by the beginning of their keys."""
         self._statistics: dict[tuple[str, int], _Statistics] = defaultdict(_Statistics)
@@ -272,6 +271,7 @@ class InferenceService:
         self, _requests: AsyncIterator[pb.ModelInferRequest], context: _Context
     ) -> None:
         """Requests of a stream: those of one sequence in order, those of several at once."""
+        metadata = context.invocation_metadata() or ()
         last_of: dict[str, asyncio.Task[None]] = {}
         at_work: set[asyncio.Task[None]] = set()
         writing = asyncio.Lock()
@@ -282,12 +282,11 @@ class InferenceService:
             answer = pb.ModelStreamInferResponse()
             try:
                 answer.infer_response.CopyFrom(await self._infer(request))
-            except ServingError as error:
-                answer.error_message = status.of(error).message
-                answer.infer_response.id = request.id
             except Exception as error:
-                log.error("a call failed unexpectedly", rpc="ModelStreamInfer", exc_info=error)
-                answer.error_message = status.of(error).message
+                told = self._failures.tell(
+                    "ModelStreamInfer", error, metadata, inference_id=request.id[:MOST_CHARACTERS_LOGGED]
+                )
+                answer.error_message = told.message
                 answer.infer_response.id = request.id
             async with writing:
                 await context.write(answer)

@@ -25,15 +25,13 @@ from time import perf_counter
 from typing import Any, NoReturn, Protocol
 
 import grpc
-import structlog
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
-from server.errors import ServerOverloadedError, ServingError
+from server.errors import ServerOverloadedError
 from server.rpc import status
 from server.rpc.interceptors import CallInterceptor
+from server.rpc.tracing import CallSpan
 from server.wait_limit import WaitLimit
-
-log = structlog.get_logger()
 
 _BATCH_SIZE = 256
 _DRAIN_PAUSE_S = 0.01
@@ -42,18 +40,26 @@ _FIRST_LOOK_S = 0.05
 _BYTES_ACKNOWLEDGED = 120  # where tcpi_bytes_acked stands in Linux's struct tcp_info
 _NO_AUTH: dict[str, list[bytes]] = {}
 
+_Details = tuple[Sequence[tuple[str, str | bytes]], str, Any]
+"""Of a call: its metadata, its caller's address, and its deadline."""
+
 
 class DirectCall:
     """One plain call that waits for its answer, which its handler gives by `respond` or `fail`."""
 
-    __slots__ = ("_server", "call_id", "on_cancel", "payload", "rpc", "start_s")
+    __slots__ = ("_server", "call_id", "details", "on_cancel", "payload", "rpc", "span", "start_s")
 
-    def __init__(self, server: NativeServer, call_id: int, rpc: str, payload: bytes) -> None:
+    def __init__(
+        self, server: NativeServer, call_id: int, rpc: str, payload: bytes, details: _Details
+    ) -> None:
         """Nothing is answered yet."""
         self._server = server
         self.call_id = call_id
         self.rpc = rpc
         self.payload = payload
+        self.details = details
+        self.span: CallSpan | None = None
+        """Where it is traced."""
         self.start_s = perf_counter()
         self.on_cancel: Callable[[], None] | None = None
         """Called when the caller has left, or its deadline has passed."""
@@ -62,9 +68,14 @@ class DirectCall:
         """Answer it."""
         self._server.finish(self, grpc.StatusCode.OK, answer)
 
-    def fail(self, error: BaseException) -> None:
-        """Answer it with the status of an error."""
-        told = status.of(error)
+    def fail(self, error: BaseException, session_id: str = "") -> None:
+        """Answer it with the status of an error, which the log may name a session with."""
+        trace_id = "" if self.span is None else self.span.trace_id
+        told = self._server.failures.tell(
+            self.rpc, error, self.details[0], session_id=session_id, trace_id=trace_id
+        )
+        if self.span is not None:
+            self.span.fail(told)
         self._server.finish(self, told.code, told)
 
 
@@ -136,6 +147,8 @@ class NativeServer:
             max_wait_s: seconds that calls may wait for the event loop where they keep coming faster than it takes them.
         """
         self._interceptor = interceptor
+        self.failures = interceptor.failures
+        self._tracing = interceptor.tracing
         self._fallback = fallback
         self._max_receive_bytes = max_receive_bytes
         self._max_send_bytes = max_send_bytes
@@ -205,6 +218,11 @@ class NativeServer:
             target=self._keep_receiving, args=(self._front,), name="gRPC calls", daemon=True
         )
         self._thread.start()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """Those that must not end before `stop`."""
+        return [] if self._thread is None else [self._thread]
 
     async def stop(self, grace: float | None) -> None:
         """Accept nothing more; what is in progress, and answers on their way, have so many seconds."""
@@ -279,7 +297,9 @@ class NativeServer:
             if len(payload) > self._max_receive_bytes:
                 self._refuse_size(call_id, "request", len(payload), self._max_receive_bytes)
             elif method in self._direct and self._interceptor.lets_in_directly:
-                call = DirectCall(self, call_id, method.rpartition("/")[2], payload)
+                call = DirectCall(self, call_id, method.rpartition("/")[2], payload, details)
+                if self._tracing is not None:
+                    call.span = self._tracing.begin(method, details[0])
                 self._in_progress[call_id] = call
                 self._interceptor.num_calls += 1
                 direct.setdefault(method, []).append(call)
@@ -289,7 +309,6 @@ class NativeServer:
             try:
                 left = self._direct[method](calls)
             except Exception as error:
-                log.error("a call failed unexpectedly", rpc=method, exc_info=error)
                 for call in calls:
                     if call.call_id in self._in_progress:
                         call.fail(error)
@@ -297,7 +316,7 @@ class NativeServer:
             for call in left:
                 del self._in_progress[call.call_id]
                 self._interceptor.num_calls -= 1
-                self._begin(call.call_id, method, call.payload, ((), "", None))
+                self._begin(call.call_id, method, call.payload, call.details)
 
     def _refuse_to_queue(self, events: Sequence[tuple[Any, ...]]) -> None:
         """Refuse calls unread, since more come than can be looked at."""
@@ -312,13 +331,13 @@ class NativeServer:
                 num_refused[method_id] += 1
                 front.fail(call_id, code, message, trailing_metadata=trailing)
         for method_id, num_calls in num_refused.items():
-            self._interceptor.note_refused(self._methods[method_id].rpartition("/")[2], told.code, num_calls)
+            self._interceptor.note_refused(self._methods[method_id].rpartition("/")[2], told, num_calls)
 
-    def _begin(self, call_id: int, method: str, payload: bytes, details: tuple[Any, str, Any]) -> None:
+    def _begin(self, call_id: int, method: str, payload: bytes, details: _Details) -> None:
         task = self._loop.create_task(self._handle(call_id, method, payload, details))
         self._in_progress[call_id] = task
 
-    async def _handle(self, call_id: int, method: str, payload: bytes, details: tuple[Any, str, Any]) -> None:
+    async def _handle(self, call_id: int, method: str, payload: bytes, details: _Details) -> None:
         front, (metadata, peer, _) = self._front, details
         assert front is not None
 
@@ -345,9 +364,7 @@ class NativeServer:
         except asyncio.CancelledError:
             front.fail(call_id, grpc.StatusCode.CANCELLED.value[0], "cancelled")
         except Exception as error:
-            if not isinstance(error, ServingError):
-                log.error("a call failed unexpectedly", rpc=method, exc_info=error)
-            told = status.of(error)
+            told = self.failures.tell(method.rpartition("/")[2], error, metadata)
             front.fail(call_id, told.code.value[0], told.message, trailing_metadata=told.trailing)
         finally:
             self._last_answer_s = perf_counter()
@@ -367,6 +384,8 @@ class NativeServer:
             front.respond(call.call_id, answer)
         self._last_answer_s = perf_counter()
         self._interceptor.note(call.rpc, code, call.start_s)
+        if call.span is not None:
+            call.span.end(code)
 
     def _cancel(self, call_id: int) -> None:
         call = self._in_progress.get(call_id)
@@ -375,6 +394,8 @@ class NativeServer:
         elif call is not None:
             del self._in_progress[call_id]
             self._interceptor.note(call.rpc, grpc.StatusCode.CANCELLED, call.start_s)
+            if call.span is not None:
+                call.span.end(grpc.StatusCode.CANCELLED)
             if call.on_cancel is not None:
                 call.on_cancel()
 

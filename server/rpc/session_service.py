@@ -13,7 +13,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-import structlog
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -21,20 +20,21 @@ from ntm.tensor import Array, to_message
 from ntm.v1 import model_pb2, session_pb2, session_service_pb2, session_service_pb2_grpc
 from server.errors import InvalidInputError, ServingError
 from server.model.spec import StepModel, to_api
-from server.rpc import status, validation
+from server.rpc import validation
 from server.rpc.access import Access
+from server.rpc.failures import MOST_CHARACTERS_LOGGED, REQUEST_ID_KEY, Failures, request_id_of
 from server.rpc.native import DirectCall
 from server.rpc.streaming import EnteredStep, IdleStreams, ReadAhead
 from server.rpc.tensors import fill_outputs
+from server.rpc.tracing import current_span
 from server.rpc.validation import RequestLimits
 from server.rpc.watching import watch
 from server.security import split_key
+from server.sessions.following import Followed, followed
 from server.sessions.info import SessionInfo
 from server.sessions.manager import SessionManager
 from server.sessions.request import BatchReply, ReplyTo, StepRequest, Waiter
 from server.sessions.session import Session
-
-log = structlog.get_logger()
 
 _MAX_PAGE_SIZE = 1000
 _DEFAULT_PAGE_SIZE = 100
@@ -49,9 +49,15 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     """
 
     def __init__(
-        self, sessions: SessionManager, limits: RequestLimits, access: Access, idle_streams: IdleStreams
+        self,
+        sessions: SessionManager,
+        limits: RequestLimits,
+        access: Access,
+        idle_streams: IdleStreams,
+        failures: Failures,
     ) -> None:
         self._sessions = sessions
+        self._failures = failures
         self._access = access
         self._executor = sessions.executor
         self._limits = limits
@@ -159,7 +165,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
             for position, error in enumerate(found):
                 assert isinstance(error, ServingError)
                 batch.fail(position, error)
-            return _batch_message(batch, None)
+            return self._batch_message(batch, None, context)
         model = first.model.model
         steps = validation.batch_steps(given, model, self._limits)
 
@@ -172,7 +178,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         batch = self._access.begin_steps(
             first.model, steps.size, lambda: self._sessions.admit_each(keys, alike, steps, first_steps, check)
         )
-        return _batch_message(await self._sessions.finish_each(batch), model)
+        return self._batch_message(await self._sessions.finish_each(batch), model, context)
 
     async def GetState(
         self, request: session_service_pb2.GetStateRequest, context: _Context
@@ -242,7 +248,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                     left.append(call)
                     continue
                 reply = _DirectStep(call)
-                steps, reply.state_names = self._step_request(request, session, reply)
+                reply_to = reply if call.span is None else Followed(reply, call.span)
+                steps, reply.state_names = self._step_request(request, session, reply_to)
             except DecodeError:
                 left.append(call)
             except ServingError as error:
@@ -261,7 +268,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     ) -> EnteredStep:
         """Check a request for steps of a session, and admit it."""
         waiter = Waiter()
-        steps, names = self._step_request(request, session, waiter, follows.request if follows else None)
+        follows_request = follows.request if follows else None
+        steps, names = self._step_request(request, session, followed(waiter), follows_request)
         entered = EnteredStep(steps, waiter, names)
 
         def admit() -> EnteredStep:
@@ -350,6 +358,34 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                     found[index] = error
         return [session or in_memory.get(keys[index]) for index, session in enumerate(found)]
 
+    def _batch_message(
+        self, result: BatchReply, model: StepModel | None, context: _Context
+    ) -> session_service_pb2.BatchStepResponse:
+        """What became of a batch; its items that failed have the id of the call."""
+        response = session_service_pb2.BatchStepResponse(
+            next_steps=result.next_steps, approximate=sorted(result.approximate)
+        )
+        named = (
+            [(REQUEST_ID_KEY, request_id_of(context.invocation_metadata() or ()))] if result.errors else ()
+        )
+        span = current_span() if result.errors else None
+        trace_id = "" if span is None else span.trace_id
+        for index, error in sorted(result.errors.items()):
+            session_id = split_key(result.session_ids[index])[1][:MOST_CHARACTERS_LOGGED]
+            told = self._failures.tell(
+                "BatchStep", error, named, index=index, session_id=session_id, trace_id=trace_id
+            )
+            response.errors.add(
+                index=index,
+                code=told.code.value[0],
+                reason=told.reason,
+                message=told.message,
+                metadata={**told.metadata, "request_id": told.request_id},
+            )
+        if result.outputs is not None and model is not None:
+            fill_outputs(response, result.outputs, model)
+        return response
+
     def _message(self, session: SessionInfo) -> session_pb2.Session:
         return session_pb2.Session(
             session_id=split_key(session.session_id)[1],
@@ -380,9 +416,7 @@ class _DirectStep:
         try:
             fill_step_response(answer, self.state_names, request)
         except Exception as error:
-            if not isinstance(error, ServingError):
-                log.error("a call failed unexpectedly", rpc="Step", exc_info=error)
-            self._call.fail(error)
+            self._call.fail(error, split_key(request.session_ids[0])[1])
         else:
             self._call.respond(answer.SerializeToString())
 
@@ -441,26 +475,6 @@ def _state_messages(
         )
         for name in names
     ]
-
-
-def _batch_message(result: BatchReply, model: StepModel | None) -> session_service_pb2.BatchStepResponse:
-    response = session_service_pb2.BatchStepResponse(
-        next_steps=result.next_steps, approximate=sorted(result.approximate)
-    )
-    for index, error in sorted(result.errors.items()):
-        if not isinstance(error, ServingError):
-            log.error("an item of a batch failed unexpectedly", index=index, exc_info=error)
-        told = status.of(error)
-        response.errors.add(
-            index=index,
-            code=told.code.value[0],
-            reason=told.reason,
-            message=told.message,
-            metadata=told.metadata,
-        )
-    if result.outputs is not None and model is not None:
-        fill_outputs(response, result.outputs, model)
-    return response
 
 
 def _encode_page_token(session_id: str) -> str:

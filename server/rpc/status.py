@@ -14,6 +14,8 @@ from server import errors
 
 DOMAIN = "ntm.v1"
 DETAILS_KEY = "grpc-status-details-bin"
+BUG = "BUG"
+"""The reason of what no row below says."""
 
 # Messages quote what the caller sent, and a status has to fit into gRPC's 8 KiB of metadata, twice over.
 _MAX_MESSAGE_CHARACTERS = 500
@@ -57,6 +59,9 @@ _TABLE: dict[type[errors.ServingError], tuple[grpc.StatusCode, str]] = {
 }
 
 
+REASONS = frozenset({reason for _, reason in _TABLE.values()} | {BUG})
+
+
 @dataclass(frozen=True)
 class Status:
     """An error as gRPC tells it."""
@@ -66,6 +71,8 @@ class Status:
     message: str
     metadata: dict[str, str]
     retry_after_s: float | None = None
+    request_id: str = ""
+    """Names the call that failed, as the log does; "" where it is not named."""
 
     @property
     def trailing(self) -> list[tuple[str, str | bytes]]:
@@ -77,6 +84,8 @@ class Status:
         info = error_details_pb2.ErrorInfo(domain=DOMAIN, reason=self.reason, metadata=self.metadata)
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         status.details.add().Pack(info)
+        if self.request_id:
+            status.details.add().Pack(error_details_pb2.RequestInfo(request_id=self.request_id))
         if self.retry_after_s is not None:
             retry = error_details_pb2.RetryInfo()
             retry.retry_delay.FromMilliseconds(max(1, round(self.retry_after_s * 1e3)))
@@ -84,13 +93,13 @@ class Status:
         return status
 
 
-def of(error: BaseException) -> Status:
+def of(error: BaseException, request_id: str = "") -> Status:
     """The status of an error; one that is not ours is INTERNAL and says nothing of what is inside."""
     if not isinstance(error, errors.ServingError) or type(error) not in _TABLE:
         message = "something went wrong in the server, and its log says what; the session is as it was"
-        return Status(grpc.StatusCode.INTERNAL, "BUG", message, {})
+        return Status(grpc.StatusCode.INTERNAL, BUG, message, {}, None, request_id)
     code, reason = _TABLE[type(error)]
     message = str(error)
     if len(message) > _MAX_MESSAGE_CHARACTERS:
         message = message[: _MAX_MESSAGE_CHARACTERS - 1] + "…"
-    return Status(code, reason, message, error.details, error.retry_after_s)
+    return Status(code, reason, message, error.details, error.retry_after_s, request_id)

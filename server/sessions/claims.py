@@ -23,14 +23,18 @@ async def claim_session(store: AsyncStore, session_id: str, handover_timeout_s: 
         SessionNotFoundError, SessionExpiredError: it does not live. SessionMovedError: its owner did not release it in
         time. StoreError, LeaseLapsedError.
     """
+    has_asked = False
     deadline_s, pause_s = monotonic() + handover_timeout_s, _FIRST_PAUSE_S
     while True:
         (found,) = await store.claim([session_id])
         if not isinstance(found, OwnedElsewhere):
+            if has_asked and isinstance(found, Claim) and not found.is_from_dead:
+                store.note_hand_over()
             return check_lives(session_id, found)
         if monotonic() > deadline_s:
             raise SessionMovedError(session_id)
         await store.ask_for(session_id, found.owner)
+        has_asked = True
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from time import perf_counter
 
 import numpy as np
 import structlog
@@ -259,7 +260,12 @@ class StepExecutor:
         """Commit, and then apply, what became of each session: steps that ended well, and failures to be repeated."""
         try:
             changes = [change for request in ended for change in self._changes(request)]
+            start_s = perf_counter()
             outcomes = await self._store.commit([change.write for change in changes]) if changes else []
+            if changes and self._is_durable:
+                times_s = start_s, perf_counter()
+                for request in ended:
+                    request.commit_times_s = times_s
             for change, outcome in zip(changes, outcomes, strict=True):
                 self._apply(model, change, outcome)
         except Exception as error:

@@ -34,6 +34,7 @@ from server.sessions.changes import change_of, commit_change
 from server.sessions.claims import end_error
 from server.sessions.creation import Creation
 from server.sessions.executor import StepExecutor
+from server.sessions.following import current_follower, followed
 from server.sessions.info import SessionInfo, SessionInfos
 from server.sessions.models import ServedModels
 from server.sessions.ownership import Ownership
@@ -109,7 +110,7 @@ class SessionManager:
             [session],
             inputs[None],
             None if first_step is None else (first_step,),
-            waiter,
+            followed(waiter),
             wants_state,
         )
         self.executor.admit([request])
@@ -139,6 +140,8 @@ class SessionManager:
             served.num_pending -= 1
             # Whoever leaves while it runs must not give the slot to another.
             call.future.add_done_callback(lambda _: served.slots.release(slot))
+        if (follower := current_follower()) is not None:
+            follower.note(call)
         if call.errors:
             raise call.errors[0]
         assert call.outputs is not None
@@ -167,6 +170,7 @@ class SessionManager:
             check: raises a ServingError for a session brought in that the inputs do not fit.
         """
         batch = BatchReply(session_ids, inputs.shape[1])
+        reply_to = followed(batch)
         missing = [position for position, session in enumerate(sessions) if session is None]
         if missing:
             self.ownership.begin_to_find([session_ids[position] for position in missing])
@@ -177,7 +181,7 @@ class SessionManager:
                 found,
                 inputs if is_all else inputs[[*positions]],
                 [first_steps[position] for position in positions] if first_steps else None,
-                batch,
+                reply_to,
                 positions=positions,
             )
 

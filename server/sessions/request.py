@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from server.sessions.served_model import ServedModel
 
 
+TimesS = tuple[float, float]
+
+
 class ReplyTo(Protocol):
     """Who waits for the answer to requests."""
 
@@ -42,6 +45,7 @@ class StepRequest(EngineRequest):
         "_indices",
         "caller_inputs",
         "caller_steps",
+        "commit_times_s",
         "due_rows",
         "end_steps",
         "follows",
@@ -101,6 +105,8 @@ class StepRequest(EngineRequest):
         self.is_over = False
         """Answered, or cancelled."""
         self.has_failed = False
+        self.commit_times_s: TimesS | None = None
+        """From when to when the store was asked for its commit, by `time.perf_counter`."""
 
     @property
     def model(self) -> ServedModel:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 from typing import TypeVar
 
 import structlog
@@ -16,6 +18,7 @@ from server.errors import LeaseLapsedError, StoreError
 from server.storage.commit_writer import CommitWriter, Outcome
 from server.storage.interface import Claim, Entry, OwnedElsewhere, Store, Write
 from server.storage.lease import LeaseRenewer
+from server.storage.observer import UNOBSERVED, Operation, StoreObserver
 
 log = structlog.get_logger()
 
@@ -32,7 +35,7 @@ class AsyncStore:
         store: Store,
         open_store: Callable[[], Store],
         beat_interval_s: float,
-        on_commit: Callable[[int, float], None] = lambda _num_writes, _seconds: None,
+        observer: StoreObserver = UNOBSERVED,
     ) -> None:
         """Begin to keep a store.
 
@@ -40,20 +43,26 @@ class AsyncStore:
             store: just opened.
             open_store: opens it again when the lease has run out.
             beat_interval_s: seconds between heartbeats.
-            on_commit: called in the writer's thread after each commit, with its size and how long it took.
+            observer: told how long the store takes; of a store that is only memory it is told nothing.
 
         Raises:
             StoreError.
         """
         self.lease = LeaseRenewer(store, open_store, beat_interval_s)
+        self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._readers = ThreadPoolExecutor(_NUM_READERS, "store reader")
-        self._writer = CommitWriter(lambda: self.backend, on_commit) if store.keeps_steps else None
+        self._writer = CommitWriter(lambda: self.backend, observer) if store.keeps_steps else None
 
     @property
     def backend(self) -> Store:
         """The store itself; another one after a lease has run out."""
         return self.lease.store
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """Those that must not end before `close`."""
+        return [*self.lease.threads, *([] if self._writer is None else [self._writer.thread])]
 
     @property
     def service_time_s(self) -> float:
@@ -87,39 +96,47 @@ class AsyncStore:
 
     async def claim(self, session_ids: Sequence[str]) -> list[Claim | OwnedElsewhere | Entry | None]:
         """As `Store.claim`."""
-        return await self._read(lambda: self.backend.claim(session_ids))
+        found = await self._read("claim", lambda: self.backend.claim(session_ids))
+        for each in found:
+            if isinstance(each, Claim) and each.is_from_dead:
+                self._observer.count_take_over("dead")
+        return found
+
+    def note_hand_over(self) -> None:
+        """A session was claimed that another replica has given this one on request."""
+        self._observer.count_take_over("asked")
 
     async def look(self, session_id: str) -> Entry | None:
         """As `Store.look`."""
-        return await self._read(lambda: self.backend.look(session_id))
+        return await self._read("look", lambda: self.backend.look(session_id))
 
     async def find_request(self, request_id: str) -> Entry | None:
         """As `Store.find_request`."""
-        return await self._read(lambda: self.backend.find_request(request_id))
+        return await self._read("find_request", lambda: self.backend.find_request(request_id))
 
     async def page(self, after: str, size: int, model_name: str) -> list[Entry]:
         """As `Store.page`."""
-        return await self._read(lambda: self.backend.page(after, size, model_name))
+        return await self._read("page", lambda: self.backend.page(after, size, model_name))
 
     async def count(self, first: str, before: str, model_name: str) -> int:
         """As `Store.count`."""
-        return await self._read(lambda: self.backend.count(first, before, model_name))
+        return await self._read("count", lambda: self.backend.count(first, before, model_name))
 
     async def find_idle(self, last_use_before_s: float, size: int) -> list[str]:
         """As `Store.find_idle`."""
-        return await self._read(lambda: self.backend.find_idle(last_use_before_s, size))
+        return await self._read("find_idle", lambda: self.backend.find_idle(last_use_before_s, size))
 
     async def purge(self, ended_before_s: float) -> int:
         """As `Store.purge`."""
-        return await self._read(lambda: self.backend.purge(ended_before_s))
+        return await self._read("purge", lambda: self.backend.purge(ended_before_s))
 
     async def release(self, session_id: str) -> None:
         """As `Store.release`."""
-        await self._read(lambda: self.backend.release(session_id))
+        await self._read("release", lambda: self.backend.release(session_id))
 
     async def ask_for(self, session_id: str, owner: str) -> None:
         """As `Store.ask_for`."""
-        await self._read(lambda: self.backend.ask_for(session_id, owner))
+        await self._read("ask_for", lambda: self.backend.ask_for(session_id, owner))
 
     def close(self) -> None:
         """Write what is queued, end the lease, and disconnect. Blocks."""
@@ -132,7 +149,7 @@ class AsyncStore:
         except StoreError as error:
             log.warning("the session store could not be closed in good order", error=str(error))
 
-    async def _read(self, read: Callable[[], T]) -> T:
+    async def _read(self, operation: Operation, read: Callable[[], T]) -> T:
         if self._writer is None:
             return read()
 
@@ -140,6 +157,10 @@ class AsyncStore:
             # Those queued behind a store that stalls are not to wait for it one after another.
             if not self.holds_lease:
                 raise LeaseLapsedError
-            return read()
+            start_s = perf_counter()
+            try:
+                return read()
+            finally:
+                self._observer.observe_store_read(operation, perf_counter() - start_s)
 
         return await self._loop.run_in_executor(self._readers, read_in_turn)

@@ -14,6 +14,7 @@ import structlog
 
 from server.errors import StoreError, StoreUnavailableError
 from server.storage.interface import Refusal, Store, Write
+from server.storage.observer import UNOBSERVED, StoreObserver
 
 log = structlog.get_logger()
 
@@ -29,16 +30,16 @@ class CommitWriter:
     def __init__(
         self,
         store: Callable[[], Store],
-        on_commit: Callable[[int, float], None] = lambda _num_writes, _seconds: None,
+        observer: StoreObserver = UNOBSERVED,
     ) -> None:
         """Start the thread.
 
         Args:
             store: gives the store to write to, which is another one after a lease has run out.
-            on_commit: called in the thread after each commit, with its size and how long it took.
+            observer: told of each commit, in the thread.
         """
         self._store = store
-        self._on_commit = on_commit
+        self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._gathered: list[_Batch] = []
         """Of this turn of the event loop."""
@@ -47,6 +48,11 @@ class CommitWriter:
         self._is_closing = False
         self._thread = threading.Thread(target=self._keep_writing, name="store writer", daemon=True)
         self._thread.start()
+
+    @property
+    def thread(self) -> threading.Thread:
+        """The one that writes."""
+        return self._thread
 
     @property
     def num_queued(self) -> int:
@@ -98,7 +104,7 @@ class CommitWriter:
             except Exception as error:
                 log.error("a commit failed unexpectedly", num_writes=len(writes), exc_info=error)
                 outcomes = [StoreUnavailableError()] * len(writes)
-            self._on_commit(len(writes), perf_counter() - start_s)
+            self._observer.observe_commit(len(writes), perf_counter() - start_s)
             self._loop.call_soon_threadsafe(self._tell, queue, outcomes)
 
     @staticmethod

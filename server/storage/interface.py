@@ -127,6 +127,8 @@ class Claim:
     """b"" if there is none: the model's initial state, as of the step that the entry's content says."""
     records: list[Record]
     """In order of step."""
+    is_from_dead: bool = False
+    """Another replica owned it, whose lease had run out."""
 
 
 @dataclass(frozen=True, slots=True)

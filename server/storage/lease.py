@@ -42,12 +42,11 @@ class LeaseRenewer:
         self.last_beat = self.store.beat()
         self._beat_at_s = monotonic()
         self._closing = threading.Event()
-        self._threads = [threading.Thread(target=self._keep_beating, name="store heartbeat", daemon=True)]
+        self.threads = [threading.Thread(target=self._keep_beating, name="store heartbeat", daemon=True)]
         if self.store.is_shared:
-            self._threads.append(
-                threading.Thread(target=self._keep_listening, name="store asks", daemon=True)
-            )
-        for thread in self._threads:
+            self.threads.append(threading.Thread(target=self._keep_listening, name="store asks", daemon=True))
+        """Those that renew and listen."""
+        for thread in self.threads:
             thread.start()
 
     def watch(self, on_lapse: Callable[[], None], on_asked: Callable[[list[str]], None]) -> None:
@@ -76,7 +75,7 @@ class LeaseRenewer:
     def stop(self) -> None:
         """Renew it no more. Blocks."""
         self._closing.set()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join()
 
     def _keep_beating(self) -> None:

@@ -340,13 +340,14 @@ def _exists(outcome: Sequence[Any]) -> EntryExists | RequestExists:
 
 def _claimed(answer: Sequence[Any]) -> Claim | OwnedElsewhere | Entry | None:
     match answer:
-        case [b"claimed", values, fence, snapshot, records]:
+        case [b"claimed", values, fence, snapshot, records, is_from_dead]:
             steps_and_contents = zip(records[::2], records[1::2], strict=True)
             return Claim(
                 _entry(values),
                 fence,
                 snapshot,
                 [Record(int(step), content) for step, content in steps_and_contents],
+                is_from_dead=bool(is_from_dead),
             )
         case [b"owned", values, owner, lease_left_ms]:
             return OwnedElsewhere(_entry(values), owner.decode(), lease_left_ms / 1e3)

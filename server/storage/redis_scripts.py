@@ -134,7 +134,7 @@ CLAIM = (
     + _SHARED
     + """
 -- ARGV: replica, id. Returns 'lapsed', 'unknown', or the entry after one of 'ended', 'owned' (then owner, milliseconds
--- left of its lease) and 'claimed' (then fence, snapshot, records).
+-- left of its lease) and 'claimed' (then fence, snapshot, records, and 1 if another replica owned it, which is dead).
 local replica, id = ARGV[1], ARGV[2]
 if not lives(replica) then
   return {'lapsed'}
@@ -154,7 +154,8 @@ end
 local fence = redis.call('HINCRBY', key, 'fence', 1)
 redis.call('HSET', key, 'owner', replica)
 local snapshot = redis.call('HGET', key, 'snapshot') or ''
-return {'claimed', entry(id), fence, snapshot, redis.call('LRANGE', 'ntm:records:' .. id, 0, -1)}
+local is_from_dead = (owner and owner ~= replica) and 1 or 0
+return {'claimed', entry(id), fence, snapshot, redis.call('LRANGE', 'ntm:records:' .. id, 0, -1), is_from_dead}
 """
 )
 

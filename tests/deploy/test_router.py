@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from ntm import Client, Tls
-from ntm._errors import ClientError
+from ntm._errors import ClientError, from_rpc
+from ntm.v1 import session_service_pb2
 from tests.conftest import ROOT, ServerProcess
 from tests.valkey import free_port
 
@@ -161,3 +162,21 @@ def test_secrets_that_are_there_stay_and_none_can_be_read_by_others(secrets: Pat
     assert len((secrets / "valkey_password").read_text()) >= 32
     assert re.search("sha256:[0-9a-f]{64}", (secrets / "tokens").read_text())
     assert shutil.which("openssl")
+
+
+def test_the_router_names_each_call_and_keeps_the_name_that_its_caller_gives(
+    router: Router, replica: ServerProcess, secrets: Path
+) -> None:
+    tls, token = Tls(secrets / "authority.pem"), (secrets / "token").read_text()
+    with Client(f"localhost:{router.port}", tls=tls, token=token) as client:
+        client.models()  # the router is up
+        ids = []
+        stub = client._connection.newest.sessions
+        for named in ((), (("x-request-id", "order-7"),)):
+            with pytest.raises(grpc.RpcError) as failed:
+                stub.GetSession(session_service_pb2.GetSessionRequest(session_id="nobody"), metadata=named)
+            ids.append(from_rpc(failed.value).request_id)
+
+    uuid_of_the_router, own = ids
+    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", uuid_of_the_router)
+    assert own == "order-7"

@@ -33,19 +33,30 @@ from google.rpc import error_details_pb2, status_pb2
 
 _DOMAIN = "ntm.v1"
 _STATUS_DETAILS_KEY = "grpc-status-details-bin"
+_REQUEST_ID = "request_id"
 
 
 class ClientError(Exception):
     """A call failed."""
 
-    def __init__(self, code: grpc.StatusCode, reason: str, message: str, metadata: dict[str, str]) -> None:
-        super().__init__(f"{message} [{code.name}{'/' + reason if reason else ''}]")
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        reason: str,
+        message: str,
+        metadata: dict[str, str],
+        request_id: str = "",
+    ) -> None:
+        named = f", request {request_id}" if request_id else ""
+        super().__init__(f"{message} [{code.name}{'/' + reason if reason else ''}{named}]")
         self.code = code
         """The gRPC status code."""
         self.reason = reason
         """The server's stable reason, such as "STEP_GAP"; "" where there is none."""
         self.metadata = metadata
         """More about it, such as the field at fault."""
+        self.request_id = request_id
+        """Names the call in the server's log; "" where the server did not answer it."""
         self.retry_after_s: float | None = None
         """After how many seconds the server would take the same call, if it said so. The client waits by itself."""
 
@@ -158,11 +169,16 @@ def from_rpc(error: grpc.RpcError) -> ClientError:
     for key, value in trailing:
         if key == _STATUS_DETAILS_KEY:
             info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+            request = error_details_pb2.RequestInfo()
             for detail in status_pb2.Status.FromString(value).details:
                 detail.Unpack(info)
                 detail.Unpack(retry)
+                detail.Unpack(request)
             if info.domain == _DOMAIN:
-                told = from_status(code.value[0], info.reason, message, dict(info.metadata))
+                about = dict(info.metadata) | (
+                    {_REQUEST_ID: request.request_id} if request.request_id else {}
+                )
+                told = from_status(code.value[0], info.reason, message, about)
                 if retry.HasField("retry_delay"):
                     told.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
                 return told
@@ -172,9 +188,10 @@ def from_rpc(error: grpc.RpcError) -> ClientError:
 
 
 def from_status(code: int, reason: str, message: str, metadata: dict[str, str]) -> ClientError:
-    """The error for a status code and what goes with it."""
+    """The error for a status code and what goes with it; its metadata names the request, if anything does."""
     status_code = _CODES.get(code, grpc.StatusCode.UNKNOWN)
     error_type = _TYPES.get(status_code, InternalError)
     if error_type is PreconditionError and reason in _STEP_ORDER_REASONS:
         error_type = StepOrderError
-    return error_type(status_code, reason, message, metadata)
+    request_id = metadata.pop(_REQUEST_ID, "")
+    return error_type(status_code, reason, message, metadata, request_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping
 
+from ntm import _tracing
 from ntm._routing import ROUTING_KEY
 from ntm._steps import fill_inputs
 from ntm.tensor import Array, to_message
@@ -68,8 +69,11 @@ def import_session(snapshot: bytes, session_id: str | None) -> session_service_p
 
 
 def metadata(session_id: str) -> tuple[tuple[str, str], ...]:
-    """What routers need to know: that the call may be sent again, and where the session lives, if it has one."""
-    safe = (("ntm-retry-safe", "1"),)
+    """What routers need to know: that the call may be sent again, and where the session lives, if it has one.
+
+    And the application's trace, if there is one.
+    """
+    safe = (("ntm-retry-safe", "1"), *_tracing.context())
     return ((ROUTING_KEY, session_id), *safe) if session_id else safe
 
 

@@ -52,7 +52,9 @@ class Principal:
         self.address = address
         self.channel = grpc.aio.insecure_channel(address)
         stub = session_service_pb2_grpc.SessionServiceStub(self.channel)
-        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        metadata = [("x-request-id", "the-same-for-all")]
+        if token:
+            metadata.append(("authorization", f"Bearer {token}"))
         self.call = {
             rpc.name: self._with(getattr(stub, rpc.name), metadata)
             for rpc in pb.DESCRIPTOR.services_by_name["SessionService"].methods

@@ -28,7 +28,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 def retry_after_s(error: grpc.aio.AioRpcError) -> float:
     trailing = dict(error.trailing_metadata() or ())
-    _, retry = status_pb2.Status.FromString(trailing["grpc-status-details-bin"]).details
+    _, _, retry = status_pb2.Status.FromString(trailing["grpc-status-details-bin"]).details
     told = error_details_pb2.RetryInfo()
     assert retry.Unpack(told)
     return told.retry_delay.ToTimedelta().total_seconds()

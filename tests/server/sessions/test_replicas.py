@@ -278,3 +278,28 @@ def test_a_replica_that_was_stopped_past_its_lease_writes_nothing_and_answers_no
         assert call.code() in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
     np.testing.assert_array_equal(step(stubs[0], 15, 15), accumulated(inputs)[15:])
     assert stubs[1].GetSession(pb.GetSessionRequest(session_id="s")).session.next_step == 30
+
+
+def take_overs(caller: Caller, cause: str) -> float:
+    registry = caller.server.metrics.registry
+    return registry.get_sample_value("ntm_session_take_overs_total", {"cause": cause}) or 0.0
+
+
+async def test_sessions_from_other_replicas_are_counted_by_how_they_came(
+    replicas: tuple[Caller, Caller],
+) -> None:
+    one, other = replicas
+    inputs = random_inputs(3)
+    for session_id in ("given", "left"):
+        await one.create("accumulator", session_id)
+        await one.step(inputs[:1], session_id)
+
+    await other.step(inputs[1:2], "given", first_step=1)
+    await crash(one.server)
+    await step_until_done(
+        [other], pb.StepRequest(session_id="left", first_step=1, inputs=to_message(inputs[1:2]))
+    )
+    await other.step(inputs[2:], "given", first_step=2)
+
+    assert (take_overs(other, "asked"), take_overs(other, "dead")) == (1, 1)
+    assert (take_overs(one, "asked"), take_overs(one, "dead")) == (0, 0)

@@ -31,7 +31,7 @@ class ModelServiceStub:
     Every rpc of this package may also answer UNAVAILABLE (the server is starting or stopping: try again),
     RESOURCE_EXHAUSTED (a message over the size limit), DEADLINE_EXCEEDED and CANCELLED (the caller's own
     doing) and INTERNAL (a bug: the server's log has it). Errors carry a google.rpc.ErrorInfo with the
-    domain "ntm.v1" and a stable reason.
+    domain "ntm.v1" and a stable reason, and a google.rpc.RequestInfo as in SessionService.
     """
 
     def __init__(self, channel):
@@ -58,7 +58,7 @@ class ModelServiceServicer:
     Every rpc of this package may also answer UNAVAILABLE (the server is starting or stopping: try again),
     RESOURCE_EXHAUSTED (a message over the size limit), DEADLINE_EXCEEDED and CANCELLED (the caller's own
     doing) and INTERNAL (a bug: the server's log has it). Errors carry a google.rpc.ErrorInfo with the
-    domain "ntm.v1" and a stable reason.
+    domain "ntm.v1" and a stable reason, and a google.rpc.RequestInfo as in SessionService.
     """
 
     def ListModels(self, request, context):
@@ -104,7 +104,7 @@ class ModelService:
     Every rpc of this package may also answer UNAVAILABLE (the server is starting or stopping: try again),
     RESOURCE_EXHAUSTED (a message over the size limit), DEADLINE_EXCEEDED and CANCELLED (the caller's own
     doing) and INTERNAL (a bug: the server's log has it). Errors carry a google.rpc.ErrorInfo with the
-    domain "ntm.v1" and a stable reason.
+    domain "ntm.v1" and a stable reason, and a google.rpc.RequestInfo as in SessionService.
     """
 
     @staticmethod

@@ -32,7 +32,7 @@ class ModelServiceStub:
     Every rpc of this package may also answer UNAVAILABLE (the server is starting or stopping: try again),
     RESOURCE_EXHAUSTED (a message over the size limit), DEADLINE_EXCEEDED and CANCELLED (the caller's own
     doing) and INTERNAL (a bug: the server's log has it). Errors carry a google.rpc.ErrorInfo with the
-    domain "ntm.v1" and a stable reason.
+    domain "ntm.v1" and a stable reason, and a google.rpc.RequestInfo as in SessionService.
     """
 
     @_typing.overload
@@ -55,7 +55,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Every rpc of this package may also answer UNAVAILABLE (the server is starting or stopping: try again),
     RESOURCE_EXHAUSTED (a message over the size limit), DEADLINE_EXCEEDED and CANCELLED (the caller's own
     doing) and INTERNAL (a bug: the server's log has it). Errors carry a google.rpc.ErrorInfo with the
-    domain "ntm.v1" and a stable reason.
+    domain "ntm.v1" and a stable reason, and a google.rpc.RequestInfo as in SessionService.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -74,7 +74,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     Every rpc of this package may also answer UNAVAILABLE (the server is starting or stopping: try again),
     RESOURCE_EXHAUSTED (a message over the size limit), DEADLINE_EXCEEDED and CANCELLED (the caller's own
     doing) and INTERNAL (a bug: the server's log has it). Errors carry a google.rpc.ErrorInfo with the
-    domain "ntm.v1" and a stable reason.
+    domain "ntm.v1" and a stable reason, and a google.rpc.RequestInfo as in SessionService.
     """
 
     @_abc_1.abstractmethod

@@ -609,7 +609,7 @@ class ItemError(_message.Message):
     """What happened and what to do, for people."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """More about it, as in the ErrorInfo of Step."""
+        """More about it, as in the ErrorInfo of Step; and `request_id`, which names the whole call in the server's log."""
 
     def __init__(
         self,

@@ -55,7 +55,9 @@ class SessionServiceStub:
     (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
     back has failed too often (SESSION_QUARANTINED). Such a session can still be deleted.
     Errors carry a google.rpc.ErrorInfo with the domain "ntm.v1" and a stable reason; where it helps, its metadata has
-    `next_step` (the session's counter) or `field` (the field at fault).
+    `next_step` (the session's counter) or `field` (the field at fault). Beside it stands a google.rpc.RequestInfo with the
+    id that the call has in the server's log: the caller's own, from the metadata key `x-request-id` (1 to 128 letters,
+    digits and any of `._:/+=@-`), or one of the server's.
     """
 
     @_typing.overload
@@ -165,7 +167,9 @@ class SessionServiceAsyncStub(SessionServiceStub):
     (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
     back has failed too often (SESSION_QUARANTINED). Such a session can still be deleted.
     Errors carry a google.rpc.ErrorInfo with the domain "ntm.v1" and a stable reason; where it helps, its metadata has
-    `next_step` (the session's counter) or `field` (the field at fault).
+    `next_step` (the session's counter) or `field` (the field at fault). Beside it stands a google.rpc.RequestInfo with the
+    id that the call has in the server's log: the caller's own, from the metadata key `x-request-id` (1 to 128 letters,
+    digits and any of `._:/+=@-`), or one of the server's.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -271,7 +275,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
     back has failed too often (SESSION_QUARANTINED). Such a session can still be deleted.
     Errors carry a google.rpc.ErrorInfo with the domain "ntm.v1" and a stable reason; where it helps, its metadata has
-    `next_step` (the session's counter) or `field` (the field at fault).
+    `next_step` (the session's counter) or `field` (the field at fault). Beside it stands a google.rpc.RequestInfo with the
+    id that the call has in the server's log: the caller's own, from the metadata key `x-request-id` (1 to 128 letters,
+    digits and any of `._:/+=@-`), or one of the server's.
     """
 
     @_abc_1.abstractmethod

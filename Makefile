@@ -16,7 +16,7 @@ PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
 INFERENCE_PROTO := protos/inference/grpc_service.proto
 messages_into = --python_out=$(1) --mypy_out=quiet:$(1)
 generate_into = --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
-CODE := benchmarks clients/python examples export inspector server training demo.py tests
+CODE := benchmarks clients/python clients/triton examples export inspector server training demo.py tests
 
 .DEFAULT_GOAL := help
 
@@ -61,7 +61,7 @@ roll: ## Replace the replicas of the scale profile one by one, by the image that
 	@deploy/roll.sh
 
 .PHONY: bench
-bench: $(VENV)/.dev ## Measure everything beside its limits and its peers, into benchmarks/results; allow half an hour.
+bench: $(VENV)/.dev $(VENV)/triton/.tools ## Measure everything beside its limits and its peers, into benchmarks/results; allow half an hour.
 	@$(BIN)/python -m benchmarks
 
 .PHONY: bench-quick

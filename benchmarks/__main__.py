@@ -19,9 +19,16 @@ def main() -> int:
         action="store_true",
         help="only the main ratios, in under a minute; fails under their floors",
     )
+    parser.add_argument(
+        "--only", metavar="PART", choices=report.PARTS, help=f"only one of {', '.join(report.PARTS)}"
+    )
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
-    return report.quick(console) if options.quick else report.full(console)
+    return (
+        report.quick(console)
+        if options.quick
+        else report.full(console, [options.only] if options.only else [*report.PARTS])
+    )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ of headers, so that equal header blocks have equal bytes and each is decoded onc
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
+from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,6 +21,7 @@ from hyperframe.frame import Frame, GoAwayFrame, RstStreamFrame, SettingsFrame, 
 # The bytes that the server may send before it hears from us again, for a call and for the connection.
 WINDOW_BYTES = 2**31 - 1
 
+_PATIENCE_S = 30.0
 # Above 128 KiB malloc maps new pages for each call.
 _RECEIVE_BYTES = 64 * 1024
 _DEFAULT_WINDOW_BYTES = 65535
@@ -286,6 +290,31 @@ class Connection:
             message = unquote(trailers.get("grpc-message", ""))
             raise LoadError(f"a call failed with gRPC status {status}: {message}", status)
         self._good_trailers.add(block)
+
+
+def exchange(
+    connections: Sequence[Connection], timeout_s: float | None
+) -> tuple[float, list[tuple[Stream, bytes | None]]]:
+    """Send what is ready in one piece, wait for what comes, and take it in.
+
+    Args:
+        connections: all that may have something.
+        timeout_s: how long to wait for something; None: it must come, and an answer that takes 30 s is not coming.
+
+    Returns:
+        The time at which it came, and what `receive` gives.
+
+    Raises:
+        LoadError: as `receive`, or nothing came.
+    """
+    unwritten = [connection for connection in connections if connection.flush()]
+    readable, writable, _ = select.select(
+        connections, unwritten, [], _PATIENCE_S if timeout_s is None else timeout_s
+    )
+    if timeout_s is None and not readable and not writable:
+        raise LoadError(f"no answer for {_PATIENCE_S} s")
+    now_s = perf_counter()
+    return now_s, [event for connection in readable for event in connection.receive()]
 
 
 def _decode_headers(block: bytes) -> dict[str, str]:

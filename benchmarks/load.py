@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import random
-import select
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,7 @@ from itertools import count
 from time import perf_counter, process_time
 from typing import Literal, ParamSpec, TypeVar
 
-from benchmarks.http2 import Connection, LoadError
+from benchmarks.http2 import Connection, LoadError, exchange
 
 __all__ = [
     "Call",
@@ -30,15 +29,13 @@ __all__ = [
     "closed_loop",
     "in_own_process",
     "open_loop",
+    "quantile",
     "wide_varint",
 ]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Kind = Literal["unary", "stream"]
-
-# An answer that takes longer is not coming.
-_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -313,18 +310,12 @@ class _Generator:
 
     def turn(self, timeout_s: float | None = None) -> list[_Answer]:
         """Send what is ready in one piece, wait (None: for an answer that must come), and take in what came."""
-        unwritten = [connection for connection in self._connections if connection.flush()]
-        patience_s = _PATIENCE_S if timeout_s is None else timeout_s
-        readable, writable, _ = select.select(self._connections, unwritten, [], patience_s)
-        if timeout_s is None and not readable and not writable:
-            raise LoadError(f"no answer for {_PATIENCE_S} s")
-        now_s = perf_counter()
+        now_s, events = exchange(self._connections, timeout_s)
         answers = []
-        for connection in readable:
-            for stream, message in connection.receive():
-                due_s = stream.owner.take(stream.id, message)
-                if due_s is not None:
-                    answers.append(_Answer(stream.owner, due_s, now_s))
+        for stream, message in events:
+            due_s = stream.owner.take(stream.id, message)
+            if due_s is not None:
+                answers.append(_Answer(stream.owner, due_s, now_s))
         return answers
 
     def saturate(self, in_flight: int, num_messages: int | None = None) -> Iterator[_Answer]:
@@ -406,15 +397,15 @@ class _Meter:
             num_steps=self._num_steps,
             num_steps_sent=sum(lane.num_sent * lane.call.num_steps for lane in generator.lanes),
             wall_s=wall_s,
-            p50_ms=1e3 * _quantile(latencies_s, 0.5),
-            p99_ms=1e3 * _quantile(latencies_s, 0.99),
+            p50_ms=1e3 * quantile(latencies_s, 0.5),
+            p99_ms=1e3 * quantile(latencies_s, 0.99),
             generator_cpu_share=cpu_share,
             last_answers=tuple(lane.last_answer for lane in generator.lanes),
             offered_per_s=offered_per_s,
         )
 
 
-def _quantile(ascending: Sequence[float], share: float) -> float:
+def quantile(ascending: Sequence[float], share: float) -> float:
     """The smallest value that so large a share of them does not exceed."""
     return ascending[math.ceil(share * len(ascending)) - 1]
 

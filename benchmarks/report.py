@@ -7,7 +7,7 @@ below what is measured, so that only a regression falls under them and not a bus
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import growth, plots, residence, routing, serving, step_graph, tracing
+from benchmarks import growth, plots, residence, routing, service_load, serving, step_graph, tracing
 from benchmarks.measuring import Figures, machine, ratio
 from benchmarks.peers import triton
 from benchmarks.server_process import Shape
@@ -64,6 +64,15 @@ RATIOS = (
     Ratio(name(PLAIN_CALLS), name(PLAIN_CALLS, "Triton"), 1.2),
     Ratio(name(Shape("Step", 8, 1)), name(Shape("Step", 8, 1), "Triton"), 1.1),
     Ratio(name(Shape("Step", 1, 1)), name(Shape("Step", 1, 1), "Triton"), 1.0),
+    *(
+        Ratio(
+            service_load.name(kind, server, by_inference),
+            service_load.name(kind, "Triton", by_inference=True),
+        )
+        for kind in service_load.KINDS
+        for server, by_inference in (("none", False), ("none", True), ("SQLite, sync normal", False))
+    ),
+    Ratio(service_load.client_name("none"), service_load.client_name("Triton"), 1.0),
     Ratio(name(STREAMS_OF_CHUNKS), name(FEW_STREAMS_OF_CHUNKS, "naive"), 10.0, 10.0),
     *(
         Ratio(
@@ -77,8 +86,22 @@ RATIOS = (
 )
 
 
-def full(console: Console) -> int:
-    """Measure everything, write it down, draw it; returns the exit code."""
+PARTS: dict[str, Callable[[], Figures]] = {
+    "step_graph": partial(step_graph.compare, num_rounds=7, duration_s=0.5),
+    "serving": partial(serving.compare, num_rounds=5, duration_s=1.0),
+    "latency": partial(serving.compare_latency, num_rounds=5, duration_s=2.0),
+    "stores": partial(serving.compare_stores, num_rounds=5, duration_s=1.0),
+    "routing": partial(routing.compare, num_rounds=5, duration_s=2.0),
+    "tracing": partial(tracing.compare, num_rounds=5, duration_s=2.0),
+    "residence": partial(residence.compare, num_rounds=2, duration_s=2.0),
+    "service_load": service_load.compare,
+    "growth": partial(growth.compare, num_rounds=5, duration_s=0.7),
+}
+"""What `full` measures, each into a file of its own."""
+
+
+def full(console: Console, parts: Sequence[str]) -> int:
+    """Measure some of `PARTS`, write it down, and draw it if it is all; returns the exit code."""
     try:
         triton.install()
     except triton.TritonUnavailableError as error:
@@ -86,22 +109,13 @@ def full(console: Console) -> int:
         return 1
     RESULTS.mkdir(exist_ok=True)
     figures: Figures = {}
-    parts: dict[str, Callable[[], Figures]] = {
-        "step_graph": partial(step_graph.compare, num_rounds=7, duration_s=0.5),
-        "serving": partial(serving.compare, num_rounds=5, duration_s=1.0),
-        "latency": partial(serving.compare_latency, num_rounds=5, duration_s=2.0),
-        "stores": partial(serving.compare_stores, num_rounds=5, duration_s=1.0),
-        "routing": partial(routing.compare, num_rounds=5, duration_s=2.0),
-        "tracing": partial(tracing.compare, num_rounds=5, duration_s=2.0),
-        "residence": partial(residence.compare, num_rounds=2, duration_s=2.0),
-        "growth": partial(growth.compare, num_rounds=5, duration_s=0.7),
-    }
-    for what, measure in parts.items():
-        with console.status(f"measuring {what}"):
-            found = measure()
-        keep(what, found, console)
+    for part in parts:
+        with console.status(f"measuring {part}"):
+            found = PARTS[part]()
+        keep(part, found, console)
         figures |= found
-    plots.draw(figures, RESULTS)
+    if {*parts} == {*PARTS}:
+        plots.draw(figures, RESULTS)
     console.print(_table_of_ratios(figures, [ratio for ratio in RATIOS if ratio.case in figures]))
     return 0
 
@@ -135,19 +149,22 @@ def _write(what: str, figures: Figures) -> None:
 
 
 def _table_of(what: str, figures: Figures) -> Table:
-    table = Table("case", "steps/s", "lowest to highest", "p50 ms", "p99 ms", "CPU µs a step", title=what)
+    table = Table(
+        "case", "steps/s", "lowest to highest", "p50 ms", "p99 ms", "in time", "CPU µs a step", title=what
+    )
     for case, metrics in figures.items():
         speed = metrics.get("steps_per_s")
         some = {
             metric: f"{metrics[metric].median:.2f}" for metric in ("p50_ms", "p99_ms") if metric in metrics
         }
-        cpu = metrics.get("cpu_us_per_step")
+        share, cpu = metrics.get("share_in_time"), metrics.get("cpu_us_per_step")
         table.add_row(
             case,
             f"{speed.median:,.0f}" if speed else "",
             f"{speed.lowest:,.0f} – {speed.highest:,.0f}" if speed else "",
             some.get("p50_ms", ""),
             some.get("p99_ms", ""),
+            f"{share.median:.1%}" if share else "",
             f"{cpu.median:.1f}" if cpu else "",
         )
     for column in table.columns[1:]:

@@ -157,7 +157,7 @@ class _Cases:
         self._add_shape(shape, "", start, messages_per_s, self._num_processes)
 
     def add_store(self, store: str, shape: Shape) -> None:
-        self._add_shape(shape, store, partial(_on_store, store))
+        self._add_shape(shape, store, partial(on_store, store))
 
     def add_naive(self, shape: Shape) -> None:
         self._add_shape(shape, "naive", naive.serving)
@@ -277,8 +277,8 @@ class LoadCase:
 
 
 @contextmanager
-def _on_store(store: str) -> Iterator[tuple[str, list[int]]]:
-    """The server with its sessions in a store, whose own processes count as its."""
+def on_store(store: str, *flags: str) -> Iterator[tuple[str, list[int]]]:
+    """The server with its sessions in one of `STORES`, whose own processes count as its."""
     with TemporaryDirectory(prefix="ntm-store-") as directory, ExitStack() as stack:
         urls, pids = {"none": "none"}, []
         if store.startswith("Valkey"):
@@ -288,7 +288,7 @@ def _on_store(store: str) -> Iterator[tuple[str, list[int]]]:
             urls[store], pids = valkey.url, [valkey.pid]
         url = urls.get(store, f"sqlite:///{directory}/sessions.sqlite3")
         sync = "full" if store.endswith("full") or store == "none" else "normal"
-        address, own = stack.enter_context(serving(MODELS, "--sync", sync, store=url))
+        address, own = stack.enter_context(serving(MODELS, "--sync", sync, *flags, store=url))
         yield address, [*own, *pids]
 
 

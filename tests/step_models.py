@@ -15,7 +15,7 @@ import onnx
 from google.protobuf import json_format
 from onnx import TensorProto, helper, numpy_helper
 
-from ntm.tensor import to_message
+from ntm.tensor import numpy_dtype, to_message
 from ntm.v1 import model_pb2, tensor_pb2
 
 WIDTH = 3
@@ -194,6 +194,18 @@ def size_dependent() -> bytes:
     return model(nodes, [vector_state("sum")], constants={"leak": np.float32(1e-3)})
 
 
+def half_floats() -> bytes:
+    """As the accumulator, but x comes in 16 bits."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x_float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["sum", "half"], ["halved"]),
+        helper.make_node("Add", ["halved", "x_float"], ["next_sum"]),
+        helper.make_node("Identity", ["next_sum"], ["y"]),
+    ]
+    constants = {"half": np.float32(0.5)}
+    return model(nodes, [vector_state("sum")], constants, input_dtype=tensor_pb2.DATA_TYPE_FP16)
+
+
 def vector_state(name: str, fill: float = 0.0) -> model_pb2.StateSpec:
     """A state of WIDTH numbers."""
     return model_pb2.StateSpec(
@@ -212,11 +224,12 @@ def model(
     constants: dict[str, Any] | None = None,
     declared_constants: dict[str, Any] | None = None,
     extra_outputs: Sequence[str] = (),
+    input_dtype: tensor_pb2.DataType.ValueType = FP32,
 ) -> bytes:
     """A model with input x [B, WIDTH] and output y [B, WIDTH], and its spec."""
     spec = model_pb2.ModelSpec(
         name="test",
-        inputs=[model_pb2.TensorSpec(name="x", dtype=FP32, shape=[WIDTH])],
+        inputs=[model_pb2.TensorSpec(name="x", dtype=input_dtype, shape=[WIDTH])],
         outputs=[model_pb2.TensorSpec(name="y", dtype=FP32, shape=[WIDTH])],
         states=states,
         constants=[
@@ -271,7 +284,7 @@ def write(models: Path, content: bytes, name: str = "test", version: int = 1) ->
 
 
 def _value(name: str, tensor: model_pb2.TensorSpec | model_pb2.StateSpec) -> onnx.ValueInfoProto:
-    element_type = TensorProto.INT64 if tensor.dtype == tensor_pb2.DATA_TYPE_INT64 else TensorProto.FLOAT
+    element_type = helper.np_dtype_to_tensor_dtype(numpy_dtype(tensor.dtype))
     axes: list[Any] = list(tensor.shape)
     axes.insert(tensor.batch_axis, "batch")
     return helper.make_tensor_value_info(name, element_type, axes)

@@ -1,12 +1,14 @@
 """Triton: NVIDIA Triton Inference Server as a peer, on the CPU, serving the same exported step.
 
 Its Python backend holds each sequence's state (`triton_model.py`) and its sequence batcher forms the batches.
-The server comes with the package nvidia-pytriton, in an environment of its own, since it wants an older numpy:
-`python -m benchmarks.peers.triton install` makes it. What sends the messages is another module's business.
+The server comes with the package nvidia-pytriton, which wants an older numpy: it goes into the environment that `make`
+makes for Triton's client, by `python -m benchmarks.peers.triton install`. What sends the messages is another module's
+business.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -32,11 +34,13 @@ from server.model.spec import initial_value, load
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv" / "triton"
 MODEL = ROOT / "models" / "copy" / "1" / "model.onnx"
+PROGRAMS = tuple(sorted((ROOT / "clients" / "triton").glob("*.py")))
+"""Sequences by Triton's client, for any server that has the model."""
 
 UNARY_METHOD = "/inference.GRPCInferenceService/ModelInfer"
 STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 
-_MODEL_NAME = "step"
+_MODEL_NAME = "copy"
 _REQUIREMENTS = ("nvidia-pytriton==0.7.0", f"onnxruntime=={ort.__version__}", "numpy")
 _STAMP = ENVIRONMENT / ".installed"
 _PACKAGES = ENVIRONMENT / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -58,7 +62,7 @@ _pb = grpc.protos("benchmarks/peers/kserve.proto")
 #   messages/s do not (3900 against 4100 at 64 sequences, 3500 against 3400 at 32), and a sequence alone would wait.
 _CONFIG = """
 backend: "python"
-max_batch_size: {num_sequences}
+max_batch_size: {max_batch_size}
 input [ {{ name: "input" data_type: TYPE_FP32 dims: [ {input_size} ] }} ]
 output [ {{ name: "output" data_type: TYPE_FP32 dims: [ {output_size} ] }} ]
 sequence_batching {{
@@ -88,7 +92,7 @@ def install() -> None:
         return
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise TritonUnavailableError(f"there is no Triton for {sys.platform} on {platform.machine()}")
-    _call(sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT))
+    _call(sys.executable, "-m", "venv", str(ENVIRONMENT))
     _call(
         str(ENVIRONMENT / "bin" / "python"),
         *("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1"),
@@ -105,8 +109,12 @@ def install() -> None:
 
 
 @contextmanager
-def serving(num_sequences: int, model: Path = MODEL) -> Iterator[tuple[str, list[int]]]:
+def serving(
+    num_sequences: int, model: Path = MODEL, max_batch_size: int = 64
+) -> Iterator[tuple[str, list[int]]]:
     """Run Triton for so many sequences at once; gives its address and the ids of its processes.
+
+    The model has the name "copy" and, as on this project's server, batches of up to 64.
 
     A sequence beyond that number waits until another ends: use the same ids again, or end them. A sequence may
     begin by one method and go on by the other.
@@ -116,7 +124,7 @@ def serving(num_sequences: int, model: Path = MODEL) -> Iterator[tuple[str, list
     """
     with tempfile.TemporaryDirectory(prefix="triton-") as folder:
         repository, log = Path(folder) / "models", Path(folder) / "log"
-        _write_repository(repository, model, num_sequences)
+        _write_repository(repository, model, num_sequences, max_batch_size)
         port = _free_port()
         with log.open("wb") as log_file:
             process = subprocess.Popen(  # noqa: S603
@@ -142,6 +150,24 @@ def serving(num_sequences: int, model: Path = MODEL) -> Iterator[tuple[str, list
             for child in backend:
                 if child.is_running():
                     child.kill()
+
+
+def run(program: Path, address: str) -> dict[str, list[list[float]]]:
+    """Run one of `PROGRAMS`; returns what each sequence gave.
+
+    Raises:
+        RuntimeError: it failed; what it said is in the message.
+    """
+    ended = subprocess.run(  # noqa: S603
+        [str(ENVIRONMENT / "bin" / "python"), str(program), address],
+        capture_output=True,
+        text=True,
+        timeout=_START_LIMIT_S,
+    )
+    if ended.returncode != 0:
+        raise RuntimeError(f"{program.name} failed on {address}: {ended.stderr}")
+    given: dict[str, list[list[float]]] = json.loads(ended.stdout)
+    return given
 
 
 def step_message(
@@ -185,7 +211,7 @@ def _outputs(raw: list[bytes]) -> npt.NDArray[np.float32]:
     return np.frombuffer(content, "<f4")
 
 
-def _write_repository(repository: Path, model: Path, num_sequences: int) -> None:
+def _write_repository(repository: Path, model: Path, num_sequences: int, max_batch_size: int) -> None:
     version = repository / _MODEL_NAME / "1"
     version.mkdir(parents=True)
     spec = load(model, _MODEL_NAME, 1).spec
@@ -194,7 +220,10 @@ def _write_repository(repository: Path, model: Path, num_sequences: int) -> None
     shutil.copy(model, version / "model.onnx")
     shutil.copy(Path(__file__).with_name("triton_model.py"), version / "model.py")
     config = _CONFIG.format(
-        num_sequences=num_sequences, input_size=spec.inputs[0].shape[0], output_size=spec.outputs[0].shape[0]
+        num_sequences=num_sequences,
+        max_batch_size=max_batch_size,
+        input_size=spec.inputs[0].shape[0],
+        output_size=spec.outputs[0].shape[0],
     )
     (version.parent / "config.pbtxt").write_text(config, encoding="utf-8")
 

@@ -23,7 +23,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the step and make the pools."""
         folder = Path(args["model_repository"]) / args["model_version"]
-        num_rows = json.loads(args["model_config"])["max_batch_size"]
+        config = json.loads(args["model_config"])
+        num_rows = config["sequence_batching"]["oldest"]["max_candidate_sequences"]
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
@@ -34,8 +35,10 @@ class TritonPythonModel:
         self._output_names = ["output", *(f"next_{name}" for name in self._start)]
         self._pools = {name: np.repeat(value[None], num_rows, axis=0) for name, value in self._start.items()}
         # Where a batch's rows are gathered: fresh arrays of this size would be mapped anew for every batch.
-        self._gathered = {name: np.empty_like(pool) for name, pool in self._pools.items()}
-        self._row_of: dict[int, int] = {}
+        self._gathered = {
+            name: np.empty_like(pool[: config["max_batch_size"]]) for name, pool in self._pools.items()
+        }
+        self._row_of: dict[int | str, int] = {}
         self._free_rows = list(range(num_rows))
 
     def execute(self, requests: list[Any]) -> list[Any]:

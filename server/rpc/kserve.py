@@ -57,7 +57,7 @@ _RESET = "reset"
 _MOST_CONCURRENT = 256
 """Requests of one stream that may be at work."""
 
-_CONTENTS = {
+_CONTENTS = {  # half floats have no field
     "BOOL": "bool_contents",
     "INT8": "int_contents",
     "INT16": "int_contents",
@@ -570,7 +570,11 @@ def _array(
         )
     num_elements = math.prod(shape)
     if raw is None:
-        contents = getattr(tensor.contents, _CONTENTS[name]) if name in _CONTENTS else ()
+        if name not in _CONTENTS:
+            raise InvalidInputError(
+                field, f"{name} has no typed contents in the protocol: send its bytes in raw_input_contents"
+            )
+        contents = getattr(tensor.contents, _CONTENTS[name])
         if len(contents) != num_elements:
             raise InvalidInputError(field, f"it has {len(contents)} elements, its shape {num_elements}")
         return np.array(contents, dtype).reshape(shape)

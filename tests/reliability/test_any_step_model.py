@@ -33,6 +33,7 @@ def root(tmp_path: Path) -> Path:
     root = tmp_path / "models"
     step_models.write(root, foreign_models.several(), "several")
     step_models.write(root, foreign_models.hard_wired(), "alone")
+    step_models.write(root, foreign_models.scalar_of_a_session(), "scalar")
     return root
 
 
@@ -123,6 +124,34 @@ async def test_steps_that_are_reset_begin_from_what_the_session_began_from(
     assert_equal({name: np.concatenate([p[name] for p in pieces]) for name in outputs}, outputs)
     np.testing.assert_array_equal(state["goal"], GOAL)
     assert_equal(after_reset, cut(outputs, 0, 5))
+
+
+@pytest.mark.parametrize("store", ["none", "sqlite"])
+async def test_a_session_input_without_axes_is_a_sessions_own_and_outlives_a_restart(
+    serve: Callable[..., Any], root: Path, store: str, tmp_path: Path
+) -> None:
+    url = store if store == "none" else f"sqlite:///{tmp_path}/s.db"
+    server, address = await serve(root, store=url)
+    inputs = np.random.default_rng(0).uniform(-1, 1, (6, 4)).astype(np.float32)
+    limits = [np.array(value, np.float32) for value in (0.25, 2.0)]
+
+    async with AsyncClient(address) as client:
+        sessions = [await client.session("scalar", initial_state={"limit": limit}) for limit in limits]
+        plain = await client.session("scalar")
+        outputs = [await session.run(inputs) for session in [*sessions, plain]]
+        kept = await sessions[0].state("limit")
+
+    np.testing.assert_array_equal(outputs[0], outputs[2] * limits[0])
+    np.testing.assert_array_equal(outputs[1], outputs[2] * limits[1])
+    assert kept["limit"].shape == ()
+    if store == "none":
+        return
+    await server.stop()
+    _, address = await serve(root, store=url)
+    async with AsyncClient(address) as client:
+        again = await client.attach(sessions[0].session_id)
+        await again.reset()
+        np.testing.assert_array_equal(await again.run(inputs), outputs[0])
 
 
 async def test_sessions_of_one_batch_are_reset_each_at_its_own_steps(

@@ -23,6 +23,8 @@ HINTS = {
         "count=5",
     ],
     "open axes": ["--axis", "x.1=12", "--axis", "state=5"],
+    "a scalar of a session": ["--input", "limit:session", "--initial", "limit=1"],
+    "frames at a time": ["--axis", "speech=3"],
 }
 
 
@@ -85,6 +87,27 @@ def test_what_nobody_can_read_off_the_file_has_to_be_told(
     told = capsys.readouterr().out
     assert "has to be told" in told
     assert "--axis x.1=LENGTH" in told
+
+
+def test_an_open_axis_that_is_no_batch_axis_has_to_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = describe(monkeypatch, str(file_of(tmp_path, foreign_models.frames_at_a_time())))
+
+    assert status == 1
+    told = capsys.readouterr().out
+    assert "axis 1 of 'speech' (num_frames) is open, and no batch axis" in told
+    assert "--axis speech.1=LENGTH" in told
+    assert "one session at a time" not in told  # that is known only when all lengths are
+
+
+def test_where_all_inputs_could_be_states_the_first_is_the_steps(tmp_path: Path) -> None:
+    found = draft(file_of(tmp_path, foreign_models.no_names_in_common()), Hints())
+
+    assert [tensor.name for tensor in found.spec.inputs] == ["input_2"]
+    assert [tensor.name for tensor in found.spec.outputs] == ["activation_2"]
+    assert not found.missing
+    assert any("'input_2' is a step's" in guess for guess in found.guessed)
 
 
 def test_states_without_names_in_common_are_paired_by_their_shapes(tmp_path: Path) -> None:

@@ -103,6 +103,17 @@ def derive(step: onnx.ModelProto, spec: model_pb2.ModelSpec, row_by_row: bool = 
     )
 
 
+def has_branches(step: onnx.ModelProto) -> bool:
+    """Whether a step has an If.
+
+    ONNX Runtime 1.32 crashes where it finds the branch of an If in the body of a Scan to be constant, if the branch has
+    another If: such a body is to be loaded without the folding of constants.
+    """
+    nodes = [*step.graph.node, *(node for function in step.functions for node in function.node)]
+    nodes += [node for body in _bodies(nodes) for node in body.node]
+    return any(node.op_type == "If" for node in nodes)
+
+
 def row_shape(tensor: TensorLike, row_by_row: bool) -> tuple[int, ...]:
     """The shape of one row of a tensor as run and scan have it."""
     return graph_shape(tensor) if row_by_row else tuple(tensor.shape)

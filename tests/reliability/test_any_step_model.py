@@ -7,7 +7,7 @@ the initial state.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from server.runtime import provider
 from server.runtime.proof import plain_loop
 from tests import foreign_models, step_models
 from tests.conftest import ServerProcess
+from tests.valkey import ValkeyServer
 
 GOAL = np.array([0.5, -1, 2], np.float32)
 CPU = provider.choose("cpu", 0)
@@ -333,15 +334,29 @@ def test_sessions_outlive_a_kill_and_more_of_them_than_fit(
             assert_equal(outputs, cut(expected(model, inputs, [2, 9], goal=goal), 8, 12))
 
 
+@pytest.fixture(params=["none", "sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of an empty store."""
+    if request.param != "redis":
+        yield "none" if request.param == "none" else f"sqlite:///{tmp_path}/s.db"
+        return
+    server = ValkeyServer(tmp_path / "valkey")
+    server.start()
+    yield server.url
+    server.stop()
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_random_histories_of_more_sessions_than_fit_are_those_of_a_plain_loop(
-    serve: Callable[..., Any], root: Path, model: StepModel, tmp_path: Path, seed: int
+    serve: Callable[..., Any], root: Path, model: StepModel, store: str, seed: int
 ) -> None:
-    """Steps with resets, repeats of them, resets, forks, exports and imports, in any order, two sessions in memory."""
+    """Steps with resets, repeats of them, resets, forks, exports and imports, in any order, two sessions in memory
+    where there is a store for the others."""
     _, address = await serve(
         root,
-        store=f"sqlite:///{tmp_path}/s.db",
-        max_resident_sessions=2,
+        store=store,
+        sync="normal",
+        max_resident_sessions=64 if store == "none" else 2,
         max_batch_size=2,
         snapshot_every_steps=7,
     )

@@ -168,9 +168,11 @@ def _prove(file: Path, found: Draft, directory: Path) -> list[str]:
     proof = prove(runner)
     times = runner.turn_times_s
     runner.close()
-    how = "one after another (the graph takes one session at a time)" if runner.row_by_row else "together"
-    if runner.padded_batch_size:
-        how += f", in batches always padded to {runner.padded_batch_size}"
+    why = ""
+    if runner.row_by_row:
+        why = " (the graph takes one session at a time)"
+    elif runner.padded_batch_size:
+        why = " (bits depend on the batch's size: a single step costs as much as a full batch)"
     exactly = (
         "bit for bit"
         if not proof.largest_difference
@@ -179,7 +181,7 @@ def _prove(file: Path, found: Draft, directory: Path) -> list[str]:
     return [
         f"proven: {proof.num_steps} random steps give what a plain loop of ONNX Runtime gives, {exactly};",
         f"  batches of {', '.join(map(str, proof.batch_sizes))} give what their rows give alone, bit for bit",
-        f"rows are run {how}"
+        f"rows are run {runner.rows_are_run}{why}"
         + "".join(f"; a step of {size} takes {time_s * 1e3:.3g} ms" for size, time_s in times.items()),
     ]
 

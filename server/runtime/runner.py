@@ -153,6 +153,18 @@ class ModelRunner:
             {state.input_name: initial_value(state)[np.newaxis] for state in spec.states},
         )
 
+    @property
+    def rows_are_run(self) -> str:
+        """How the rows of a batch are run, in words."""
+        if self.row_by_row:
+            return "one after another"
+        return f"together, padded to {self.padded_batch_size}" if self.padded_batch_size else "together"
+
+    @property
+    def turn_times_ms(self) -> dict[str, float]:
+        """`turn_times_s` in milliseconds, by names for the log."""
+        return {f"step_of_{size}_ms": round(time_s * 1e3, 3) for size, time_s in self.turn_times_s.items()}
+
     def first_batch_row(self, bank: int) -> int:
         """The row that the bank's next run reads first; every run there that succeeds changes it."""
         return self._first_of(self._front_buffers[bank])

@@ -159,6 +159,26 @@ def test_a_hint_that_fits_nothing_is_refused(
     assert complaint in capsys.readouterr().err
 
 
+def test_how_rows_are_run_is_told_with_what_a_step_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for content in (
+        foreign_models.fixed_to_one(),
+        step_models.size_dependent(leak=1e-8),
+        foreign_models.hard_wired(),
+    ):
+        assert describe(monkeypatch, str(file_of(tmp_path, content))) == 0
+        [line] = [line for line in capsys.readouterr().out.split("\n") if line.startswith("rows are run")]
+        said.append(line)
+
+    assert said[0].startswith("rows are run together; a step of 1 takes ")
+    assert said[1].startswith("rows are run together, padded to 64 (bits depend on the batch's size")
+    assert said[2].startswith(
+        "rows are run one after another (the graph takes one session at a time); a step of 1"
+    )
+
+
 def test_a_version_that_is_there_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

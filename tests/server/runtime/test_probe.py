@@ -49,6 +49,15 @@ def test_that_rows_are_run_one_after_another_is_said_with_what_it_costs(tmp_path
     assert said["step_of_64_ms"] > 0
 
 
+def test_that_batches_are_padded_is_said_with_what_it_costs(tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        runner = runner_of(tmp_path, step_models.size_dependent())
+
+    [said] = [entry for entry in logs if "padded to the largest" in entry["event"]]
+    assert said["rows"] == runner.rows_are_run == "together, padded to 64"
+    assert said["step_of_1_ms"] > 0
+
+
 def test_branches_within_branches_run_one_row_after_another(tmp_path: Path) -> None:
     """Of a published model: ONNX Runtime 1.32 crashed as it looked for those that are constant."""
     package = pytest.importorskip("silero_vad", reason="silero-vad is not installed")

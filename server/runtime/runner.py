@@ -110,7 +110,7 @@ class ModelRunner:
         spec = model.spec
         try:
             derived = graphs.derive(model.step, spec, row_by_row)
-            folds = not (row_by_row and graphs.has_branches(model.step))
+            folds = not (row_by_row and graphs.has_branches_in_branches(model.step))
             self._run = device.session(derived.run, folds)
             self._refuse_other_shapes()
             self._scan = device.session(derived.scan, folds)

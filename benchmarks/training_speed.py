@@ -64,8 +64,18 @@ def _measure_own(one: Callable[[], None], batch_size: int, duration_s: float) ->
 
 
 def _measure_peer(name: str, checkout: Path, batch_size: int, duration_s: float) -> dict[str, float]:
-    program = [sys.executable, trainers.__file__, name, str(checkout), str(batch_size), "10", str(duration_s)]
-    rate = float(subprocess.run(program, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+    # Without -P its own folder comes first, where torch would take `triton.py` for the package of that name.
+    program = [
+        sys.executable,
+        "-P",
+        trainers.__file__,
+        name,
+        str(checkout),
+        str(batch_size),
+        "10",
+        str(duration_s),
+    ]
+    rate = float(subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True).stdout)  # noqa: S603
     return {"sequences_per_s": rate * batch_size, "ms_per_update": 1000 / rate}
 
 

@@ -179,6 +179,23 @@ def test_how_rows_are_run_is_told_with_what_a_step_takes(
     )
 
 
+def test_rows_can_be_run_one_after_another_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, directory = (
+        file_of(tmp_path, step_models.size_dependent(leak=1e-8)),
+        tmp_path / "models" / "mine" / "1",
+    )
+
+    assert describe(monkeypatch, str(file), "--row-by-row", "--publish", str(directory)) == 0
+
+    told = capsys.readouterr().out
+    assert "gives, bit for bit;" in told
+    assert "rows are run one after another; a step of 1 takes" in told
+    found = spec.load(directory / "model.onnx", "mine", 1).spec
+    assert [tensor.batch_axis for tensor in found.outputs] == [-1]
+
+
 def test_a_version_that_is_there_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

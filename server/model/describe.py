@@ -253,16 +253,17 @@ class _Drafting:
 
     def _without_the_steps(self, pairs: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
         """Pairs in the graph's order. Some input has to be the step's: the first, if all were taken for states."""
-        first = next(iter(names), "")
-        if len(pairs) == len(names) and first not in self._hints.states and not self._hints.inputs:
+        left = [name for name in names if name not in self._hints.inputs]
+        has_step_input = len(pairs) < len(left) or "step" in self._hints.inputs.values()
+        if left and not has_step_input and (first := left[0]) not in self._hints.states:
             said = f"state {first!r} goes on as"
             self._sure = [line for line in self._sure if not line.startswith(said)]
             self._guessed = [line for line in self._guessed if not line.startswith(said)]
             self._guessed.append(
                 f"input {first!r} is a step's and {pairs[first]!r} an output: some have to be, and the first mostly are"
             )
-            names = names[1:]
-        return {name: pairs[name] for name in names if name in pairs}
+            left = left[1:]
+        return {name: pairs[name] for name in left if name in pairs}
 
     def _fit(self, name: str, output: str) -> bool:
         taken, given = self._inputs[name], self._outputs[output]

@@ -110,6 +110,33 @@ def test_where_all_inputs_could_be_states_the_first_is_the_steps(tmp_path: Path)
     assert any("'input_2' is a step's" in guess for guess in found.guessed)
 
 
+def test_names_in_pairs_do_not_make_the_steps_own_input_a_state(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    step (float[4] audio_in, float[4] h_in, float limit) => (float[4] audio_out, float[4] h_out)
+    { h_out = Add (audio_in, h_in)  audio_out = Mul (h_out, limit) }
+    """
+    path = tmp_path / "step.onnx"
+    path.write_bytes(foreign_models.parse(text).SerializeToString())
+
+    found = draft(path, Hints(inputs={"limit": "session"}))
+
+    assert not found.missing
+    assert [tensor.name for tensor in found.spec.inputs] == ["audio_in"]
+    assert [tensor.name for tensor in found.spec.outputs] == ["audio_out"]
+
+
+def test_a_file_without_states_is_told_to_have_none(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    step (int64 sr) => (int64 twice) { twice = Add (sr, sr) }
+    """
+    path = tmp_path / "step.onnx"
+    path.write_bytes(foreign_models.parse(text).SerializeToString())
+
+    assert any("no state was found" in said for said in draft(path, Hints()).missing)
+
+
 def test_states_without_names_in_common_are_paired_by_their_shapes(tmp_path: Path) -> None:
     text = """
     <ir_version: 8, opset_import: ["" : 17]>

@@ -46,13 +46,14 @@ def graph(step: Step) -> onnx.ModelProto:
 
 
 def trace(step: Step) -> onnx.ModelProto:
-    """What the exporter makes of a step, for any batch size.
+    """What the exporter makes of a step, for any batch size, or for 1 where the module takes no other.
 
     Raises:
-        StepError: the exporter cannot make a graph of the module for any batch size.
+        StepError: the exporter cannot make such a graph of the module.
     """
-    # A batch of 1 would be taken for a constant.
-    example = [*step.example_inputs(2).values(), *step.initial_state(2).values()]
+    # A batch of 1 would be taken for a constant, which it is to be where the module takes no other.
+    size = 1 if step.hard_wired else 2
+    example = [*step.example_inputs(size).values(), *step.initial_state(size).values()]
     batch = torch.export.Dim(BATCH_AXIS)
     axes = tuple({step.batch_axes[name]: batch} for name in step.input_names)
     with _quiet():
@@ -63,17 +64,25 @@ def trace(step: Step) -> onnx.ModelProto:
                 dynamo=True,
                 input_names=step.input_names,
                 output_names=step.output_names,
-                dynamic_shapes=(axes,),
+                dynamic_shapes=None if step.hard_wired else (axes,),
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
+            which = "even for a batch of 1" if step.hard_wired else "for any batch size"
             raise StepError(
-                "torch's exporter can make no graph of the module for any batch size. Where it depends on the values "
-                "of tensors, or has the number 1 for the batch, write it otherwise. The exporter says: "
-                f"{_reason(error)}"
+                f"torch's exporter can make no graph of the module {which}. Where it depends on the values "
+                f"of tensors, write it otherwise. The exporter says: {_reason(error)}"
             ) from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    if not step.hard_wired:
+        shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+        # The exporter takes what loops over the rows of a batch for one of as many rows as the example has.
+        if fixed := [n for n in step.input_names if shapes[n][step.batch_axes[n]].HasField("dim_value")]:
+            raise StepError(
+                "torch's exporter can make no graph of the module for any batch size: it takes the batch of "
+                f"{', '.join(fixed)} for a constant. Where the module loops over the rows, write it for all at once"
+            )
     return model
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,7 +62,8 @@ def export_step(
             in it choose among things.
 
     Returns:
-        What was verified. `Report.invariance` says whether a row's bits depend on its batch.
+        What was verified. `Report.invariance` says whether a row's bits depend on its batch. `Report.hard_wired` says
+        why the module takes a batch of 1 and no other, which is also a warning.
 
     Raises:
         StepError: the module is no such step, or torch's exporter cannot make a graph of it.
@@ -79,7 +81,14 @@ def export_step(
     checked = {
         name: given.get(name, array)[:num_steps] for name, array in random_sequences(step, num_steps).items()
     }
-    return _publish(step, spec, Path(path), checked, is_invariance_required=False)
+    report = _publish(step, spec, Path(path), checked, is_invariance_required=False)
+    if report.hard_wired:
+        warnings.warn(
+            f"{path} takes a batch of 1 and no other, so a server runs the rows of a batch one after another: "
+            f"{report.hard_wired}",
+            stacklevel=2,
+        )
+    return report
 
 
 def publish(run_dir: Path, target: Path, memory_rows: int | None = None) -> tuple[Checkpoint, Report]:
@@ -121,7 +130,7 @@ def _publish(
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        write_onnx(step, spec, draft / MODEL_FILE)
+        _write(step, spec, draft / MODEL_FILE, may_fix_batch=not is_invariance_required)
         report = verify(draft / MODEL_FILE, step, sequences, is_invariance_required=is_invariance_required)
         draft.chmod(0o755)
         _move(draft, target)
@@ -134,6 +143,16 @@ def _publish(
     finally:
         torch.set_num_threads(num_threads)
     return report
+
+
+def _write(step: Step, spec: model_pb2.ModelSpec, path: Path, *, may_fix_batch: bool) -> None:
+    try:
+        write_onnx(step, spec, path)
+    except StepError as error:
+        if step.hard_wired or not may_fix_batch:
+            raise
+        step.fix_batch(str(error))
+        write_onnx(step, spec, path)
 
 
 def check_target(target: Path) -> str:

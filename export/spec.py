@@ -80,7 +80,7 @@ def initial_value(state: model_pb2.StateSpec) -> Array:
 
 def _tensor_spec(step: Step, name: str, example: Tensor, about: Mapping[str, str]) -> model_pb2.TensorSpec:
     axis = step.batch_axes[name]
-    values = example.select(axis, 0).numpy()
+    values = (example if axis < 0 else example.select(axis, 0)).numpy()
     return model_pb2.TensorSpec(
         name=name,
         dtype=data_type(values.dtype),

@@ -56,16 +56,13 @@ class Step(nn.Module):
         self.session_inputs = list(session_inputs)
         self.batch_axes = dict.fromkeys([*self.inputs, *self.states], 0) | dict(batch_axes or {})
         self._check_names()
-        one, two, three = (self._tried(size) for size in (1, 2, 3))
-        self.outputs = one
-        for name, tensor in one.items():
-            axes = [axis for axis in range(tensor.dim()) if two[name].shape[axis] != three[name].shape[axis]]
-            if len(axes) != 1 or tensor.shape[axes[0]] != 1:
-                raise StepError(
-                    f"the output {name} is {list(two[name].shape)} for a batch of 2 and {list(three[name].shape)} for "
-                    "one of 3: exactly one axis must have the batch's length"
-                )
-            self.batch_axes[name] = axes[0]
+        self.outputs = self._tried(1)
+        self.hard_wired = ""
+        """Why the module takes a batch of 1 and no other; empty if it takes any."""
+        try:
+            self.batch_axes |= self._output_axes()
+        except StepError as error:
+            self.fix_batch(str(error))
 
     @property
     def state_names(self) -> list[str]:
@@ -95,6 +92,15 @@ class Step(nn.Module):
         """The state a session starts from, by name, the same in every row."""
         return {name: self._repeated(name, tensor, batch_size) for name, tensor in self.states.items()}
 
+    def fix_batch(self, reason: str) -> None:
+        """From now on it is a step of a batch of 1.
+
+        Outputs of which the batch axis is not known have it in front if an axis of length 1 is there, else none.
+        """
+        self.hard_wired = reason
+        for name, tensor in self.outputs.items():
+            self.batch_axes.setdefault(name, 0 if tensor.dim() and tensor.shape[0] == 1 else -1)
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """One time step: the inputs and then the states, in the order of `input_names`, to what `output_names` says."""
         given = iter(tensors)
@@ -121,6 +127,20 @@ class Step(nn.Module):
         other._modules = self._modules | {"module": module}  # a Module's copy shares its table of modules
         other.inputs, other.states = dict(self.inputs), dict(self.states)
         return other
+
+    def _output_axes(self) -> dict[str, int]:
+        """Where the outputs have their batch axis, by runs."""
+        two, three = self._tried(2), self._tried(3)
+        found = {}
+        for name, tensor in self.outputs.items():
+            axes = [axis for axis in range(tensor.dim()) if two[name].shape[axis] != three[name].shape[axis]]
+            if len(axes) != 1 or tensor.shape[axes[0]] != 1:
+                raise StepError(
+                    f"the output {name} is {list(two[name].shape)} for a batch of 2 and {list(three[name].shape)} for "
+                    "one of 3: exactly one axis must have the batch's length"
+                )
+            found[name] = axes[0]
+        return found
 
     def _repeated(self, name: str, tensor: Tensor, batch_size: int) -> Tensor:
         return torch.cat([tensor] * batch_size, dim=self.batch_axes[name])

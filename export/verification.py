@@ -61,6 +61,8 @@ class Report(NamedTuple):
     """By batch size."""
     invariance: str = ""
     """What depends on a row's company in its batch; empty if nothing does."""
+    hard_wired: str = ""
+    """Why the graph takes a batch of 1 and no other, so that servers run rows one by one; empty if it takes any."""
 
 
 def verify(path: Path, step: Step, sequences: Tensors, *, is_invariance_required: bool = True) -> Report:
@@ -88,7 +90,7 @@ def verify(path: Path, step: Step, sequences: Tensors, *, is_invariance_required
     exact = _exact(step)
     num_steps = len(next(iter(sequences.values())))
     differences = {}
-    for size in BATCH_SIZES:
+    for size in (1,) if step.hard_wired else BATCH_SIZES:
         rows = {
             name: step_rows(step, name, array, slice(-size, None), 1) for name, array in sequences.items()
         }
@@ -97,6 +99,14 @@ def verify(path: Path, step: Step, sequences: Tensors, *, is_invariance_required
         _check(*alone, _MOST_IN_A_STEP, f"at batch {size}, in one step")
         _check(*together, _MOST, f"at batch {size}, within {num_steps} steps")
         differences[size] = together[0]
+    if step.hard_wired:
+        return Report(
+            len(model.graph.node),
+            path.stat().st_size,
+            num_steps,
+            differences,
+            hard_wired=step.hard_wired,
+        )
     few = {name: array[:_INVARIANCE_STEPS] for name, array in sequences.items()}
     # Where it must hold every size is tried, else some.
     sizes = range(1, LARGEST_INVARIANT_BATCH + 1) if is_invariance_required else BATCH_SIZES

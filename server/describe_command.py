@@ -49,7 +49,7 @@ def describe(arguments: Sequence[str]) -> int:
         if found.missing:
             return 1
         with tempfile.TemporaryDirectory() as scratch:
-            proven = _prove(flags.file, found, Path(scratch) / "model" / "1")
+            proven = _prove(flags.file, found, Path(scratch) / "model" / "1", flags.row_by_row)
         print("\n".join(["", *proven]))
         if flags.publish:
             _publish(flags.file, found, flags.publish)
@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
             f"--{flag}", metavar=metavar, action="append", default=[], help=f"{text}; can be repeated"
         )
     parser.add_argument(
+        "--row-by-row",
+        action="store_true",
+        help="run the rows of a batch one after another even where they could be run together: for single callers of a "
+        "model whose batches would be padded",
+    )
+    parser.add_argument(
         "--publish",
         type=_directory,
         metavar="models/NAME/VERSION",
@@ -123,6 +129,7 @@ def _hints(flags: argparse.Namespace) -> Hints:
         initial=_assignments(flags.file, "initial", flags.initial),
         inputs=inputs,
         outputs=flags.output,
+        row_by_row=flags.row_by_row,
     )
 
 
@@ -139,6 +146,7 @@ def _merged(given: Hints, told: Hints) -> Hints:
         inputs={name: kind for name, kind in given.inputs.items() if name not in told.constants}
         | {**told.inputs},
         outputs=told.outputs or given.outputs,
+        row_by_row=told.row_by_row,
     )
 
 
@@ -160,17 +168,26 @@ def _print_list(title: str, lines: Sequence[str]) -> None:
         print("\n".join(["", f"{title}:", *(f"  - {line}" for line in lines)]))
 
 
-def _prove(file: Path, found: Draft, directory: Path) -> list[str]:
-    """Load it as the server would and hold its steps against a plain loop; returns what to say of it."""
+def _prove(file: Path, found: Draft, directory: Path, told_so: bool) -> list[str]:
+    """Load it as the server would and hold its steps against a plain loop; returns what to say of it.
+
+    Args:
+        file: the model.
+        found: its spec.
+        directory: to put both in.
+        told_so: whether rows are run one after another since that was asked for.
+    """
     _write(file, found, directory)
     model = spec.load(directory / MODEL_FILE_NAME, found.spec.name or file.stem, 1)
     runner = load_runner(model, provider.choose("cpu", 0), _MAX_BATCH_SIZE, _MAX_BATCH_SIZE)
     proof = prove(runner)
     times = runner.turn_times_s
     runner.close()
-    how = "one after another (the graph takes one session at a time)" if runner.row_by_row else "together"
-    if runner.padded_batch_size:
-        how += f", in batches always padded to {runner.padded_batch_size}"
+    why = ""
+    if runner.row_by_row:
+        why = "" if told_so else " (the graph takes one session at a time)"
+    elif runner.padded_batch_size:
+        why = " (bits depend on the batch's size: a single step costs as much as a full batch)"
     exactly = (
         "bit for bit"
         if not proof.largest_difference
@@ -179,7 +196,7 @@ def _prove(file: Path, found: Draft, directory: Path) -> list[str]:
     return [
         f"proven: {proof.num_steps} random steps give what a plain loop of ONNX Runtime gives, {exactly};",
         f"  batches of {', '.join(map(str, proof.batch_sizes))} give what their rows give alone, bit for bit",
-        f"rows are run {how}"
+        f"rows are run {runner.rows_are_run}{why}"
         + "".join(f"; a step of {size} takes {time_s * 1e3:.3g} ms" for size, time_s in times.items()),
     ]
 

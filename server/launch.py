@@ -127,6 +127,8 @@ class ModelLoader:
             digest=model.digest[:12],
             provider=self._device.provider,
             is_batch_invariant=runner.is_batch_invariant,
+            rows=runner.rows_are_run,
+            **runner.turn_times_ms,
             max_resident_sessions=settings.max_resident_sessions,
             pool_bytes=runner.num_rows * model.state_bytes,
         )

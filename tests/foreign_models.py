@@ -160,6 +160,80 @@ def no_batch_axis() -> bytes:
     return with_spec(text, spec)
 
 
+def scalar_of_a_session() -> bytes:
+    """An input of rank 0 that a session is given once, such as how much noise is to be left."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    step (float[4] frame, float limit, float[4] memory) => (float[4] louder, float[4] new_memory)
+    <float half = {0.5}>
+    {
+        halved = Mul (memory, half)
+        new_memory = Add (halved, frame)
+        louder = Mul (new_memory, limit)
+    }
+    """
+    spec = model_pb2.ModelSpec(
+        inputs=[tensor("frame", [4], -1)],
+        outputs=[tensor("louder", [4], -1)],
+        states=[
+            state("memory", "new_memory", [4], -1),
+            model_pb2.StateSpec(
+                input_name="limit", role=model_pb2.STATE_ROLE_OTHER, dtype=FP32, batch_axis=-1, fill=1.0
+            ),
+        ],
+    )
+    return with_spec(text, spec)
+
+
+def no_names_in_common() -> bytes:
+    """Each shape is there once among the inputs and once among the outputs, the step's own as well."""
+    text = """
+    <ir_version: 6, opset_import: ["" : 11]>
+    step (float[1,1,6] input_2, float[1,2,3,2] input_3) => (float[1,1,6] activation_2, float[1,2,3,2] stack_2)
+    <float half = {0.5}, int64[4] as_state = {-1, 1, 3, 2}>
+    {
+        wide = Reshape (input_2, as_state)
+        halved = Mul (input_3, half)
+        stack_2 = Add (halved, wide)
+        sum = ReduceSum <axes = [1, 2, 3], keepdims = 0> (stack_2)
+        sum_3 = Unsqueeze <axes = [1, 2]> (sum)
+        added = Add (input_2, sum_3)
+        activation_2 = Sigmoid (added)
+    }
+    """
+    spec = model_pb2.ModelSpec(
+        inputs=[tensor("input_2", [1, 6])],
+        outputs=[tensor("activation_2", [1, 6])],
+        states=[state("input_3", "stack_2", [2, 3, 2])],
+    )
+    return with_spec(text, spec)
+
+
+def frames_at_a_time() -> bytes:
+    """How many frames come at once is open, and the batch is said to be 1; states named h0 and hN."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 14]>
+    step (float[1,num_frames,4] speech, float[2,1,4] h0) => (float[1,given_frames,4] logits, float[2,kept,4] hN)
+    <float half = {0.5}, int64[1] last = {-1}, int64[1] end = {9223372036854775807}, int64[1] frames = {1},
+     int64[1] zero = {0}>
+    {
+        tail = Slice (speech, last, end, frames)
+        moved = Transpose <perm = [1, 0, 2]> (tail)
+        halved = Mul (h0, half)
+        hN = Add (halved, moved)
+        mean = ReduceMean <axes = [0], keepdims = 0> (hN)
+        mean_3 = Unsqueeze (mean, frames)
+        logits = Add (speech, mean_3)
+    }
+    """
+    spec = model_pb2.ModelSpec(
+        inputs=[tensor("speech", [3, 4])],
+        outputs=[tensor("logits", [3, 4])],
+        states=[state("h0", "hN", [2, 4], 1)],
+    )
+    return with_spec(text, spec)
+
+
 def old_opset(version: int) -> bytes:
     """Opset 7, 8 or 11: axes are attributes, and there is no Scan of today's form."""
     text = f"""
@@ -279,6 +353,9 @@ KINDS: dict[str, tuple[Callable[[], bytes], bool]] = {
     "batch hard-wired to 1": (hard_wired, True),
     "rows added up": (mixing, True),
     "no batch axis": (no_batch_axis, True),
+    "a scalar of a session": (scalar_of_a_session, True),
+    "no names in common": (no_names_in_common, False),
+    "frames at a time": (frames_at_a_time, False),
     "opset 7": (lambda: old_opset(7), False),
     "opset 8": (lambda: old_opset(8), False),
     "opset 11": (lambda: old_opset(11), False),

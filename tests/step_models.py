@@ -182,8 +182,8 @@ def many_layouts() -> bytes:
     )
 
 
-def size_dependent() -> bytes:
-    """As the accumulator, but the batch's size leaks into y: y = sum' + 1e-3 (B - 1)."""
+def size_dependent(leak: float = 1e-3) -> bytes:
+    """As the accumulator, but the batch's size leaks into y: y = sum' + leak * B."""
     nodes = [
         helper.make_node("Add", ["sum", "x"], ["next_sum"]),
         helper.make_node("Shape", ["x"], ["size"], start=0, end=1),
@@ -191,7 +191,7 @@ def size_dependent() -> bytes:
         helper.make_node("Mul", ["size_float", "leak"], ["leaked"]),
         helper.make_node("Add", ["next_sum", "leaked"], ["y"]),
     ]
-    return model(nodes, [vector_state("sum")], constants={"leak": np.float32(1e-3)})
+    return model(nodes, [vector_state("sum")], constants={"leak": np.float32(leak)})
 
 
 def half_floats() -> bytes:

@@ -4,7 +4,7 @@
     git clone https://github.com/vlgiitr/ntm-pytorch
 
 `training_speed.py` runs this file in a process of its own, since both packages are called `ntm`, as is one of this
-project's: `python benchmarks/peers/trainers.py NAME CHECKOUT BATCH_SIZE LENGTH SECONDS` prints updates a second. An
+project's: `python -P benchmarks/peers/trainers.py NAME CHECKOUT BATCH_SIZE LENGTH SECONDS` prints updates a second. An
 update is the peer's own: its network, its loss, its clipping, torch's RMSprop; the copy task of `LENGTH` vectors.
 """
 

@@ -32,8 +32,8 @@ _BATCH_NAMES = re.compile(r"(?i)^(n|b|bs|batch.*|.*batch|num_?envs?)$")
 _AFFIXES = r"next|new|prev|old|cur|current|past|present|in|out|n|o|i|t|t1"
 _PREFIX = re.compile(rf"(?i)^({_AFFIXES})[_./-]+(?=.)")
 _SUFFIX = re.compile(rf"(?i)(?<=.)[_./-]+({_AFFIXES})$")
-# hn, h_n, stateN, h1, hout, h_out.1, cn
-_GLUED = re.compile(r"(?<=[A-Za-z0-9])(n|N|_n|out|Out|in|In|next|Next|new|New|'|_)$")
+# hn, h_n, stateN, hout, cn; h0, but not the last digit of h10
+_GLUED = re.compile(r"(?<=[A-Za-z0-9])(n|N|_n|out|Out|in|In|next|Next|new|New|'|_|(?<=[A-Za-z])0)$")
 
 Shape = tuple[int | None, ...]
 
@@ -54,6 +54,8 @@ class Hints:
     """Inputs that are those of a step, or of a session."""
     outputs: Sequence[str] = ()
     """The outputs that callers get; all that are no states if empty."""
+    row_by_row: bool = False
+    """Whether rows are to be run one after another, even if they could be run together."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class _Drafting:
                 given.remove(alike[0])
                 self._sure.append(f"state {name!r} goes on as {alike[0]!r}: by their names and shapes")
         if pairs:
-            return {name: pairs[name] for name in self._inputs if name in pairs}
+            return self._without_the_steps(pairs, names)
         # What a step takes and gives comes first in nearly every export, so the last are the likeliest states.
         groups: dict[tuple[str, ...], list[str]] = {}
         for name in left:
@@ -238,9 +240,6 @@ class _Drafting:
             if not fitting:
                 continue
             size = min(len(inputs), len(fitting))
-            if size == len(left) and not self._hints.inputs:
-                inputs, size = inputs[1:], size - 1  # some input has to be the step's
-                inputs = inputs[:size]
             if size == len(given) and not self._hints.outputs:
                 fitting = fitting[1:]
                 size = min(size, len(fitting))
@@ -250,7 +249,21 @@ class _Drafting:
                 pairs[name] = output
                 how = "the only ones of their shape" if len(inputs) == len(fitting) == 1 else "by their order"
                 self._guessed.append(f"state {name!r} goes on as {output!r}: {how}")
-        return {name: pairs[name] for name in self._inputs if name in pairs}
+        return self._without_the_steps(pairs, names)
+
+    def _without_the_steps(self, pairs: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+        """Pairs in the graph's order. Some input has to be the step's: the first, if all were taken for states."""
+        left = [name for name in names if name not in self._hints.inputs]
+        has_step_input = len(pairs) < len(left) or "step" in self._hints.inputs.values()
+        if left and not has_step_input and (first := left[0]) not in self._hints.states:
+            said = f"state {first!r} goes on as"
+            self._sure = [line for line in self._sure if not line.startswith(said)]
+            self._guessed = [line for line in self._guessed if not line.startswith(said)]
+            self._guessed.append(
+                f"input {first!r} is a step's and {pairs[first]!r} an output: some have to be, and the first mostly are"
+            )
+            left = left[1:]
+        return {name: pairs[name] for name in left if name in pairs}
 
     def _fit(self, name: str, output: str) -> bool:
         taken, given = self._inputs[name], self._outputs[output]
@@ -325,17 +338,32 @@ class _Drafting:
                     f"{list(shapes[output])} comes out"
                 )
         freed = self._session(_freed(self._model, first))
-        for choice in list(product(*options))[:_MOST_TRIALS]:
+        for choice in [] if self._hints.row_by_row else list(product(*options))[:_MOST_TRIALS]:
             if -1 in choice:
                 continue
             chosen = dict(zip(names, choice, strict=True))
             found = self._trial(freed, chosen, constants, pairs, shapes)
             if found is not None:
                 self._sure.append("rows of a batch do not depend on each other: by a run of 1 and of 2 rows")
+                self._guessed += [
+                    f"axis {axis} of {name!r} ({self._inputs[name].axis_names[axis]}) is the batch axis"
+                    for name, axis in chosen.items()
+                    if self._is_of_doubtful_name(name, axis)
+                ]
                 return chosen | found, shapes
-        self._guessed.append(
-            "the graph takes one session at a time: no run of 2 rows gave what each gives alone"
-        )
+        self._missing += [
+            f"axis {axis} of {name!r} ({self._inputs[name].axis_names[axis]}) is open, and no batch axis by a run of "
+            f"2 rows: say how long it is in a step, --axis {name}.{axis}=LENGTH"
+            for name in names
+            for axis in self._open(name)
+            if len(self._open(name)) == 1 and self._is_of_doubtful_name(name, axis)
+        ]
+        if self._hints.row_by_row:
+            self._sure.append("rows are run one after another: told")
+        elif not self._missing:
+            self._guessed.append(
+                "the graph takes one session at a time: no run of 2 rows gave what each gives alone"
+            )
         # One after another any axis of length 1 will do, and leaving it in the shape is the plainest.
         alone = {name: axis if self._open(name) else -1 for name, axis in first.items()}
         return alone | dict.fromkeys(self._outputs, -1), shapes
@@ -391,10 +419,12 @@ class _Drafting:
                     self._missing.append(
                         f"axis {axis} of {name!r} is open: say how long it is, --axis {name}.{axis}=LENGTH"
                     )
-        elif open_axes and not _BATCH_NAMES.match(self._inputs[name].axis_names[open_axes[0]] or "batch"):
-            self._guessed.append(
-                f"axis {open_axes[0]} of {name!r} ({self._inputs[name].axis_names[open_axes[0]]}) is the batch axis"
-            )
+
+    def _is_of_doubtful_name(self, name: str, axis: int) -> bool:
+        """Whether an axis that is open has a name, and not one of those that batch axes have."""
+        return axis in self._open(name) and not _BATCH_NAMES.match(
+            self._inputs[name].axis_names[axis] or "batch"
+        )
 
     def _shape(self, name: str, batch_axis: int, batch_size: int) -> tuple[int, ...]:
         return tuple(

@@ -136,7 +136,8 @@ def initial_state(spec: model_pb2.ModelSpec, given: Mapping[str, Array]) -> dict
             raise InvalidInputError(
                 "initial_state", f"session input {name!r} has no value of its own: give one"
             )
-    return {name: np.ascontiguousarray(from_api(states[name], array)) for name, array in given.items()}
+    # `ascontiguousarray` would give an array of rank 0 an axis.
+    return {name: np.asarray(from_api(states[name], array), order="C") for name, array in given.items()}
 
 
 def api_shape(state: model_pb2.StateSpec) -> tuple[int, ...]:

@@ -103,6 +103,22 @@ def derive(step: onnx.ModelProto, spec: model_pb2.ModelSpec, row_by_row: bool = 
     )
 
 
+def has_branches_in_branches(step: onnx.ModelProto) -> bool:
+    """Whether a step has an If in a branch of another.
+
+    ONNX Runtime 1.32 crashes on some where the step is the body of a Scan and it finds the outer branch to be constant:
+    such a body is to be loaded without the folding of constants.
+    """
+    return any(
+        inner.op_type == "If"
+        for node in [*step.graph.node, *(node for function in step.functions for node in function.node)]
+        for outer in [node, *(inner for body in _bodies([node]) for inner in body.node)]
+        if outer.op_type == "If"
+        for branch in _bodies([outer])
+        for inner in branch.node
+    )
+
+
 def row_shape(tensor: TensorLike, row_by_row: bool) -> tuple[int, ...]:
     """The shape of one row of a tensor as run and scan have it."""
     return graph_shape(tensor) if row_by_row else tuple(tensor.shape)

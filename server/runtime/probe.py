@@ -52,14 +52,24 @@ def load_runner(model: StepModel, device: Device, num_slots: int, max_batch_size
         runner.is_batch_invariant = True
     runner.can_scan = gives_the_same_at_once(runner)
     runner.turn_times_s = measure_turns(runner)
-    if runner.row_by_row:
-        log.warning(
-            "the graph takes one session at a time, so the rows of a batch are run one after another",
-            model=model.label,
-            cost="a batch takes about as long as its rows do alone",
-            **{f"step_of_{size}_ms": round(time_s * 1e3, 3) for size, time_s in runner.turn_times_s.items()},
-        )
+    _warn_of_cost(runner)
     return runner
+
+
+def _warn_of_cost(runner: ModelRunner) -> None:
+    """Say in the log where batching brings little, and what it costs."""
+    if runner.row_by_row:
+        event = "the graph takes one session at a time, so the rows of a batch are run one after another"
+        cost = "a batch takes about as long as its rows do alone"
+    elif runner.padded_batch_size:
+        event = "the step's results depend on the batch's size, so every batch is padded to the largest"
+        cost = (
+            "a single step costs as much as a full batch; `python -m export` writes steps that need no padding, and a "
+            "smaller --max-batch-size pads less"
+        )
+    else:
+        return
+    log.warning(event, model=runner.model.label, rows=runner.rows_are_run, cost=cost, **runner.turn_times_ms)
 
 
 def _load_together(
@@ -118,12 +128,6 @@ def is_free(runner: ModelRunner, is_open: bool) -> bool:
     runner.padded_batch_size = runner.max_batch_size
     if _differing_batch_size(runner, largest) is not None:
         return False
-    log.warning(
-        "the step's results depend on the batch's size, so every batch is padded to the largest",
-        model=runner.model.label,
-        batch_size=runner.padded_batch_size,
-        cost="a single step costs as much as a full batch; `python -m export` writes steps that need no padding",
-    )
     runner.is_batch_invariant = True
     return True
 

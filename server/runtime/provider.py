@@ -52,8 +52,12 @@ class Device:
         """What it is made of: elsewhere the same graph may round differently."""
         return _cpu() if self.kind == "cpu" else _gpu(self.device_id)
 
-    def session(self, model: bytes) -> ort.InferenceSession:
+    def session(self, model: bytes, folds_constants: bool = True) -> ort.InferenceSession:
         """A session for one graph on this device.
+
+        Args:
+            model: the graph, serialised.
+            folds_constants: whether ONNX Runtime computes what is constant beforehand.
 
         Raises:
             DeviceError: ONNX Runtime put it on another provider.
@@ -66,7 +70,12 @@ class Device:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # What fails also raises, and whoever catches it logs it: a trial run may fail.
         options.log_severity_level = 4
-        session = ort.InferenceSession(model, options, providers=[(self.provider, self._provider_options())])
+        session = ort.InferenceSession(
+            model,
+            options,
+            providers=[(self.provider, self._provider_options())],
+            disabled_optimizers=[] if folds_constants else ["ConstantFolding"],
+        )
         active = session.get_providers()
         if active[0] != self.provider:
             raise DeviceError(

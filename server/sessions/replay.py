@@ -91,6 +91,8 @@ class Replay:
             recorded = [decode_record(session.session_id, record, model) for record in claim.records]
             check_unbroken(recorded, metadata.snapshot_step, claim.entry.next_step)
             metadata.check_snapshot(claim.snapshot)
+            # Before the session is in memory: one that is lost as soon as it is there would be looked for again.
+            decode_initial_state(metadata.initial_state, model)
             state = None
             if claim.snapshot:
                 snapshot = decode_snapshot(model, claim.snapshot)
@@ -177,10 +179,7 @@ class Replay:
     async def _load_initial_state(self, session: Session) -> None:
         """Put the state that a session began from into a slot that it holds from now on."""
         served = session.model
-        try:
-            state = decode_initial_state(session.metadata.initial_state, served.model)
-        except DamagedError as error:
-            raise SessionCorruptError(session.session_id, str(error)) from error
+        state = decode_initial_state(session.metadata.initial_state, served.model)
         slot = served.slots.take()
         call = EngineCall(
             [session.session_id],

@@ -22,15 +22,17 @@ def test_a_peer_is_held_against_this_project_at_its_own_batch_and_its_default_ag
 
     own = {
         f"this project, batch {batch}": figure(rate)
-        for batch, rate in {1: 100, 16: 900, 64: 1600, 128: 1500}.items()
+        for batch, rate in {1: 100, 16: 900, 32: 1300, 64: 1600, 128: 1500}.items()
     }
-    figures = own | {"pytorch-ntm, batch 1": figure(10), "pytorch-ntm, batch 16": figure(100)}
+    peer = {f"pytorch-ntm, batch {batch}": figure(rate) for batch, rate in {1: 10, 16: 100, 32: 130}.items()}
+    figures = own | peer
 
     ratios = training_speed._ratios(figures, ["pytorch-ntm"])
 
     assert ratios == {
         "pytorch-ntm, batch 1": (10, 5),
         "pytorch-ntm, batch 16": (9, 10),
+        "pytorch-ntm, batch 32": (10, 10),
         "this project, batch 64, over pytorch-ntm's default": (160, 50),
     }
 

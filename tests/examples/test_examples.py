@@ -38,6 +38,7 @@ def describe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return server_main()
 
 
+@pytest.mark.filterwarnings("ignore:.*one after another:UserWarning")
 def test_the_page_on_bringing_a_model_is_walked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_server: Callable[..., ServerProcess]
 ) -> None:
@@ -57,7 +58,7 @@ def test_the_page_on_bringing_a_model_is_walked(
 
     exec(compile(call.replace("127.0.0.1:50051", server.address), "call", "exec"), {})
     loaded = {entry["model"] for entry in server.log if entry["event"] == "model loaded"}
-    assert loaded == {"lstm/1", "gru/1", "filter/1", "elsewhere/1"}
+    assert loaded == {"lstm/1", "gru/1", "filter/1", "alone/1", "elsewhere/1"}
 
 
 def test_every_flag_that_the_page_shows_is_one_of_describe(

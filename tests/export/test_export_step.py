@@ -17,6 +17,10 @@ from export.errors import StepError, TargetError, VerificationError
 from export.onnx_file import read_spec
 from export.publish import MODEL_FILE
 from ntm.v1 import model_pb2
+from server.model.spec import load as load_spec
+from server.runtime import provider
+from server.runtime.probe import load_runner
+from server.runtime.proof import prove
 from training.model import NTM, named_tensors
 
 
@@ -186,10 +190,8 @@ X, H = torch.zeros(1, 2), torch.zeros(1, 2)
             r"state goes in as torch.float32 \[1, 2\] and comes back as .*\[1, 1\]",
         ),
         (lambda x, h: (x, {"other": h}), {}, "gives back the states other and takes state"),
-        (lambda x, h: (x.sum(), h), {}, "exactly one axis must have the batch's length"),
         (lambda x, h: ({"next_state": x}, h), {}, "next_state has the name of another tensor"),
         (lambda x, h: (x, h), {"batch_axes": {"hidden": 1}}, "there is no hidden: there are input, state"),
-        (lambda x, h: (x.view(1, 2), h), {}, "fails at a batch of 2"),
         (lambda x, h: ("text", h), {}, "not str"),
         (lambda x, h: (x if float(x.sum()) > 0 else -x, h), {}, "torch's exporter can make no graph"),
     ],
@@ -199,6 +201,59 @@ def test_a_module_that_is_no_step_is_refused_with_what_is_wrong_about_it(tmp_pat
         export_step(Broken(step), **({"inputs": X, "state": H} | settings), path=tmp_path / "broken" / "1")
 
     assert not (tmp_path / "broken").exists()
+
+
+class Squeezed(nn.Module):
+    """The batch of 1 is written into it in more places than one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(4, 6), nn.Linear(6, 3)
+
+    def forward(self, inputs, state):
+        out, state = self.gru(inputs.view(1, 1, 4), state)
+        return {"scores": self.head(out.view(1, 6)), "largest": self.head(out.view(6)).max()}, state
+
+
+def test_a_module_that_takes_a_batch_of_1_only_is_exported_for_that_and_served_in_batches(tmp_path):
+    torch.manual_seed(0)
+    module = Squeezed()
+
+    with pytest.warns(UserWarning, match="one after another: the module fails at a batch of 2"):
+        report = export_step(
+            module,
+            inputs=torch.zeros(1, 4),
+            state=torch.zeros(1, 1, 6),
+            batch_axes={"state": 1},
+            path=tmp_path / "squeezed" / "1",
+        )
+
+    assert "fails at a batch of 2" in report.hard_wired
+    assert report.num_steps == 50
+    assert list(report.differences) == [1]
+    model = load_spec(tmp_path / "squeezed" / "1" / MODEL_FILE, "squeezed", 1)
+    assert {t.name: (list(t.shape), t.batch_axis) for t in model.spec.outputs} == {
+        "scores": ([3], 0),
+        "largest": ([], -1),
+    }
+    runner = load_runner(model, provider.choose("cpu", 0), num_slots=8, max_batch_size=8)
+    assert runner.row_by_row
+    assert prove(runner).largest_difference == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (lambda x, h: (x.sum(), h + x), "exactly one axis must have the batch's length"),
+        (lambda x, h: (x, (h + x)[:1]), r"comes back as torch.float32 \[1, 2\]"),
+        (lambda x, h: (torch.stack([row + 1 for row in x]), h + x), "torch's exporter can make no graph"),
+    ],
+)
+def test_why_a_module_takes_a_batch_of_1_only_is_told(tmp_path, step, said):
+    with pytest.warns(UserWarning, match=said):
+        report = export_step(Broken(step), inputs=X, state=H, path=tmp_path / "alone" / "1")
+
+    assert report.hard_wired
 
 
 def test_a_version_is_never_overwritten_and_a_path_that_is_none_is_refused(tmp_path):

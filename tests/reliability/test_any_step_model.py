@@ -7,7 +7,7 @@ the initial state.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from server.runtime import provider
 from server.runtime.proof import plain_loop
 from tests import foreign_models, step_models
 from tests.conftest import ServerProcess
+from tests.valkey import ValkeyServer
 
 GOAL = np.array([0.5, -1, 2], np.float32)
 CPU = provider.choose("cpu", 0)
@@ -33,6 +34,7 @@ def root(tmp_path: Path) -> Path:
     root = tmp_path / "models"
     step_models.write(root, foreign_models.several(), "several")
     step_models.write(root, foreign_models.hard_wired(), "alone")
+    step_models.write(root, foreign_models.scalar_of_a_session(), "scalar")
     return root
 
 
@@ -123,6 +125,34 @@ async def test_steps_that_are_reset_begin_from_what_the_session_began_from(
     assert_equal({name: np.concatenate([p[name] for p in pieces]) for name in outputs}, outputs)
     np.testing.assert_array_equal(state["goal"], GOAL)
     assert_equal(after_reset, cut(outputs, 0, 5))
+
+
+@pytest.mark.parametrize("store", ["none", "sqlite"])
+async def test_a_session_input_without_axes_is_a_sessions_own_and_outlives_a_restart(
+    serve: Callable[..., Any], root: Path, store: str, tmp_path: Path
+) -> None:
+    url = store if store == "none" else f"sqlite:///{tmp_path}/s.db"
+    server, address = await serve(root, store=url)
+    inputs = np.random.default_rng(0).uniform(-1, 1, (6, 4)).astype(np.float32)
+    limits = [np.array(value, np.float32) for value in (0.25, 2.0)]
+
+    async with AsyncClient(address) as client:
+        sessions = [await client.session("scalar", initial_state={"limit": limit}) for limit in limits]
+        plain = await client.session("scalar")
+        outputs = [await session.run(inputs) for session in [*sessions, plain]]
+        kept = await sessions[0].state("limit")
+
+    np.testing.assert_array_equal(outputs[0], outputs[2] * limits[0])
+    np.testing.assert_array_equal(outputs[1], outputs[2] * limits[1])
+    assert kept["limit"].shape == ()
+    if store == "none":
+        return
+    await server.stop()
+    _, address = await serve(root, store=url)
+    async with AsyncClient(address) as client:
+        again = await client.attach(sessions[0].session_id)
+        await again.reset()
+        np.testing.assert_array_equal(await again.run(inputs), outputs[0])
 
 
 async def test_sessions_of_one_batch_are_reset_each_at_its_own_steps(
@@ -304,15 +334,29 @@ def test_sessions_outlive_a_kill_and_more_of_them_than_fit(
             assert_equal(outputs, cut(expected(model, inputs, [2, 9], goal=goal), 8, 12))
 
 
+@pytest.fixture(params=["none", "sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of an empty store."""
+    if request.param != "redis":
+        yield "none" if request.param == "none" else f"sqlite:///{tmp_path}/s.db"
+        return
+    server = ValkeyServer(tmp_path / "valkey")
+    server.start()
+    yield server.url
+    server.stop()
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_random_histories_of_more_sessions_than_fit_are_those_of_a_plain_loop(
-    serve: Callable[..., Any], root: Path, model: StepModel, tmp_path: Path, seed: int
+    serve: Callable[..., Any], root: Path, model: StepModel, store: str, seed: int
 ) -> None:
-    """Steps with resets, repeats of them, resets, forks, exports and imports, in any order, two sessions in memory."""
+    """Steps with resets, repeats of them, resets, forks, exports and imports, in any order, two sessions in memory
+    where there is a store for the others."""
     _, address = await serve(
         root,
-        store=f"sqlite:///{tmp_path}/s.db",
-        max_resident_sessions=2,
+        store=store,
+        sync="normal",
+        max_resident_sessions=64 if store == "none" else 2,
         max_batch_size=2,
         snapshot_every_steps=7,
     )

@@ -23,6 +23,8 @@ HINTS = {
         "count=5",
     ],
     "open axes": ["--axis", "x.1=12", "--axis", "state=5"],
+    "a scalar of a session": ["--input", "limit:session", "--initial", "limit=1"],
+    "frames at a time": ["--axis", "speech=3"],
 }
 
 
@@ -87,6 +89,54 @@ def test_what_nobody_can_read_off_the_file_has_to_be_told(
     assert "--axis x.1=LENGTH" in told
 
 
+def test_an_open_axis_that_is_no_batch_axis_has_to_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = describe(monkeypatch, str(file_of(tmp_path, foreign_models.frames_at_a_time())))
+
+    assert status == 1
+    told = capsys.readouterr().out
+    assert "axis 1 of 'speech' (num_frames) is open, and no batch axis" in told
+    assert "--axis speech.1=LENGTH" in told
+    assert "one session at a time" not in told  # that is known only when all lengths are
+
+
+def test_where_all_inputs_could_be_states_the_first_is_the_steps(tmp_path: Path) -> None:
+    found = draft(file_of(tmp_path, foreign_models.no_names_in_common()), Hints())
+
+    assert [tensor.name for tensor in found.spec.inputs] == ["input_2"]
+    assert [tensor.name for tensor in found.spec.outputs] == ["activation_2"]
+    assert not found.missing
+    assert any("'input_2' is a step's" in guess for guess in found.guessed)
+
+
+def test_names_in_pairs_do_not_make_the_steps_own_input_a_state(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    step (float[4] audio_in, float[4] h_in, float limit) => (float[4] audio_out, float[4] h_out)
+    { h_out = Add (audio_in, h_in)  audio_out = Mul (h_out, limit) }
+    """
+    path = tmp_path / "step.onnx"
+    path.write_bytes(foreign_models.parse(text).SerializeToString())
+
+    found = draft(path, Hints(inputs={"limit": "session"}))
+
+    assert not found.missing
+    assert [tensor.name for tensor in found.spec.inputs] == ["audio_in"]
+    assert [tensor.name for tensor in found.spec.outputs] == ["audio_out"]
+
+
+def test_a_file_without_states_is_told_to_have_none(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    step (int64 sr) => (int64 twice) { twice = Add (sr, sr) }
+    """
+    path = tmp_path / "step.onnx"
+    path.write_bytes(foreign_models.parse(text).SerializeToString())
+
+    assert any("no state was found" in said for said in draft(path, Hints()).missing)
+
+
 def test_states_without_names_in_common_are_paired_by_their_shapes(tmp_path: Path) -> None:
     text = """
     <ir_version: 8, opset_import: ["" : 17]>
@@ -134,6 +184,43 @@ def test_a_hint_that_fits_nothing_is_refused(
     assert describe(monkeypatch, str(file_of(tmp_path, step_models.accumulator())), *flags) == 1
 
     assert complaint in capsys.readouterr().err
+
+
+def test_how_rows_are_run_is_told_with_what_a_step_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for content in (
+        foreign_models.fixed_to_one(),
+        step_models.size_dependent(leak=1e-8),
+        foreign_models.hard_wired(),
+    ):
+        assert describe(monkeypatch, str(file_of(tmp_path, content))) == 0
+        [line] = [line for line in capsys.readouterr().out.split("\n") if line.startswith("rows are run")]
+        said.append(line)
+
+    assert said[0].startswith("rows are run together; a step of 1 takes ")
+    assert said[1].startswith("rows are run together, padded to 64 (bits depend on the batch's size")
+    assert said[2].startswith(
+        "rows are run one after another (the graph takes one session at a time); a step of 1"
+    )
+
+
+def test_rows_can_be_run_one_after_another_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, directory = (
+        file_of(tmp_path, step_models.size_dependent(leak=1e-8)),
+        tmp_path / "models" / "mine" / "1",
+    )
+
+    assert describe(monkeypatch, str(file), "--row-by-row", "--publish", str(directory)) == 0
+
+    told = capsys.readouterr().out
+    assert "gives, bit for bit;" in told
+    assert "rows are run one after another; a step of 1 takes" in told
+    found = spec.load(directory / "model.onnx", "mine", 1).spec
+    assert [tensor.batch_axis for tensor in found.outputs] == [-1]
 
 
 def test_a_version_that_is_there_is_not_overwritten(

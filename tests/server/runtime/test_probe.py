@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 from structlog.testing import capture_logs
 
 from server.errors import ModelFileError
 from server.model import spec
+from server.model.describe import Hints, draft
 from server.runtime import provider
 from server.runtime.probe import load_runner
 from server.runtime.proof import prove
@@ -45,6 +47,35 @@ def test_that_rows_are_run_one_after_another_is_said_with_what_it_costs(tmp_path
     [said] = [entry for entry in logs if "one session at a time" in entry["event"]]
     assert said["step_of_1_ms"] > 0
     assert said["step_of_64_ms"] > 0
+
+
+def test_that_batches_are_padded_is_said_with_what_it_costs(tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        runner = runner_of(tmp_path, step_models.size_dependent())
+
+    [said] = [entry for entry in logs if "padded to the largest" in entry["event"]]
+    assert said["rows"] == runner.rows_are_run == "together, padded to 64"
+    assert said["step_of_1_ms"] > 0
+
+
+def test_branches_within_branches_run_one_row_after_another(tmp_path: Path) -> None:
+    """Of a published model: ONNX Runtime 1.32 crashed as it looked for those that are constant."""
+    package = pytest.importorskip("silero_vad", reason="silero-vad is not installed")
+    file = Path(package.__file__).parent / "data" / "silero_vad.onnx"
+    described = draft(file, Hints(axes={"input": {1: 576}}, constants={"sr": "16000"}))
+    model = spec.load(
+        step_models.write(tmp_path, step_models.with_spec(onnx.load(file), described.spec)), "test", 1
+    )
+
+    runner = ModelRunner(model, provider.choose("cpu", 0), num_slots=8, max_batch_size=8, row_by_row=True)
+
+    assert prove(runner).batch_sizes == [
+        1,
+        2,
+        3,
+        7,
+        8,
+    ]  # within rounding: the loop's own graph has constants folded
 
 
 def test_a_state_that_grows_is_refused_with_that_word(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_provider_that_does_not_load_is_no_silent_cpu(monkeypatch: pytest.Monk
     """As onnxruntime-gpu does without CUDA libraries: it lists CUDA, takes the CPU, and raises nothing."""
     real_session = onnxruntime.InferenceSession
 
-    def on_the_cpu(model: bytes, options: object, providers: object) -> onnxruntime.InferenceSession:
+    def on_the_cpu(model: bytes, options: object, **others: object) -> onnxruntime.InferenceSession:
         return real_session(model, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
@@ -76,7 +76,11 @@ def test_cuda_gets_the_device_the_limit_and_an_arena_that_grows_by_what_is_asked
 
     class Session:
         def __init__(
-            self, model: bytes, options: object, providers: list[tuple[str, dict[str, object]]]
+            self,
+            model: bytes,
+            options: object,
+            providers: list[tuple[str, dict[str, object]]],
+            **others: object,
         ) -> None:
             given.extend(providers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import pytest_asyncio
 
 from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
+from ntm.v1 import tensor_pb2
+from server.storage.codec import SessionMetadata, encode_initial_state
 from tests.server.helpers import GONE, ORDER, TAKEN, Caller, Start, accumulated, crash, random_inputs, refused
+from tests.step_models import WIDTH
 
 Restart = Callable[..., Awaitable[Caller]]
 
@@ -289,6 +293,26 @@ async def test_a_session_of_a_model_that_is_gone_or_changed_says_so(restart: Res
     await refused(caller.step(random_inputs(1), "d"), ORDER, "MODEL_MISMATCH")
     await caller.stub.DeleteSession(pb.DeleteSessionRequest(session_id="s"))
     (models / ".accumulator").rename(models / "accumulator")
+
+
+async def test_an_initial_state_that_is_damaged_is_told_and_not_looked_for_again_and_again(
+    restart: Restart, tmp_path: Path
+) -> None:
+    caller = await restart()
+    begun = [tensor_pb2.NamedTensor(name="sum", value=to_message(np.ones(WIDTH, np.float32)))]
+    await caller.create("accumulator", initial_state=begun)
+    await caller.step(random_inputs(2))
+    await caller.server.stop()
+    with sqlite3.connect(tmp_path / "sessions.sqlite3") as database:
+        [[content]] = database.execute("SELECT content FROM session").fetchall()
+        of_another_shape = encode_initial_state({"sum": np.ones((WIDTH, 1), np.float32)})
+        damaged = replace(SessionMetadata.decode(content), initial_state=of_another_shape)
+        database.execute("UPDATE session SET content = ?", [damaged.encode()])
+    database.close()
+
+    caller = await restart()
+
+    await refused(caller.step(random_inputs(1)), grpc.StatusCode.DATA_LOSS, "SESSION_CORRUPT")
 
 
 async def test_a_snapshot_that_is_missing_is_noticed_and_not_taken_for_the_initial_state(

@@ -127,7 +127,7 @@ class SqliteStore:
             max_bytes: the most that the database file may take; the log beside it adds some 16 MB.
 
         Raises:
-            StoreSettingsError: another server has the file, it has lost commits that were answered, or it cannot be used.
+            StoreSettingsError: another server has the file, it has lost what was answered, or it cannot be used.
         """
         self._path = path.resolve()  # the log is beside the file itself, not beside a link to it
         with ExitStack() as on_failure:

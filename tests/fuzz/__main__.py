@@ -18,7 +18,9 @@ from tests.fuzz.running import Tally, try_all, try_in_processes, try_input
 
 def table(tallies: dict[str, Tally]) -> str:
     """The tallies as a table in Markdown."""
-    rows = [["Decoder", "Inputs", "Accepted", "Refused", "Faults", "Slowest ms", "Largest allocation / input"]]
+    rows = [
+        ["Decoder", "Inputs", "Accepted", "Refused", "Faults", "Slowest ms", "Largest allocation / input"]
+    ]
     rows.append(["---"] * 7)
     total = Tally()
     for tally in tallies.values():
@@ -47,7 +49,9 @@ async def try_one(seed: int, name: str, number: int) -> dict[str, Tally]:
 def main() -> int:
     """Returns the exit status: 0 if every input was received as it should be."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--num-inputs", type=int, default=1_000_000, help="of all decoders together (1000000)")
+    parser.add_argument(
+        "--num-inputs", type=int, default=1_000_000, help="of all decoders together (1000000)"
+    )
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32))
     parser.add_argument("--minutes", type=float, default=15.0, help="the most that it takes (15)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
@@ -60,7 +64,9 @@ def main() -> int:
     if options.decoder and options.input is not None:
         tallies = asyncio.run(try_one(options.seed, options.decoder, options.input))
     elif options.decoder:
-        tallies = asyncio.run(try_all(options.seed, options.num_inputs, ends_s=ends_s, only=[options.decoder]))
+        tallies = asyncio.run(
+            try_all(options.seed, options.num_inputs, ends_s=ends_s, only=[options.decoder])
+        )
     else:
         tallies = try_in_processes(options.seed, options.num_inputs, options.processes, ends_s)
     print(table(tallies))
@@ -68,7 +74,9 @@ def main() -> int:
     faults = [fault for tally in tallies.values() for fault in tally.faults]
     for fault in faults:
         print(fault)
-    print(f"{num_inputs} inputs in {time.monotonic() - begin_s:.0f} s, {len(faults)} not received as they should be")
+    print(
+        f"{num_inputs} inputs in {time.monotonic() - begin_s:.0f} s, {len(faults)} not received as they should be"
+    )
     if time.monotonic() > ends_s:
         print(f"the time was over before all {options.num_inputs} were tried")
     return 1 if faults else 0

@@ -39,16 +39,23 @@ from ntm._steps import outputs_of
 from ntm.tensor import TensorError, to_array, to_message
 from ntm.v1 import model_pb2, model_service_pb2, session_service_pb2, tensor_pb2
 from server import triton_config
-from server.errors import ModelFileError, SecurityFileError, ServingError, StoreSettingsError, UnauthenticatedError
+from server.errors import (
+    InvalidInputError,
+    ModelFileError,
+    SecurityFileError,
+    ServingError,
+    StoreSettingsError,
+    UnauthenticatedError,
+)
 from server.launch import Server, build
 from server.model import spec
 from server.model.describe import draft
+from server.rpc import status
 from server.rpc.inference import grpc_service_pb2
 from server.rpc.model_service import ModelService
-from server.security import jwts, principals
+from server.security import credentials, jwts, principals
 from server.security.tokens import TokenFile, line_of
 from server.security.watched_files import WatchedFiles
-from server.sessions.session import Session
 from server.settings import ServerSettings
 from server.storage import codec, sqlite_guard
 from server.storage.interface import Record
@@ -67,6 +74,12 @@ MODELS = {
 
 class Reached(Exception):  # noqa: N818
     """The checks are passed: here the work would begin."""
+
+    num_raised = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Reached.num_raised += 1
 
 
 @dataclass(frozen=True)
@@ -97,10 +110,8 @@ async def all_decoders(directory: Path) -> AsyncIterator[list[Decoder]]:
         max_message_bytes=128 * 1024,
     )  # type: ignore[call-arg]
     server = await build(settings)
-    sessions = [
-        await server.sessions.create(name, None, f"s-{name}", "", _initial_state(name)) for name in MODELS
-    ]
-    assert len(sessions) == len(MODELS)
+    for name in MODELS:
+        await server.sessions.create(name, None, f"s-{name}", "")
     _stop_at_the_engine(server)
     try:
         yield [
@@ -114,10 +125,6 @@ async def all_decoders(directory: Path) -> AsyncIterator[list[Decoder]]:
         ]
     finally:
         await server.close()
-
-
-def _initial_state(name: str) -> dict[str, np.ndarray]:
-    return {}
 
 
 def _stop_at_the_engine(server: Server) -> None:
@@ -196,7 +203,9 @@ def _of_session_service(server: Server) -> Iterator[Decoder]:
         batches.append(batch)
         states = {s.input_name: s for s in model.spec.states}
         values = {n: np.zeros(spec.api_shape(s), spec.numpy_dtype(s.dtype)) for n, s in states.items()}
-        creations.append(pb.CreateSessionRequest(model_name=name, session_id="n", initial_state=_named(**values)))
+        creations.append(
+            pb.CreateSessionRequest(model_name=name, session_id="n", initial_state=_named(**values))
+        )
         snapshots = [_snapshot(each) for each in model_of.values()]
     plain: dict[str, tuple[int, list[Message]]] = {
         "CreateSession": (60, [*creations]),
@@ -227,7 +236,9 @@ def _of_session_service(server: Server) -> Iterator[Decoder]:
 def _of_model_service(server: Server) -> Iterator[Decoder]:
     pb, service = model_service_pb2, ModelService(server.sessions, server._session_service._limits, "native")
     yield _rpc("ntm.v1 ListModels", 5, [pb.ListModelsRequest()], service.ListModels)
-    yield _rpc("ntm.v1 GetModel", 10, [pb.GetModelRequest(model_name="many", model_version=1)], service.GetModel)
+    yield _rpc(
+        "ntm.v1 GetModel", 10, [pb.GetModelRequest(model_name="many", model_version=1)], service.GetModel
+    )
 
 
 def _of_inference_service(server: Server) -> Iterator[Decoder]:
@@ -261,7 +272,7 @@ def _of_inference_service(server: Server) -> Iterator[Decoder]:
     async def stream(request: Any, _: object) -> None:
         """A stream answers with an error, and never ends with one."""
         answers: list[Any] = []
-        messages = [request]
+        messages, num_reached = [request], Reached.num_raised
 
         async def read() -> Any:
             return messages.pop() if messages else grpc.aio.EOF
@@ -271,9 +282,10 @@ def _of_inference_service(server: Server) -> Iterator[Decoder]:
 
         await service.ModelStreamInfer(None, SimpleNamespace(read=read, write=write))  # type: ignore[arg-type]
         [answer] = answers
-        # `Reached` is what nobody has expected there.
-        if "unexpected" not in answer.error_message and answer.error_message:
-            raise UnauthenticatedError(answer.error_message)
+        if Reached.num_raised > num_reached:
+            raise Reached
+        assert answer.error_message != status.of(AssertionError()).message, "an exception of no type of ours"
+        raise InvalidInputError("", answer.error_message)
 
     yield _rpc("inference ModelStreamInfer", 20, inferences, stream)
 
@@ -343,7 +355,7 @@ def _of_models(directory: Path) -> Iterator[Decoder]:
         config.write_bytes(data)
         triton_config.read(config)
 
-    yield Decoder("ModelSpec, JSON", 20, make_json, read_json, (ModelFileError,))
+    yield Decoder("ModelSpec, JSON", 30, make_json, read_json, (ModelFileError,))
     yield Decoder(
         "ModelSpec, protobuf",
         40,
@@ -352,8 +364,8 @@ def _of_models(directory: Path) -> Iterator[Decoder]:
         (DecodeError, ModelFileError),
     )
     files = [onnx.load_from_string(content) for content in contents]
-    yield Decoder("model files", 2, _from_messages(*files), read_file, (ModelFileError,))
-    yield Decoder("config.pbtxt", 3, make_config, read_config, (ModelFileError,))
+    yield Decoder("model files", 10, _from_messages(*files), read_file, (ModelFileError,))
+    yield Decoder("config.pbtxt", 15, make_config, read_config, (ModelFileError,))
 
 
 # Stores.
@@ -448,7 +460,11 @@ def _of_storage(server: Server, directory: Path) -> Iterator[Decoder]:
     yield Decoder("session snapshots", 50, make_snapshot, read_snapshot, refusals)
     yield Decoder("session snapshots, checksum right", 10, make_whole_snapshot, read_snapshot, refusals)
     yield Decoder(
-        "stored records", 40, make_record, lambda d: codec.decode_record("s", Record(4, d), models[0]), refusals
+        "stored records",
+        40,
+        make_record,
+        lambda d: codec.decode_record("s", Record(4, d), models[0]),
+        refusals,
     )
     yield Decoder("stored entries", 40, make_entry, codec.SessionMetadata.decode, refusals)
     yield Decoder("stored initial states", 20, make_initial, read_initial, refusals)
@@ -537,6 +553,22 @@ def _of_security(directory: Path) -> Iterator[Decoder]:
     def make_certificate(chance: random.Random) -> bytes:
         return _damaged_pem(chance.choice(certificates), chance)
 
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    files = credentials.TlsFiles(Path("certificate"), Path("key"), Path("authorities"))
+
+    def make_pair(chance: random.Random) -> bytes:
+        parts = [certificates[0], private, certificates[1]]
+        place = chance.randrange(3)
+        parts[place] = _damaged_pem(parts[place], chance)
+        return b"\0\0".join(parts)
+
+    def read_pair(data: bytes) -> None:
+        parts = data.split(b"\0\0")
+        credentials._check(files, [*parts, b"", b""][:3])
+
+    yield Decoder("server's certificate and key", 10, make_pair, read_pair, (SecurityFileError,))
     yield Decoder("JWTs", 40, make_token, read_token, (UnauthenticatedError,))
     yield Decoder(
         "bearer metadata",
@@ -564,7 +596,9 @@ def _damaged_pem(pem: bytes, chance: random.Random) -> bytes:
 
 def _of_client() -> Iterator[Decoder]:
     pb = session_service_pb2
-    tensors = [to_message(np.zeros(shape, dtype)) for shape in ((2, 3), (4,), ()) for dtype in ("f4", "i8", "?")]
+    tensors = [
+        to_message(np.zeros(shape, dtype)) for shape in ((2, 3), (4,), ()) for dtype in ("f4", "i8", "?")
+    ]
     answer = pb.StepResponse(next_step=2, named_outputs=_named(a=np.zeros((2, 3), "f4"), b=np.zeros(2, "i8")))
     batch = pb.BatchStepResponse(next_steps=[1], outputs=to_message(np.zeros((1, 1, 3), "f4")))
     seen = pb.WatchSessionResponse(first_step=1, step=answer, named_inputs=_named(x=np.zeros((2, 3), "f4")))
@@ -625,6 +659,3 @@ async def awaited(result: Awaitable[object] | object) -> None:
     """What a decoder returned."""
     if asyncio.iscoroutine(result):
         await result
-
-
-assert Session is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -20,8 +21,38 @@ _INTEGERS = [0, 1, 2, 3, 4, 7, 16, 64, 65, 255, 2**16, 2**31 - 1, 2**31, 2**32, 
 INTEGERS = [*_INTEGERS, *(-number for number in _INTEGERS), -(2**63), 2**64 - 1]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e38, 1e39, 1e308, float("inf"), float("-inf"), float("nan")]
 TEXTS = [
-    *("", "a", "x", "y", "s", "sum", "-", "~", ".", "a/b", "a b", "ä", "\x00", "\n", "0", "-1", "1e9", "x" * 129),
-    *("ntm.reset", "ntm.initial.x", "sequence~", "null", "NaN", "\U0001f600", "%s", "{0}", "../..", "x" * 5000),
+    *(
+        "",
+        "a",
+        "x",
+        "y",
+        "s",
+        "sum",
+        "-",
+        "~",
+        ".",
+        "a/b",
+        "a b",
+        "ä",
+        "\x00",
+        "\n",
+        "0",
+        "-1",
+        "1e9",
+        "x" * 129,
+    ),
+    *(
+        "ntm.reset",
+        "ntm.initial.x",
+        "sequence~",
+        "null",
+        "NaN",
+        "\U0001f600",
+        "%s",
+        "{0}",
+        "../..",
+        "x" * 5000,
+    ),
 ]
 _PIECES = [b"", b"\x00", b"\xff", b"\xff" * 8, b"{", b"}", b"[" * 100, b'"', b"\x80", b"\x0a", b"\x7f" * 10]
 _RANGES = {
@@ -160,7 +191,12 @@ def _reshape(tensor: tensor_pb2.Tensor, chance: random.Random) -> None:
     size = chance.choice([1, 2, 4, 4, 8])
     for axis in shape:
         size *= axis
-    if 0 <= size <= 2**14:
+    if chance.random() < 0.02 and len(shape):
+        # Many steps: a large message.
+        most = chance.choice([2**15, 2**17, 2**18])
+        tensor.shape[0] = most // max(1, abs(size // (shape[0] or 1)))
+        size = size // (shape[0] or 1) * tensor.shape[0]
+    if 0 <= size <= 2**18:
         tensor.raw = chance.choice([bytes(size), chance.randbytes(size)])
 
 
@@ -183,7 +219,8 @@ def _scalar(field: Any, value: Any, chance: random.Random) -> Any:
 
 
 def _set(message: Message, field: Any, value: Any) -> None:
-    setattr(message, field.name, value)
+    with suppress(ValueError):  # an enumeration that is closed takes no other numbers
+        setattr(message, field.name, value)
 
 
 def _is_text(text: str) -> bool:

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 _DOMAIN = "ntm.v1"
@@ -78,8 +79,8 @@ class StepOrderError(PreconditionError):
     @property
     def next_step(self) -> int | None:
         """The session's counter, if the server told it."""
-        told = self.metadata.get("next_step")
-        return None if told is None else int(told)
+        told = self.metadata.get("next_step", "")
+        return int(told) if told.isascii() and told.isdecimal() else None
 
 
 class DataLossError(RefusedError):
@@ -158,13 +159,16 @@ def from_rpc(error: grpc.RpcError) -> ClientError:
     for key, value in trailing:
         if key == _STATUS_DETAILS_KEY:
             info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-            for detail in status_pb2.Status.FromString(value).details:
-                detail.Unpack(info)
-                detail.Unpack(retry)
+            try:
+                for detail in status_pb2.Status.FromString(value).details:
+                    detail.Unpack(info)
+                    detail.Unpack(retry)
+            except DecodeError:  # not from our server: something in between wrote it, or cut it
+                continue
             if info.domain == _DOMAIN:
                 told = from_status(code.value[0], info.reason, message, dict(info.metadata))
                 if retry.HasField("retry_delay"):
-                    told.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+                    told.retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
                 return told
     if code in _CODES_OF_BROKEN_CALLS:
         return UnavailableError(code, "", message, {})

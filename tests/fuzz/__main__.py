@@ -1,7 +1,7 @@
 """`python -m tests.fuzz`: a million inputs, nearly right ones, for everything that reads what somebody else wrote.
 
 Fails if any decoder raises what it does not declare, takes over a second, or allocates out of proportion (`running.py`
-says how that is measured). Model files and configs are slow, and have a smaller share; the table says how many each had.
+says how that is measured). Model files are slow, and have a smaller share; the table says how many inputs each had.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decoders: everything that reads what somebody else wrote, with valid inputs to begin from and what it may refuse with.
+"""Decoders: everything that reads what somebody else wrote, with valid inputs to begin from and what it may raise.
 
 Requests go through the services themselves, of a server that was built and does not listen, up to where the sessions
 or the engine would be asked: there `Reached` is raised, and the input counts as accepted.
@@ -373,7 +373,7 @@ def _of_models(directory: Path) -> Iterator[Decoder]:
 
 def _snapshot(model: spec.StepModel) -> bytes:
     state = {s.input_name: spec.initial_value(s) for s in model.spec.states}
-    given = codec.encode_initial_state({name: value for name, value in [*state.items()][:1]})
+    given = codec.encode_initial_state(dict([*state.items()][:1]))
     return codec.encode_snapshot(model, 7, state, given)
 
 

@@ -64,7 +64,7 @@ class Tally:
 
 async def try_input(decoder: Decoder, seed: int, number: int, tally: Tally, is_traced: bool) -> None:
     """Make an input, let the decoder read it, and note what is wrong."""
-    data = decoder.make(random.Random(f"{seed} {decoder.name} {number}"))  # noqa: S311
+    data = decoder.make(random.Random(f"{seed} {decoder.name} {number}"))
     tally.inputs += 1
     problem = ""
     if is_traced:

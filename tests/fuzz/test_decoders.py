@@ -1,4 +1,4 @@
-"""Everything that reads what somebody else wrote refuses what is wrong in its own words; `make fuzz` tries a million."""
+"""Everything that reads what somebody else wrote refuses what is wrong in words; `make fuzz` tries a million inputs."""
 
 from __future__ import annotations
 

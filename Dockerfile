@@ -63,7 +63,8 @@ RUN packages=/opt/venv/lib/python3.11/site-packages \
     && find $packages -type f \( -name '*.pyi' -o -name '*.h' -o -name '*.hpp' -o -name '*.a' \) -delete
 COPY clients clients
 COPY server server
-RUN pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels ./clients/python . \
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels ./clients/python . \
     && pip --python /opt/venv/bin/python install --no-index --no-deps /wheels/*.whl
 
 
@@ -71,7 +72,8 @@ FROM build AS build-client
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --require-hashes --requirement requirements/client.txt
 COPY clients clients
-RUN pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels ./clients/python \
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels ./clients/python \
     && pip --python /opt/venv/bin/python install --no-index --no-deps /wheels/*.whl
 
 
@@ -80,7 +82,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --require-hashes --requirement requirements/inspector.txt
 COPY clients clients
 COPY inspector inspector
-RUN pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels ./clients/python . \
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels ./clients/python . \
     && pip --python /opt/venv/bin/python install --no-index --no-deps /wheels/*.whl
 
 

@@ -549,8 +549,8 @@ def _check_whole(path: Path, count: CommitCount | None, count_path: Path) -> Non
     if count is None:
         if was_open and problem != "ok":
             raise StoreSettingsError(
-                f"{path} is damaged ({problem}), as it is when its log was lost: restore it from a backup, or move it "
-                "away to begin with no sessions"
+                f"{path} is damaged ({problem.splitlines()[-1]}), as it is when its log was lost: restore it from a "
+                "backup, or move it away to begin with no sessions"
             )
         if was_open:
             log.warning(

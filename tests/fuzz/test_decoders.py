@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
+from tests.fuzz import running
 from tests.fuzz.decoders import Decoder
 from tests.fuzz.running import Tally, try_all, try_input
 
@@ -36,14 +39,14 @@ async def test_an_exception_that_is_not_declared_is_a_fault_and_one_that_is_decl
         assert (len(tally.faults), tally.refused) == (num_faults, 1 - num_faults)
 
 
-async def test_too_much_memory_and_too_much_time_are_faults() -> None:
+async def test_too_much_memory_and_too_much_time_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "SLOWEST_S", 0.01)
+
     def allocate(data: bytes) -> None:
         bytes(10_000_000)
 
     def work(data: bytes) -> None:
-        chance = random.Random(0)
-        for _ in range(12):
-            chance.randbytes(100_000_000)
+        random.Random(0).randbytes(20_000_000)
 
     for decode, said in ((allocate, "bytes allocated for 100"), (work, "it took")):
         tally = Tally()

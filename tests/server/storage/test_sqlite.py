@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from server.errors import StoreCorruptError, StoreFullError, StoreSettingsError, StoreUnavailableError
 from server.storage import sqlite as sqlite_store
@@ -154,6 +156,43 @@ def test_a_store_whose_commits_cannot_be_counted_is_unavailable(
             store.commit([message("a", 0)])
 
     assert first_steps(claim(store, "a")) == [0]
+
+
+def test_a_backup_that_was_made_while_a_server_had_the_store_can_be_restored(
+    open_sqlite: Open, path: Path, tmp_path: Path
+):
+    store = open_sqlite()
+    make(store, "a")
+    with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(tmp_path / "backup")) as backup:
+        live.backup(backup)
+    make(store, "b")
+    restored = tmp_path / "restored.db"
+    (tmp_path / "backup").rename(restored)
+
+    with capture_logs() as logs:
+        again = SqliteStore(restored, "normal")
+
+    assert again.look("a") == entry("a")
+    assert again.look("b") is None
+    assert [log["event"] for log in logs if "count of commits is gone" in log["event"]]
+    again.close()
+
+
+def test_a_file_that_lost_its_log_and_its_count_and_is_no_whole_database_is_refused(
+    open_sqlite: Open, path: Path
+):
+    store = open_sqlite()
+    make(store, "a")
+    store.close()
+    database = sqlite3.connect(path)
+    database.execute("UPDATE service SET is_open = 1")
+    database.execute("PRAGMA writable_schema = 1")
+    database.execute("UPDATE sqlite_schema SET rootpage = 2 WHERE name = 'living_by_use'")
+    database.commit()
+    database.close()
+
+    with pytest.raises(StoreSettingsError, match=r"is damaged \(.*\), as it is when its log was lost"):
+        open_sqlite()
 
 
 def test_directories_are_made(tmp_path: Path):

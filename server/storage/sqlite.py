@@ -496,19 +496,20 @@ class SqliteStore:
         with _translated(self._path):
             self._writer.execute("BEGIN IMMEDIATE")
             try:
-                num_changes, num_commits = self._writer.total_changes, self._num_commits
+                num_changes = self._writer.total_changes
                 yield self._writer
-                if self._writer.total_changes != num_changes:
-                    num_commits += 1
-                    self._writer.execute("UPDATE service SET num_commits = ?", (num_commits,))
+                if has_changed := self._writer.total_changes != num_changes:
+                    self._num_commits += (
+                        1  # also if it fails: a commit that is said to have failed may be there
+                    )
+                    self._writer.execute("UPDATE service SET num_commits = ?", (self._num_commits,))
                 self._writer.execute("COMMIT")
             except BaseException:
                 with suppress(sqlite3.Error):  # some failures have rolled back by themselves
                     self._writer.execute("ROLLBACK")
                 raise
-            if num_commits != self._num_commits:
-                self._num_commits = num_commits
-                self._guard.note(num_commits)
+            if has_changed:
+                self._guard.note(self._num_commits)
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

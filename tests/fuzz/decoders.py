@@ -475,10 +475,12 @@ def _of_storage(server: Server, directory: Path) -> Iterator[Decoder]:
 
 
 def _of_security(directory: Path) -> Iterator[Decoder]:
-    key, other = ec.generate_private_key(ec.SECP256R1()), rsa.generate_private_key(65537, 2048)
+    # Always the same, so that an input can be made anew; signatures and dates are not.
+    key = ec.derive_private_key(2**200 + 1, ec.SECP256R1())
+    other = rsa.RSAPublicNumbers(65537, 2**2047 + 2**1000 + 1).public_key()
     described = [
         ECAlgorithm.to_jwk(key.public_key(), as_dict=True) | {"kid": "k"},
-        RSAAlgorithm.to_jwk(other.public_key(), as_dict=True) | {"kid": "r", "use": "sig"},
+        RSAAlgorithm.to_jwk(other, as_dict=True) | {"kid": "r", "use": "sig"},
     ]
     keys = directory / "keys.json"
     keys.write_text(json.dumps({"keys": described}))
@@ -523,10 +525,12 @@ def _of_security(directory: Path) -> Iterator[Decoder]:
         TokenFile(tokens, WatchedFiles([tokens])).name_of("a")
 
     public = [
-        each.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        each.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        for each in (
+            key.public_key(),
+            other,
+            ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32))).public_key(),
         )
-        for each in (key, other, ed25519.Ed25519PrivateKey.generate())
     ]
 
     def make_keys(chance: random.Random) -> bytes:

@@ -111,7 +111,7 @@ async def try_all(
         num_inputs: of all decoders and parts together.
         part: which of them.
         ends_s: when to end, by the monotonic clock, whatever is left.
-        progress: told how many inputs are done, if it is there.
+        progress: told which input is tried, if it is there.
         only: names of decoders; all if empty.
     """
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
@@ -132,7 +132,7 @@ async def try_all(
                         if time.monotonic() > ends_s:
                             return tallies
                         if progress is not None:
-                            progress[0], progress[1] = decoders.index(decoder), number
+                            progress.value = f"--decoder {decoder.name!r} --input {number}".encode()
                         is_traced = number // part[1] % TRACED_EVERY == 0
                         await try_input(decoder, seed, number, tally, is_traced)
             return tallies
@@ -150,7 +150,7 @@ def try_in_processes(seed: int, num_inputs: int, num_processes: int, ends_s: flo
     found: dict[str, Tally] = {}
     workers = []
     for index in range(num_processes):
-        progress, (receiver, sender) = context.Array("q", 2), context.Pipe(duplex=False)
+        progress, (receiver, sender) = context.Array("c", 100), context.Pipe(duplex=False)
         process = context.Process(
             target=_work, args=(sender, seed, num_inputs, (index, num_processes), ends_s, progress)
         )
@@ -159,10 +159,9 @@ def try_in_processes(seed: int, num_inputs: int, num_processes: int, ends_s: flo
         workers.append((process, progress, receiver))
     for process, progress, receiver in workers:
         problem = ""
-        last, since_s = (-1, -1), time.monotonic()
+        last, since_s = b"", time.monotonic()
         while not receiver.poll(1.0):
-            now = tuple(progress)
-            if now != last:
+            if (now := progress.value) != last:
                 last, since_s = now, time.monotonic()
             elif time.monotonic() - since_s > SILENT_FOR_S:
                 problem = "it hangs"
@@ -177,8 +176,7 @@ def try_in_processes(seed: int, num_inputs: int, num_processes: int, ends_s: flo
                 problem = f"the process ended with {process.exitcode}"
         process.join()
         if problem:
-            decoder, number = tuple(progress)
-            fault = f"{problem}: decoder {decoder} of the list, seed {seed}, input {number}"
+            fault = f"{problem}\n    again: --seed {seed} {progress.value.decode()}"
             found.setdefault("(the process)", Tally()).faults.append(fault)
     return found
 

@@ -223,8 +223,9 @@ class _Carrying:
                 element_type = self._values[state.input_name].type.tensor_type.elem_type
                 try:
                     values = np.fromfile(path, helper.tensor_dtype_to_np_dtype(element_type))
-                except OSError as error:
-                    raise ModelFileError(str(self._path), [f"it names {path}: {error.strerror}"]) from error
+                except (OSError, ValueError) as error:  # ValueError: no file can have this name
+                    reason = getattr(error, "strerror", None) or str(error)
+                    raise ModelFileError(str(self._path), [f"it names {str(path)!r}: {reason}"]) from error
                 if values.size != np.prod([*initial.dims]):
                     problem = (
                         f"{path} has {values.size} elements, its dims {[*initial.dims]} say another number"

@@ -30,7 +30,7 @@ import structlog
 from tests.fuzz.decoders import Decoder, Reached, all_decoders, awaited
 
 TRACED_EVERY = 20
-SPARE_BYTES = 64 * 1024
+SPARE_BYTES = 128 * 1024
 MOST_RATIO = 10
 SLOWEST_S = 1.0
 MOST_PROCESS_BYTES = 2 * 2**30

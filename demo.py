@@ -113,7 +113,7 @@ def server() -> Iterator[str]:
         "--listen",
         "127.0.0.1:0",
     ]
-    process = subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True)  # nosec B603  # the server
     assert process.stderr is not None
     try:
         said = []

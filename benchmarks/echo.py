@@ -50,7 +50,7 @@ def running(flavour: str) -> Iterator[tuple[str, list[int]]]:
     It inherits what `server` sets for gRPC in the environment of whoever imports it, as `benchmarks` does.
     """
     command = [sys.executable, "-m", "benchmarks.echo", "--flavour", flavour]
-    process = subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(  # noqa: S603  # nosec B603  # a command of our own
         command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True
     )
     try:

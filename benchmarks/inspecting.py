@@ -174,7 +174,7 @@ def in_a_page(address: str, model: str, name: str) -> Iterator[tuple[str, str]]:
 def inspector(address: str) -> Iterator[str]:
     """The inspector as a process; gives its page's address."""
     command = [sys.executable, "-m", "inspector", address, "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603  # nosec B603  # a command of our own
     assert process.stdout is not None
     try:
         found = re.search(r"https?://\S+", process.stdout.readline())

@@ -413,7 +413,7 @@ def quantile(ascending: Sequence[float], share: float) -> float:
 def _due_times(start_s: float, per_s: float, poisson_seed: int | None) -> Iterator[float]:
     if poisson_seed is None:
         yield from (start_s + number / per_s for number in count())
-    randomness = random.Random(poisson_seed)  # noqa: S311
+    randomness = random.Random(poisson_seed)  # noqa: S311  # nosec B311  # no secret: made again by its seed
     due_s = start_s
     while True:
         yield (due_s := due_s + randomness.expovariate(per_s))

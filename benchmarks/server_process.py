@@ -37,7 +37,7 @@ def serving(
     """
     command = [sys.executable, "-m", "server", "--models", str(models), "--listen", "127.0.0.1:0"]
     command += ["--device", "cpu", "--log-format", "json", "--store", store, *flags]
-    process = subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(  # noqa: S603  # nosec B603  # a command of our own
         command, cwd=ROOT, env={**os.environ, **(variables or {})}, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None

@@ -90,7 +90,7 @@ def _server(settings: InspectorSettings) -> Iterator[str]:
     """A server on the models directory, its sessions in memory: gives its address, and stops it in the end."""
     command = [sys.executable, "-m", "server", "--models", str(settings.models), "--store", "none"]
     command += ["--listen", "127.0.0.1:0", "--log-format", "json"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)  # nosec B603  # the server
     assert process.stderr is not None
     said = []
     try:

@@ -39,6 +39,10 @@ _ELSEWHERE = {
 }
 
 
+_MOST_DEPTH = 32
+"""A config has seven; the parser goes as deep as the text does."""
+
+
 @dataclass(frozen=True)
 class TritonModel:
     """What a Triton model directory says of its model."""
@@ -65,7 +69,7 @@ def read(path: Path, file: Path | None = None) -> TritonModel:
         # Some of what is dropped is written in ways that cannot be skipped.
         carried = "".join(text for name, text in fields if name in _CARRIED)
         config = text_format.Parse(carried, pb.ModelConfig(), allow_unknown_field=True)
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+    except (OSError, ValueError, RecursionError, text_format.ParseError) as error:
         raise ModelFileError(str(path), [f"it is not a Triton model config: {error}"]) from error
     if config.platform not in ("", "onnxruntime_onnx") or config.backend not in ("", "onnxruntime"):
         kind = config.backend or config.platform
@@ -182,6 +186,11 @@ class _Carrying:
         for name, values in self._initial.items():
             initial[name] = np.zeros_like(any_state[name])
             if not isinstance(values, str):
+                if values.size != initial[name].size:
+                    problem = (
+                        f"state {name!r} has {initial[name].size} elements, its initial values {values.size}"
+                    )
+                    raise ModelFileError(str(self._path), [problem])
                 initial[name][...] = values.reshape(any_state[name].shape)
         any_state[start] = np.full_like(any_state[start], float(_false_true(controls[start])[1]))
         try:
@@ -219,8 +228,9 @@ class _Carrying:
                 element_type = self._values[state.input_name].type.tensor_type.elem_type
                 try:
                     values = np.fromfile(path, helper.tensor_dtype_to_np_dtype(element_type))
-                except OSError as error:
-                    raise ModelFileError(str(self._path), [f"it names {path}: {error.strerror}"]) from error
+                except (OSError, ValueError) as error:  # ValueError: no file can have this name
+                    reason = getattr(error, "strerror", None) or str(error)
+                    raise ModelFileError(str(self._path), [f"it names {str(path)!r}: {reason}"]) from error
                 if values.size != np.prod([*initial.dims]):
                     problem = (
                         f"{path} has {values.size} elements, its dims {[*initial.dims]} say another number"
@@ -238,6 +248,8 @@ def _false_true(control: pb.ModelSequenceBatching.Control) -> tuple[str, str]:
 
 
 def _kind(control: pb.ModelSequenceBatching.Control) -> str:
+    if control.kind not in _Control.Kind.values():
+        return str(control.kind)
     return _Control.Kind.Name(control.kind).removeprefix("CONTROL_SEQUENCE_")
 
 
@@ -254,10 +266,13 @@ def _names_read(graph: onnx.GraphProto) -> Iterator[str]:
 def _fields(text: str) -> Iterator[tuple[str, str]]:
     """The outermost fields of a message in text format, by name, as they are written."""
     depth, starts = 0, list[tuple[int, str]]()
-    for found in re.finditer(r'"(?:\\.|[^"\\])*"|#[^\n]*|[{}\[\]<>]|\w+(?=\s*[:{\[])', text):
+    # Text in quotes as runs of what needs no backslash: a choice for each character takes memory for each.
+    for found in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*"|#[^\n]*|[{}\[\]<>]|\w+(?=\s*[:{\[])', text):
         piece = found.group()
         if piece in "{[<":
             depth += 1
+            if depth > _MOST_DEPTH:
+                raise ValueError(f"it is nested deeper than {_MOST_DEPTH}")
         elif piece in "}]>":
             depth -= 1
         elif depth == 0 and piece[0] not in '"#':

@@ -53,7 +53,7 @@ def make_cell() -> NTMCell:
 def serving() -> Iterator[tuple[str, list[int]]]:
     """Run the service in a process of its own; gives its address and the process's id."""
     command = [sys.executable, "-m", "benchmarks.peers.naive", "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # noqa: S603  # nosec B603  # a command of our own
     assert process.stdout is not None
     try:
         port = process.stdout.readline().strip()

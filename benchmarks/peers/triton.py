@@ -127,7 +127,7 @@ def serving(
         _write_repository(repository, model, num_sequences, max_batch_size)
         port = _free_port()
         with log.open("wb") as log_file:
-            process = subprocess.Popen(  # noqa: S603
+            process = subprocess.Popen(  # noqa: S603  # nosec B603  # a command of our own
                 _command(repository, port, num_sequences),
                 env=_variables(),
                 stdin=subprocess.DEVNULL,
@@ -284,7 +284,7 @@ def _free_port() -> int:
 
 
 def _call(*command: str) -> None:
-    ended = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    ended = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  # nosec B603  # a command of our own
     if ended.returncode != 0:
         errors = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
         reason = (errors or ended.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -62,7 +62,7 @@ def generate(target: Path) -> None:
 def ruff(*arguments: str) -> None:
     """Run ruff with the project's settings."""
     settings = HERE.parents[1] / "pyproject.toml"
-    subprocess.run([RUFF, *arguments, "--quiet", "--config", settings], check=True)
+    subprocess.run([RUFF, *arguments, "--quiet", "--config", settings], check=True)  # nosec B603  # ruff
 
 
 if __name__ == "__main__":

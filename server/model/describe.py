@@ -25,6 +25,7 @@ from onnx import helper
 from ntm.tensor import Array, TensorError, data_type, numpy_dtype, to_message
 from ntm.v1 import model_pb2
 from server.errors import ModelFileError
+from server.model.spec import NOT_TEXT, is_text
 
 SESSION = "session"
 _MOST_TRIALS = 64
@@ -523,9 +524,12 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 def _read(path: Path) -> onnx.ModelProto:
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
     except Exception as error:  # onnx, protobuf and the file system each have their own
         raise ModelFileError(str(path), [f"it is not a valid ONNX file: {error}"]) from error
+    if not is_text(model):
+        raise ModelFileError(str(path), [NOT_TEXT])
+    return model
 
 
 def _tensor(value: onnx.ValueInfoProto) -> Tensor:

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 from onnx import helper
 
 from ntm.tensor import Array, TensorError, data_type, numpy_dtype, to_array, type_name
@@ -26,6 +28,7 @@ from server.model.layout import StepLayout
 
 METADATA_KEY = "ntm.v1.ModelSpec"
 SIDECAR_NAME = "model_spec.json"
+NOT_TEXT = "it has names that are not text in UTF-8: export it anew"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ def load(path: Path, name: str, version: int) -> StepModel:
         onnx.checker.check_model(path, full_check=True)
     except Exception as error:  # onnx, protobuf and the file system each have their own
         raise ModelFileError(str(path), [f"it is not a valid ONNX file: {_first_line(error)}"]) from error
+    if not is_text(step):
+        raise ModelFileError(str(path), [NOT_TEXT])
     spec = _read_spec(path, step)
     problems = list(differences(spec, step.graph))
     if problems:
@@ -158,6 +163,19 @@ def from_api(state: model_pb2.StateSpec, array: Array) -> Array:
 
 def _api_axes(state: model_pb2.StateSpec) -> list[int]:
     return list(state.api_axes) or list(range(len(state.shape)))
+
+
+def is_text(message: Message) -> bool:
+    """Whether every string in a message is text: ONNX's are of a protobuf that lets anything pass, and gives bytes."""
+    if isinstance(message, onnx.TensorProto):  # not its elements, which are many
+        return isinstance(message.name, str)
+    for field, value in message.ListFields():
+        values = value if field.is_repeated else [value]
+        if field.type == FieldDescriptor.TYPE_STRING and not all(isinstance(each, str) for each in values):
+            return False
+        if field.type == FieldDescriptor.TYPE_MESSAGE and not all(map(is_text, values)):
+            return False
+    return True
 
 
 def _read_spec(path: Path, step: onnx.ModelProto) -> model_pb2.ModelSpec:

@@ -22,7 +22,7 @@ def main() -> int:
         "NTM_SERVER_LISTEN", "127.0.0.1:50051"
     )
     host, _, port = listen.rpartition(":")
-    own_address = f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else listen  # noqa: S104
+    own_address = f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else listen  # noqa: S104  # nosec B104  # looked for, not bound to
     address = sys.argv[1] if len(sys.argv) > 1 else own_address
     with grpc.insecure_channel(address) as channel:
         try:

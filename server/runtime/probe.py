@@ -112,13 +112,12 @@ def is_free(runner: ModelRunner, is_open: bool) -> bool:
         differing = _differing_batch_size(runner, largest)
     except Exception as error:  # ONNX Runtime raises types of its own for what a model does
         if not _runs_alone(runner):
-            # Nor would it one row after another: what random inputs fail on may well be sent by nobody.
+            # What random inputs fail on may well be sent by nobody; but what is not proven is not done.
             log.warning(
-                "batch invariance could not be measured: the step fails on random inputs",
+                "whether rows are independent could not be measured: the step fails on random inputs",
                 model=runner.model.label,
                 error=str(error).split("\n", 1)[0],
             )
-            return is_open
         return False
     if differing is None:
         runner.is_batch_invariant = True

@@ -14,12 +14,24 @@ from pathlib import Path
 import grpc
 import structlog
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from server.errors import SecurityFileError
 from server.security.watched_files import WatchedFiles
 
 log = structlog.get_logger()
+
+
+CERTIFICATE_ERRORS = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises for bytes that are no certificate, or none of a kind that it knows."""
 
 
 @dataclass(frozen=True)
@@ -128,25 +140,26 @@ class TlsIdentity:
 
 def _check(files: TlsFiles, contents: list[bytes]) -> _Pair:
     certificate, key, *authorities = contents
+    public = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     try:
         first = x509.load_pem_x509_certificates(certificate)[0]
-    except ValueError as error:
+        its_key = first.public_key().public_bytes(*public)
+    except CERTIFICATE_ERRORS as error:
         raise SecurityFileError(str(files.certificate), "it holds no certificate as PEM") from error
     try:
         private_key = serialization.load_pem_private_key(key, password=None)
-    except (ValueError, TypeError) as error:  # TypeError: it has a password
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
         raise SecurityFileError(
             str(files.key), "it holds no private key as PEM without a password"
         ) from error
-    public = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    if private_key.public_key().public_bytes(*public) != first.public_key().public_bytes(*public):
+    if private_key.public_key().public_bytes(*public) != its_key:
         raise SecurityFileError(
             str(files.key), f"it is not the key of the certificate in {files.certificate}"
         )
     if authorities:
         try:
             x509.load_pem_x509_certificates(authorities[0])
-        except ValueError as error:
+        except CERTIFICATE_ERRORS as error:
             raise SecurityFileError(
                 str(files.client_authorities), "it holds no certificates as PEM"
             ) from error

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import jwt
 import structlog
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
@@ -211,7 +212,7 @@ class JwtVerifier:
         try:
             key: Any = serialization.load_pem_public_key(content)
             keys = _keys_of(_to_jwk(key), algorithms)
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SecurityFileError(source, "it holds no public key as PEM that is of use") from error
         if not keys:
             raise SecurityFileError(source, f"its key is for none of {', '.join(algorithms)}")

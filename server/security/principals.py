@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from server.errors import PermissionDeniedError, UnauthenticatedError
+from server.security.credentials import CERTIFICATE_ERRORS
 from server.security.jwts import JwtVerifier
 from server.security.namespaces import BARE, EVERYBODY, Namespace, split_key
 from server.security.tokens import TokenFile
@@ -205,7 +206,7 @@ def _name_and_end(pem: bytes) -> tuple[str, float]:
         if not names:
             others = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             names = [str(name.value) for name in others]
-    except (ValueError, x509.ExtensionNotFound):
+    except CERTIFICATE_ERRORS:
         names = []
     if not names:
         raise UnauthenticatedError("connect with a certificate that has a name")

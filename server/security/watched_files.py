@@ -18,6 +18,9 @@ MAX_FILE_BYTES = 4 * 2**20
 """A file of secrets that is larger than this is another file, or a device that never ends."""
 
 
+_PIECE_BYTES = 16 * 1024
+
+
 class WatchedFiles:
     """Files that belong together. Safe to use from any thread."""
 
@@ -75,7 +78,10 @@ def _read(path: Path) -> bytes:
         if not path.is_file():
             raise SecurityFileError(str(path), "it is not a file")
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            content = b""
+            # In pieces: to ask for all of it at once takes memory for the largest that is allowed.
+            while len(content) <= MAX_FILE_BYTES and (piece := file.read(_PIECE_BYTES)):
+                content += piece
     except OSError as error:
         raise SecurityFileError(str(path), error.strerror or str(error)) from error
     if len(content) > MAX_FILE_BYTES:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 import safetensors.numpy
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from ntm.tensor import Array, numpy_dtype
@@ -62,6 +63,8 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class SessionMetadata:
     """What an entry says of its session beside its id, its counter and its last use."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     request: str
     """What the request that made it asked for, so that a repeat is told from another request."""
@@ -125,15 +128,23 @@ class SessionMetadata:
         text = content[8:]
         if content[:8] != b"%08x" % zlib.crc32(text):
             raise DamagedError("the entry's checksum is wrong")
-        fields = json.loads(text)
-        if fields.get("format", 1) != _FORMAT_VERSION:
+        try:
+            fields = json.loads(text)
+            is_of_another_version = fields.get("format", 1) != _FORMAT_VERSION
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise DamagedError("the entry is no JSON of a session's metadata") from error
+        if is_of_another_version:
             raise DamagedError(
                 "it was written by another version of the server, whose records this one does not read: take it out "
                 "there with ExportSession and bring it in here with ImportSession, or delete it"
             )
-        failure = fields.pop("failure")
-        about = SessionMetadata(**fields, failure=Failure(**failure) if failure else None)
-        return replace(about, reset_steps=tuple(about.reset_steps))
+        try:
+            return _METADATA.validate_json(text)
+        except ValidationError as error:
+            raise DamagedError("the entry has fields that a session's metadata has not") from error
+
+
+_METADATA = TypeAdapter(SessionMetadata)
 
 
 @dataclass(frozen=True, slots=True)

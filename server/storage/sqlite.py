@@ -1,14 +1,13 @@
 """One server's sessions in a SQLite file: the store for whoever has one server and a disk.
 
-The file is locked for as long as it is open, so there is one replica, and who owns a session under which fence need
-not be on disk: it is kept in memory, where every claim and release is free. One connection writes, under a lock;
-another reads beside it, which the write-ahead log allows.
+The file is locked for as long as it is open (`sqlite_guard.py`), so there is one replica, and who owns a session under
+which fence need not be on disk: it is kept in memory, where every claim and release is free. One connection writes,
+under a lock; another reads beside it, which the write-ahead log allows. Each transaction counts itself, so that a log
+that has lost its end is noticed at the next start.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
 import threading
 import time
@@ -17,6 +16,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
+
+import structlog
 
 from server.errors import (
     StoreCorruptError,
@@ -41,6 +43,9 @@ from server.storage.interface import (
     Write,
     new_replica_id,
 )
+from server.storage.sqlite_guard import CommitCount, SqliteGuard
+
+log = structlog.get_logger()
 
 _APPLICATION_ID = 0x4E544D53
 """Says in the file's header that it is ours ("NTMS")."""
@@ -75,6 +80,10 @@ _SCHEMA_STEPS = (
     CREATE UNIQUE INDEX record_by_step ON record (session_key, first_step);
     CREATE TABLE service (time_s REAL NOT NULL);
     INSERT INTO service VALUES (0);
+    """,
+    """
+    ALTER TABLE service ADD COLUMN num_commits INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE service ADD COLUMN is_open INTEGER NOT NULL DEFAULT 0;
     """,
 )
 """The step at index v brings a file from schema version v (its `user_version`) to v + 1."""
@@ -118,14 +127,14 @@ class SqliteStore:
             max_bytes: the most that the database file may take; the log beside it adds some 16 MB.
 
         Raises:
-            StoreSettingsError: another server has the file, or it cannot be used.
+            StoreSettingsError: another server has the file, it has lost what was answered, or it cannot be used.
         """
-        self._path = path.resolve()  # the lock is beside the file itself, not beside a link to it
+        self._path = path.resolve()  # the log is beside the file itself, not beside a link to it
         with ExitStack() as on_failure:
-            self._lock_file = _lock(self._path)
-            on_failure.callback(os.close, self._lock_file)
+            self._guard = SqliteGuard(self._path)
+            on_failure.callback(self._guard.close, is_whole=False)
             try:
-                _keep_private(self._path)
+                _check_whole(self._path, self._guard.count(), self._guard.count_path)
                 self._writer = self._connect()
                 on_failure.callback(self._writer.close)
                 _check_ours(self._writer, self._path)
@@ -134,8 +143,16 @@ class SqliteStore:
                 self._max_pages = max_bytes and max(1, max_bytes // self._pragma("page_size"))
                 self._limit_pages(spare=0)
                 self._reader = self._connect()
-                (saved_s,) = self._reader.execute("SELECT time_s FROM service").fetchone()
-            except sqlite3.Error as error:
+                on_failure.callback(self._reader.close)
+                saved_s, self._num_commits = self._reader.execute(
+                    "SELECT time_s, num_commits FROM service"
+                ).fetchone()
+                self._guard.begin(self.durability)
+                with self._transaction() as writer:
+                    writer.execute("UPDATE service SET is_open = 1")
+                # Into the file itself, where it is seen when the log is gone.
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except (sqlite3.Error, StoreCorruptError) as error:
                 what_to_do = (
                     "restore it from a backup, or move it away to begin with no sessions"
                     if isinstance(_translation(error, self._path), StoreCorruptError)
@@ -432,11 +449,14 @@ class SqliteStore:
         self._closed.set()
         with self._write_lock, self._read_lock:
             try:
-                self._save_service_time_alone()
+                with suppress(StoreFullError), self._transaction() as writer:
+                    self._save_service_time()
+                    writer.execute("UPDATE service SET is_open = 0")
             finally:
                 self._reader.close()
                 self._writer.close()
-                os.close(self._lock_file)
+                # It stays where a reader still has the file open.
+                self._guard.close(is_whole=not _log_of(self._path).exists())
 
     def _connect(self) -> sqlite3.Connection:
         # Transactions are begun by hand; locks guard what threads share.
@@ -476,12 +496,20 @@ class SqliteStore:
         with _translated(self._path):
             self._writer.execute("BEGIN IMMEDIATE")
             try:
+                num_changes = self._writer.total_changes
                 yield self._writer
+                if has_changed := self._writer.total_changes != num_changes:
+                    self._num_commits += (
+                        1  # also if it fails: a commit that is said to have failed may be there
+                    )
+                    self._writer.execute("UPDATE service SET num_commits = ?", (self._num_commits,))
                 self._writer.execute("COMMIT")
             except BaseException:
                 with suppress(sqlite3.Error):  # some failures have rolled back by themselves
                     self._writer.execute("ROLLBACK")
                 raise
+            if has_changed:
+                self._guard.note(self._num_commits)
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -499,25 +527,59 @@ def _ends(write: Write) -> bool:
     return write.entry is not None and write.entry.end_time_s is not None
 
 
-def _lock(path: Path) -> int:
-    """Keep other servers away for as long as the returned file descriptor is open."""
+def _check_whole(path: Path, count: CommitCount | None, count_path: Path) -> None:
+    """That the file and its log have all that was committed, before anything changes them.
+
+    Raises:
+        StoreSettingsError: they have not.
+        sqlite3.Error: they cannot be read.
+    """
+    # A connection that may not write leaves the log as it is when it is closed.
+    connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_S)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock_file = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version < 2:  # before there were counts, or a file that is to be made
+            num_commits, was_open = 0, False
+        else:
+            num_commits, was_open = connection.execute("SELECT num_commits, is_open FROM service").fetchone()
+        problem = ""
+        if was_open and count is None:
+            (problem,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    finally:
+        connection.close()
+    if count is None:
+        if was_open and problem != "ok":
+            raise StoreSettingsError(
+                f"{path} is damaged ({problem.splitlines()[-1]}), as it is when its log was lost: restore it from a "
+                "backup, or move it away to begin with no sessions"
+            )
+        if was_open:
+            log.warning(
+                "the session store was not closed in good order, and its count of commits is gone: whether the last "
+                "of them are lost cannot be told",
+                path=str(path),
+                count=str(count_path),
+            )
+        return
+    num_lost = count.num_commits - num_commits
+    if num_lost <= 0:
+        return
+    if not count.may_have_lost_some:
         raise StoreSettingsError(
-            f"the session store cannot write to {path.parent} ({error.strerror}): let the server's user write "
-            "there, or choose another directory with --store sqlite:///DIRECTORY/FILE"
-        ) from error
-    try:
-        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock_file)
-        raise StoreSettingsError(
-            f"another server keeps its sessions in {path.parent} ({path.name}): stop it, give this one a "
-            "directory of its own, or let both share a Valkey server with --store redis://HOST:PORT/DB"
-        ) from error
-    return lock_file
+            f"the last {num_lost} commits to {path} are lost, which callers were answered for: its log "
+            f"{_log_of(path)} is damaged or was removed. Put the log back as it was. Or restore a backup, or go on "
+            f"with what is left, where those messages and sessions never were; then remove {count_path} to say so"
+        )
+    log.warning(
+        "the last commits before the machine went down are lost, as --sync normal allows: callers that go on from "
+        "there are refused, and begin their sessions anew",
+        path=str(path),
+        num_lost=num_lost,
+    )
+
+
+def _log_of(path: Path) -> Path:
+    return path.with_name(path.name + "-wal")
 
 
 def _check_ours(connection: sqlite3.Connection, path: Path) -> None:
@@ -547,14 +609,6 @@ def _migrate(connection: sqlite3.Connection) -> None:
         )
 
 
-def _keep_private(path: Path) -> None:
-    """Let nobody but the server's user read the sessions; SQLite gives the files beside it the same rights."""
-    with suppress(OSError):  # what the rest of opening says better, or another's file that this one may use
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o600)
-
-
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
     try:
@@ -563,7 +617,7 @@ def _translated(path: Path) -> Iterator[None]:
         raise _translation(error, path) from error
 
 
-def _translation(error: sqlite3.Error, path: Path) -> Exception:
+def _translation(error: Exception, path: Path) -> Exception:
     """A failure of the store as one of ours; a mistake in what we asked of it as it is."""
     primary_code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if primary_code == sqlite3.SQLITE_FULL:

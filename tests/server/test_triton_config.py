@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ntm.tensor import to_array
+from server import triton_config
 from server.__main__ import main
 from server.model import spec
 
@@ -123,6 +125,10 @@ def test_a_model_that_reads_the_id_of_its_sequence_is_refused(
         ('platform: "tensorrt_plan"', "ONNX"),
         ("", "no fields"),
         ('name: "x"', "name the ONNX file"),
+        ('name: "x" input { dims: 99999999999999999999 }', "not a Triton model config"),
+        ('name: "x" input { data_type: 4611686018427387904 }', "not a Triton model config"),
+        ('name: "x" input ' + "{" * 3000, "nested deeper than 32"),
+        ('name: "x" ' + "[" * 3000, "nested deeper than 32"),
     ],
 )
 def test_a_config_that_is_none_or_of_another_backend_is_refused(
@@ -134,3 +140,49 @@ def test_a_config_that_is_none_or_of_another_backend_is_refused(
     assert describe(monkeypatch, "--from-triton", str(config)) == 1
 
     assert said in capsys.readouterr().err
+
+
+def test_a_control_input_of_a_kind_that_is_unknown_is_an_input_of_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path)
+    config.write_text(config.read_text().replace("CONTROL_SEQUENCE_READY", "99"))
+
+    assert describe(monkeypatch, "--from-triton", str(config)) == 0
+
+    assert "'ready' (99), which the model reads, is an input of every step" in capsys.readouterr().out
+
+
+def test_long_text_in_quotes_takes_memory_in_proportion() -> None:
+    text = f'name: "{"x" * 100_000}"'
+
+    tracemalloc.start()
+    assert [name for name, _ in triton_config._fields(text)] == ["name"]
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak_bytes < 10 * len(text)
+
+
+@pytest.mark.parametrize(("file", "said"), [("none.bin", "No such file"), ("a\\000b", "null byte")])
+def test_a_file_of_initial_values_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str, said: str
+) -> None:
+    config = write(tmp_path, initial=f'data_file: "{file}"')
+
+    assert describe(monkeypatch, "--from-triton", str(config)) == 1
+
+    assert said in capsys.readouterr().err
+
+
+def test_initial_values_of_another_size_than_their_state_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path, initial='data_file: "first.bin"')
+    config.write_text(
+        config.read_text().replace('state [\n    { input_name: "sum"', 'state [\n    { input_name: "ready"')
+    )
+
+    assert describe(monkeypatch, "--from-triton", str(config)) == 1
+
+    assert "state 'ready' has 1 elements, its initial values 3" in capsys.readouterr().err

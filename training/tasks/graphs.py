@@ -70,7 +70,7 @@ class _GraphTask(Task):
 
     def draw(self, batch_size: int, size: Size, generator: torch.Generator) -> Sequences:
         """Random sequences of a size."""
-        source = random.Random(int(torch.randint(2**62, (), generator=generator)))  # noqa: S311
+        source = random.Random(int(torch.randint(2**62, (), generator=generator)))  # noqa: S311  # nosec B311  # no secret: made again by its seed
         drawn = [self._draw_one(size, source) for _ in range(batch_size)]
         inputs = torch.stack([steps for steps, _ in drawn], dim=1)
         return Sequences(inputs, torch.tensor([answers for _, answers in drawn]).T)

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 _DOMAIN = "ntm.v1"
@@ -89,8 +90,8 @@ class StepOrderError(PreconditionError):
     @property
     def next_step(self) -> int | None:
         """The session's counter, if the server told it."""
-        told = self.metadata.get("next_step")
-        return None if told is None else int(told)
+        told = self.metadata.get("next_step", "")
+        return int(told) if told.isascii() and told.isdecimal() else None
 
 
 class DataLossError(RefusedError):
@@ -170,17 +171,20 @@ def from_rpc(error: grpc.RpcError) -> ClientError:
         if key == _STATUS_DETAILS_KEY:
             info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
             request = error_details_pb2.RequestInfo()
-            for detail in status_pb2.Status.FromString(value).details:
-                detail.Unpack(info)
-                detail.Unpack(retry)
-                detail.Unpack(request)
+            try:
+                for detail in status_pb2.Status.FromString(value).details:
+                    detail.Unpack(info)
+                    detail.Unpack(retry)
+                    detail.Unpack(request)
+            except DecodeError:  # not from our server: something in between wrote it, or cut it
+                continue
             if info.domain == _DOMAIN:
                 about = dict(info.metadata) | (
                     {_REQUEST_ID: request.request_id} if request.request_id else {}
                 )
                 told = from_status(code.value[0], info.reason, message, about)
                 if retry.HasField("retry_delay"):
-                    told.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+                    told.retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
                 return told
     if code in _CODES_OF_BROKEN_CALLS:
         return UnavailableError(code, "", message, {})

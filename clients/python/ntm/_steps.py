@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ntm.tensor import Array, fill, to_array
+from ntm.tensor import Array, TensorError, fill, to_array
 from ntm.v1 import session_service_pb2
 
 RESETS = "ntm.resets"
@@ -70,22 +70,29 @@ def fill_inputs(message: CarriesInputs, inputs: Array) -> None:
 
 
 def inputs_of(message: CarriesInputs, num_leading_axes: int = 1) -> Array:
-    """What `fill_inputs` put there."""
+    """What `fill_inputs` put there; raises TensorError if nothing of the kind is there."""
     tensors = {named.name: to_array(named.value) for named in message.named_inputs}
     if not tensors:
         return to_array(message.inputs)
     if message.HasField("resets"):
         tensors[RESETS] = to_array(message.resets)
-    return structured(tensors, num_leading_axes)
+    return _received("named_inputs", tensors, num_leading_axes)
 
 
 def outputs_of(message: CarriesOutputs, num_leading_axes: int = 1) -> Array:
-    """The outputs in an answer."""
+    """The outputs in an answer; raises TensorError if they are none."""
     if not message.named_outputs:
         return to_array(message.outputs)
-    return structured(
-        {named.name: to_array(named.value) for named in message.named_outputs}, num_leading_axes
-    )
+    tensors = {named.name: to_array(named.value) for named in message.named_outputs}
+    return _received("named_outputs", tensors, num_leading_axes)
+
+
+def _received(field: str, tensors: Mapping[str, Array], num_leading_axes: int) -> Array:
+    """What came over the wire, as one array."""
+    leading = {array.shape[:num_leading_axes] for array in tensors.values()}
+    if "" in tensors or len(leading) != 1 or len(min(leading)) != num_leading_axes:
+        raise TensorError(field, f"{field} have no names, or not all as many steps")
+    return structured(tensors, num_leading_axes)
 
 
 def shown(steps: Array) -> Outputs:

@@ -105,8 +105,11 @@ def to_array(tensor: tensor_pb2.Tensor) -> Array:
 
 
 def type_name(data_type: tensor_pb2.DataType.ValueType) -> str:
-    """A wire type as people write it, such as "FP32"."""
-    return tensor_pb2.DataType.Name(data_type).removeprefix("DATA_TYPE_")
+    """A wire type as people write it, such as "FP32"; its number where it is none."""
+    try:
+        return tensor_pb2.DataType.Name(data_type).removeprefix("DATA_TYPE_")
+    except ValueError:
+        return str(data_type)
 
 
 def _names() -> str:

@@ -15,6 +15,7 @@ from ntm.tensor import to_message
 from ntm.v1 import model_pb2, tensor_pb2
 from server.errors import ModelFileError
 from server.model import spec
+from server.model.describe import Hints, draft
 from tests import step_models
 
 Change = Callable[[model_pb2.ModelSpec], object]
@@ -150,3 +151,30 @@ def test_a_constant_of_another_type_is_refused(tmp_path: Path) -> None:
 
     assert any("'rate' is INT64 in the spec and FP32 in the graph" in problem for problem in problems)
     assert any("'rate' has shape [2] in the spec and [] in the graph" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("dtype", [99, -1])
+def test_initial_values_of_a_type_that_there_is_not_are_refused(tmp_path: Path, dtype: int) -> None:
+    step, declared = step_models.read_back(step_models.accumulator())
+    declared.states[0].values.dtype = dtype  # type: ignore[assignment]
+
+    problems = problems_of(tmp_path, step_models.with_spec(step, declared))
+
+    assert any(f"its initial values are {dtype} []" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("reader", [spec.load, draft])
+def test_a_file_with_names_that_are_no_text_is_refused(tmp_path: Path, reader: Callable[..., object]) -> None:
+    content = (
+        step_models.accumulator().replace(b"next_sum", b"next_\xffum").replace(b"test", b"\xff\xfe\xfd\xfc")
+    )
+    path = step_models.write(tmp_path, content)
+
+    with pytest.raises(ModelFileError, match=r"not text in UTF-8|not a valid ONNX file"):
+        reader(path, *(("test", 1) if reader is spec.load else (Hints(),)))
+
+
+def test_the_metadata_of_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    content = step_models.accumulator().replace(b'"inputs"', b'"inp\xfftm"')
+
+    assert problems_of(tmp_path, content) == (spec.NOT_TEXT,)

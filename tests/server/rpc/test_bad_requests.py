@@ -64,6 +64,16 @@ async def test_inputs_that_do_not_fit_are_refused_by_field(
     assert await caller.next_step() == 1
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+async def test_an_initial_state_that_is_not_finite_is_refused(caller: Caller, number: float) -> None:
+    given = tensor_pb2.NamedTensor(name="sum", value=to_message(np.array([0, number, 0], np.float32)))
+
+    told = await refused(caller.create("accumulator", initial_state=[given]), INVALID, "INVALID_INPUT")
+
+    assert told["field"] == "initial_state[sum].raw"
+    await refused(caller.step(random_inputs(1)), GONE, "SESSION_NOT_FOUND")
+
+
 @pytest.mark.parametrize("session_id", ["", "a b", "ä", "x" * 129, "a/b"])
 async def test_a_malformed_id_is_refused(caller: Caller, session_id: str) -> None:
     told = await refused(caller.step(random_inputs(1), session_id), INVALID, "INVALID_INPUT")

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from structlog.testing import capture_logs
 
+from ntm.v1 import model_pb2, tensor_pb2
 from server.errors import ModelFileError
 from server.model import spec
 from server.model.describe import Hints, draft
@@ -76,6 +77,39 @@ def test_branches_within_branches_run_one_row_after_another(tmp_path: Path) -> N
         7,
         8,
     ]  # within rounding: the loop's own graph has constants folded
+
+
+def test_rows_that_nothing_proves_independent_are_run_one_after_another(tmp_path: Path) -> None:
+    """A step that fails on random inputs, here for want of a row of its table, cannot be measured."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 18]>
+    step (float[N,1] x, float[N,1] h) => (float[N,1] y, float[N,1] hn)
+    <float[2] table = {1.0, 2.0}, float least = {100.0}, int64[1] first = {0}>
+    {
+        row = Sub (x, least)
+        index = Cast <to = 7> (row)
+        looked_up = Gather <axis = 0> (table, index)
+        both = ReduceSum <keepdims = 1> (looked_up, first)
+        hn = Add (h, both)
+        y = Identity (hn)
+    }
+    """
+    one = {"dtype": tensor_pb2.DATA_TYPE_FP32, "shape": [1]}
+    declared = model_pb2.ModelSpec(
+        inputs=[model_pb2.TensorSpec(name="x", **one)],
+        outputs=[model_pb2.TensorSpec(name="y", **one)],
+        states=[
+            model_pb2.StateSpec(
+                input_name="h", output_name="hn", role=model_pb2.STATE_ROLE_OTHER, fill=0.0, **one
+            )
+        ],
+    )
+
+    with capture_logs() as logs:
+        runner = runner_of(tmp_path, foreign_models.with_spec(text, declared))
+
+    assert runner.row_by_row
+    assert any("could not be measured" in entry["event"] for entry in logs)
 
 
 def test_a_state_that_grows_is_refused_with_that_word(tmp_path: Path) -> None:

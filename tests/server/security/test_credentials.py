@@ -1,4 +1,5 @@
 import asyncio
+import base64
 import socket
 import ssl
 
@@ -186,4 +187,24 @@ def test_a_file_that_is_missing_or_a_directory_is_refused_by_name(files):
 
     files.key.mkdir()
     with pytest.raises(SecurityFileError, match="not a file"):
+        TlsIdentity(files)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a003020102", "a003020105"),  # version 6 of X.509, of which there are three
+        ("06072a8648ce3d0201", "06072a8648ce3d0263"),  # a key of a kind that nobody knows
+        ("06082a8648ce3d030107", "06082a8648ce3d030163"),  # a curve that nobody knows
+    ],
+)
+def test_a_certificate_of_an_unknown_version_or_kind_is_refused_by_name(files, old, new):
+    old, new = bytes.fromhex(old), bytes.fromhex(new)
+    first = files.certificate.read_bytes().split(b"-----END")[0].split(b"-----\n")[1]
+    der = base64.b64decode(first)
+    assert old in der
+    changed = base64.encodebytes(der.replace(old, new, 1))
+    files.certificate.write_bytes(b"-----BEGIN CERTIFICATE-----\n" + changed + b"-----END CERTIFICATE-----\n")
+
+    with pytest.raises(SecurityFileError, match="no certificate"):
         TlsIdentity(files)

@@ -1,4 +1,5 @@
 import asyncio
+import base64
 import json
 import threading
 from datetime import UTC, datetime, timedelta
@@ -288,3 +289,26 @@ async def test_keys_are_fetched_by_http_and_a_redirect_is_not_followed(ec_key):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.mark.parametrize("key_type", ["1.3.0.0", "1.2.840.10045.2.1"])
+def test_a_key_of_a_kind_or_a_curve_that_is_unknown_is_refused(tmp_path, key_type):
+    """An object identifier in the key's bytes is another."""
+    of_ed25519, of_p256 = bytes.fromhex("06032b6570"), bytes.fromhex("06082a8648ce3d030107")
+    if key_type == "1.3.0.0":
+        content, old, new = (
+            public_pem(ed25519.Ed25519PrivateKey.generate()),
+            of_ed25519,
+            b"\x06\x03\x2b\x00\x00",
+        )
+    else:
+        key = ec.generate_private_key(ec.SECP256R1())
+        content, old, new = public_pem(key), of_p256, of_p256[:-1] + b"\x63"
+    der = base64.b64decode(b"".join(content.split(b"\n")[1:-2]))
+    assert old in der
+    path = tmp_path / "key.pem"
+    pem = base64.encodebytes(der.replace(old, new))
+    path.write_bytes(b"-----BEGIN PUBLIC KEY-----\n" + pem + b"-----END PUBLIC KEY-----\n")
+
+    with pytest.raises(SecurityFileError, match="no public key as PEM that is of use"):
+        JwtVerifier(JwtIssuer(ISSUER, AUDIENCE, str(path)))

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
@@ -71,3 +72,15 @@ def test_the_command_makes_a_token_and_its_line(path):
     path.write_text(line)
 
     assert TokenFile(path).name_of(token) == "alice"
+
+
+def test_a_small_file_takes_little_memory_to_read(path):
+    path.write_text(line_of("alice", "a"))
+    tokens = WatchedFiles([path])
+
+    tracemalloc.start()
+    tokens.read()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak_bytes < 64 * 1024

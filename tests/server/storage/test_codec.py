@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +177,34 @@ def test_the_fingerprint_tells_machines_and_models_apart(
     assert fingerprint(model, device, 8).digest != here.digest
     monkeypatch.setattr("server.runtime.provider._cpu", lambda: "another processor")
     assert fingerprint(model, choose("cpu", 0), None).digest != here.digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"next": 1},
+        {"model_digest": None},
+        {"model_version": "1"},
+        {"snapshot_step": 1e39},
+        {"reset_steps": 3},
+        {"failure": {"first_step": 1}},
+        {"end_reason": "LOST"},
+        {"create_time_s": float("nan")},
+    ],
+)
+def test_an_entry_whose_checksum_is_right_and_whose_fields_are_others_is_damage(
+    change: dict[str, object],
+) -> None:
+    fields = json.loads(SessionMetadata("r", 1, "d", 1.0, 5, reset_steps=(1, 2)).encode()[8:])
+    text = json.dumps(
+        {name: value for name, value in (fields | change).items() if value is not None}
+    ).encode()
+
+    with pytest.raises(DamagedError):
+        SessionMetadata.decode(b"%08x" % zlib.crc32(text) + text)
+
+
+@pytest.mark.parametrize("text", [b"", b"3", b'"a"', b"[]", b"{", b"\xff", b"[" * 100_000])
+def test_an_entry_whose_checksum_is_right_and_that_is_no_metadata_is_damage(text: bytes) -> None:
+    with pytest.raises(DamagedError):
+        SessionMetadata.decode(b"%08x" % zlib.crc32(text) + text)

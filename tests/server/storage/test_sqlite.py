@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from server.errors import StoreCorruptError, StoreFullError, StoreSettingsError, StoreUnavailableError
 from server.storage import sqlite as sqlite_store
@@ -87,6 +89,112 @@ def test_a_second_server_is_refused_by_whatever_name_it_knows_the_file(
         SqliteStore(tmp_path / "elsewhere" / "link.db", "normal")
 
 
+def test_a_second_server_is_refused_by_a_hard_link_to_the_file(open_sqlite: Open, path: Path, tmp_path: Path):
+    open_sqlite()
+    other = tmp_path / "other.db"
+    other.hardlink_to(path)
+
+    with pytest.raises(StoreSettingsError, match="another server keeps its sessions"):
+        SqliteStore(other, "normal")
+
+
+def test_a_file_of_several_names_is_refused_since_its_log_goes_by_one(open_sqlite: Open, path: Path):
+    make(store := open_sqlite(), "a")
+    store.close()
+    other = path.with_name("other.db")
+    other.hardlink_to(path)
+
+    for name in (path, other):
+        with pytest.raises(StoreSettingsError, match=r"has 2 names \(hard links\).*remove the others"):
+            SqliteStore(name, "normal")
+
+    other.unlink()
+    assert open_sqlite().look("a") == entry("a")
+
+
+@pytest.mark.parametrize("removed", ["sessions.db.lock", "sessions.db"])
+def test_a_second_server_is_refused_when_the_lock_file_or_the_file_itself_was_removed(
+    open_sqlite: Open, path: Path, removed: str
+):
+    first = open_sqlite()
+    make(first, "a")
+    path.with_name(removed).unlink()
+
+    with pytest.raises(StoreSettingsError, match="another server keeps its sessions"):
+        open_sqlite()
+
+    assert first.commit([message("a", 0)]) == [None]
+
+
+def test_only_commits_that_change_something_are_counted(open_sqlite: Open, path: Path):
+    def counted() -> int:
+        return int(path.with_name("sessions.db.lock").read_text().split()[-1])
+
+    store = open_sqlite()
+    make(store, "a")
+    before = counted()
+
+    store.commit([message("a", 0)])
+    store.purge(0.0)
+    store.commit([message("a", 1, fence=99)])
+
+    assert counted() == before + 1
+
+
+def test_a_store_whose_commits_cannot_be_counted_is_unavailable(
+    open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
+):
+    store = open_sqlite()
+    make(store, "a")
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.storage.sqlite_guard.os.pwrite", fail)
+        with pytest.raises(StoreUnavailableError, match="Input/output error"):
+            store.commit([message("a", 0)])
+
+    assert first_steps(claim(store, "a")) == [0]
+
+
+def test_a_backup_that_was_made_while_a_server_had_the_store_can_be_restored(
+    open_sqlite: Open, path: Path, tmp_path: Path
+):
+    store = open_sqlite()
+    make(store, "a")
+    with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(tmp_path / "backup")) as backup:
+        live.backup(backup)
+    make(store, "b")
+    restored = tmp_path / "restored.db"
+    (tmp_path / "backup").rename(restored)
+
+    with capture_logs() as logs:
+        again = SqliteStore(restored, "normal")
+
+    assert again.look("a") == entry("a")
+    assert again.look("b") is None
+    assert [log["event"] for log in logs if "count of commits is gone" in log["event"]]
+    again.close()
+
+
+def test_a_file_that_lost_its_log_and_its_count_and_is_no_whole_database_is_refused(
+    open_sqlite: Open, path: Path
+):
+    store = open_sqlite()
+    make(store, "a")
+    store.close()
+    database = sqlite3.connect(path)
+    database.execute("UPDATE service SET is_open = 1")
+    database.execute("PRAGMA writable_schema = 1")
+    database.execute("UPDATE sqlite_schema SET rootpage = 2 WHERE name = 'living_by_use'")
+    database.commit()
+    database.close()
+
+    with pytest.raises(StoreSettingsError, match=r"is damaged \(.*\), as it is when its log was lost"):
+        open_sqlite()
+
+
 def test_directories_are_made(tmp_path: Path):
     SqliteStore(tmp_path / "not" / "there" / "sessions.db", "full").close()
 
@@ -124,7 +232,7 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(open_sqlite: Open,
 def test_a_directory_in_the_place_of_the_file_is_refused(open_sqlite: Open, path: Path):
     path.mkdir()
 
-    with pytest.raises(StoreSettingsError, match="unable to open database file"):
+    with pytest.raises(StoreSettingsError, match="Is a directory"):
         open_sqlite()
 
 
@@ -143,7 +251,7 @@ def test_a_file_of_a_newer_version_is_refused(open_sqlite: Open, path: Path):
     newer.execute("PRAGMA user_version = 99")
     newer.close()
 
-    with pytest.raises(StoreSettingsError, match=r"schema 99, this one knows up to 1.*start that version"):
+    with pytest.raises(StoreSettingsError, match=r"schema 99, this one knows up to 2.*start that version"):
         open_sqlite()
 
 
@@ -162,7 +270,7 @@ def test_a_file_of_an_older_version_is_brought_up_to_date(
     new.close()
     migrated = sqlite3.connect(path)
     assert migrated.execute("SELECT x FROM added").fetchall() == [(1,)]
-    assert migrated.execute("PRAGMA user_version").fetchone() == (3,)
+    assert migrated.execute("PRAGMA user_version").fetchone() == (4,)
     migrated.close()
 
 

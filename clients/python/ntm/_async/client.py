@@ -145,14 +145,14 @@ class AsyncClient:
 
     async def sessions(self, model_name: str = "") -> AsyncIterator[session_pb2.Session]:
         """Every session on the server, or of one model, in order of id."""
-        token = ""
+        after = ""
         while True:
-            request = session_service_pb2.ListSessionsRequest(page_token=token, model_name=model_name)
+            request = session_service_pb2.ListSessionsRequest(page_token=after, model_name=model_name)
             page = await self._call(self._sessions.ListSessions, request)
             for session in page.sessions:
                 yield session
-            token = page.next_page_token
-            if not token:
+            after = page.next_page_token
+            if not after:
                 return
 
     async def batch_step(

@@ -146,13 +146,13 @@ class Client:
 
     def sessions(self, model_name: str = "") -> Iterator[session_pb2.Session]:
         """Every session on the server, or of one model, in order of id."""
-        token = ""
+        after = ""
         while True:
-            request = session_service_pb2.ListSessionsRequest(page_token=token, model_name=model_name)
+            request = session_service_pb2.ListSessionsRequest(page_token=after, model_name=model_name)
             page = self._call(self._sessions.ListSessions, request)
             yield from page.sessions
-            token = page.next_page_token
-            if not token:
+            after = page.next_page_token
+            if not after:
                 return
 
     def batch_step(

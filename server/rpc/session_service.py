@@ -41,6 +41,9 @@ _DEFAULT_PAGE_SIZE = 100
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
+_SESSIONS_CLAIMED_FOR_A_MODEL = 64
+"""At a time, where none of a batch is in memory: one tells the model, and more are claimed only if it does not live."""
+
 
 class SessionService(session_service_pb2_grpc.SessionServiceServicer):
     """ntm.v1.SessionService.
@@ -346,16 +349,25 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         if None not in found:
             return found
         has_model = any(found)
-        for index, key in enumerate(keys):
+        for index, session_id in enumerate(ids):
             if found[index] is None:
                 try:
-                    validation.check_id("session_ids", ids[index])
-                    if not has_model:
-                        self._sessions.ownership.begin_to_find([key])
-                        found[index] = await self._sessions.find(key)
-                        has_model = True
+                    validation.check_id("session_ids", session_id)
                 except ServingError as error:
                     found[index] = error
+        missing = [index for index, session in enumerate(found) if session is None]
+        first, size = 0, 1
+        while not has_model and first < len(missing):
+            asked, first, size = missing[first : first + size], first + size, _SESSIONS_CLAIMED_FOR_A_MODEL
+            refused = await self._sessions.ownership.claim_each([keys[index] for index in asked])
+            for index in asked:
+                found[index] = refused.get(keys[index])
+                if found[index] is None and not has_model:
+                    try:
+                        found[index] = await self._sessions.find(keys[index])
+                        has_model = True
+                    except ServingError as error:
+                        found[index] = error
         return [session or in_memory.get(keys[index]) for index, session in enumerate(found)]
 
     def _batch_message(

@@ -9,6 +9,7 @@ number, a request's id) can be repeated, and take effect once.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -172,8 +173,6 @@ class SessionManager:
         batch = BatchReply(session_ids, inputs.shape[1])
         reply_to = followed(batch)
         missing = [position for position, session in enumerate(sessions) if session is None]
-        if missing:
-            self.ownership.begin_to_find([session_ids[position] for position in missing])
 
         def request(positions: Sequence[int], found: list[Session]) -> StepRequest:
             is_all = len(positions) == len(session_ids)
@@ -185,9 +184,12 @@ class SessionManager:
                 positions=positions,
             )
 
-        async def step_missing(position: int) -> None:
+        async def step_when_there(position: int) -> None:
             try:
-                session = await self.find(session_ids[position])
+                try:
+                    session = await self.find(session_ids[position])
+                finally:
+                    self._queues.no_longer_wanted(session_ids[position])
                 check(session)
             except ServingError as error:
                 batch.fail(position, error)
@@ -196,11 +198,27 @@ class SessionManager:
                 batch.add(alone)
                 self.executor.admit([alone])
 
+        async def step_missing() -> None:
+            positions = dict(zip([session_ids[position] for position in missing], missing, strict=True))
+            self._queues.wanted.update([*positions])
+            refused: dict[str, ServingError] = {}
+            try:
+                refused = await self.ownership.claim_each([*positions])
+            except BaseException:
+                for session_id in positions:
+                    self._queues.no_longer_wanted(session_id)
+                raise
+            for session_id, error in refused.items():
+                self._queues.no_longer_wanted(session_id)
+                batch.fail(positions.pop(session_id), error)
+            await asyncio.gather(*map(step_when_there, positions.values()))
+
         for requests in self._grouped(batch, sessions):
             together = request(*requests)
             batch.add(together)
             self.executor.admit([together])
-        batch.bringing_in = [self._queues.spawn(step_missing(position)) for position in missing]
+        if missing:
+            batch.bringing_in = self._queues.spawn(step_missing())
         return batch
 
     async def finish_each(self, batch: BatchReply) -> BatchReply:
@@ -208,8 +226,8 @@ class SessionManager:
         try:
             await batch.future
         except BaseException:
-            for task in batch.bringing_in:
-                task.cancel()
+            if batch.bringing_in is not None:
+                batch.bringing_in.cancel()
             for under_way in [*batch.requests]:
                 self.executor.cancel(under_way)
             raise

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from server.errors import (
     LeaseLapsedError,
@@ -63,7 +63,7 @@ class Ownership:
         self._replay = replay
         self._find_model = find_model
         self._handover_timeout_s = handover_timeout_s
-        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._under_way: dict[str, asyncio.Task[Any]] = {}
         """What is being done about sessions that are not in memory."""
         self._epoch = 0
         """Counts the times that this replica's lease has run out: a claim of an earlier time is worth nothing."""
@@ -78,39 +78,52 @@ class Ownership:
             SessionNotFoundError, SessionExpiredError, SessionMovedError, ModelNotLoadedError, ModelMismatchError,
             RecoveryError, QueueFullError, StoreError, LeaseLapsedError.
         """
-        wanted = self._queues.wanted
         while (session := self._queues.in_memory.get(session_id)) is None:
-            wanted[session_id] += 1
+            self._queues.wanted[session_id] += 1
             try:
                 await self._alone(session_id, lambda: self._bring_in(session_id))
             finally:
-                wanted[session_id] -= 1
-                if not wanted[session_id]:
-                    del wanted[session_id]
+                self._queues.no_longer_wanted(session_id)
         if session.head is None:
             # A call is about to enter. If none does, it is idle after all.
             asyncio.get_running_loop().call_soon(self._queues.advance, session)
         return session
 
-    def begin_to_find(self, session_ids: Sequence[str]) -> None:
+    async def claim_each(self, session_ids: Sequence[str]) -> dict[str, ServingError]:
         """Claim sessions together, for whoever calls `find` next; none that a live replica owns is waited for.
 
-        `find` raises WrongReplicaError for those.
+        Returns:
+            those that cannot be brought in, and why: WrongReplicaError for what another replica owns.
         """
         in_memory = self._queues.in_memory
         missing = [i for i in session_ids if i not in in_memory and i not in self._under_way]
         if not missing:
-            return
-        epoch, claiming = self._epoch, self._queues.spawn(self._store.claim(missing))
+            return {}
+        claiming = self._queues.spawn(self._claim_each(missing, self._epoch))
+        self._under_way |= dict.fromkeys(missing, claiming)
+        try:
+            return await asyncio.shield(claiming)
+        except ServingError as error:
+            return dict.fromkeys(missing, error)
 
-        async def bring_in(position: int) -> None:
-            found = (await claiming)[position]
-            if isinstance(found, OwnedElsewhere):
-                raise WrongReplicaError(missing[position], found.owner)
-            await self._admit(missing[position], found, epoch)
-
-        for position, session_id in enumerate(missing):
-            self._begin(session_id, partial(bring_in, position))
+    async def _claim_each(self, session_ids: Sequence[str], epoch: int) -> dict[str, ServingError]:
+        """Claim sessions, and begin to make those that live sessions in memory; returns the others."""
+        refused: dict[str, ServingError] = {}
+        try:
+            claims = await self._store.claim(session_ids) if session_ids else []
+        finally:
+            for session_id in session_ids:
+                del self._under_way[session_id]
+        for session_id, found in zip(session_ids, claims, strict=True):
+            try:
+                if isinstance(found, OwnedElsewhere):
+                    raise WrongReplicaError(session_id, found.owner)
+                check_lives(session_id, found)
+            except ServingError as error:
+                refused[session_id] = error
+            else:
+                self._begin(session_id, partial(self._admit, session_id, found, epoch))
+        return refused
 
     async def end_absent(
         self,

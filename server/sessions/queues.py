@@ -47,6 +47,12 @@ class SessionQueues:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.watching = Watching()
 
+    def no_longer_wanted(self, session_id: str) -> None:
+        """What was counted in `wanted` has been enqueued, or will not be."""
+        self.wanted[session_id] -= 1
+        if not self.wanted[session_id]:
+            del self.wanted[session_id]
+
     # Steps.
 
     def enqueue(self, request: StepRequest) -> None:

@@ -256,8 +256,8 @@ class BatchReply:
         self.num_steps = num_steps
         self.requests: set[StepRequest] = set()
         """Those under way."""
-        self.bringing_in: list[asyncio.Task[None]] = []
-        """What brings sessions into memory whose steps come then."""
+        self.bringing_in: asyncio.Task[None] | None = None
+        """Brings sessions into memory whose steps come then."""
         self.outputs: Steps | None = None
         """[S, T], zeros where a session failed; None if all did."""
         self.next_steps = [0] * len(session_ids)

@@ -55,6 +55,10 @@ chaos: $(VENV)/.dev ## Kill a server 200 times on each durable store, and try ma
 fuzz: $(VENV)/.dev ## Try a million damaged inputs on everything that reads what others wrote; bounded at 15 minutes.
 	@$(BIN)/python -m tests.fuzz
 
+.PHONY: attack
+attack: $(VENV)/.dev ## Attack a server in every way that has ever harmed one, beside neighbours, and overload it; 10 minutes.
+	@$(BIN)/python -m tests.attack
+
 .PHONY: fuzz-training
 fuzz-training: $(VENV)/.dev ## Damage 2,000 checkpoints and records of a training run, and see each refused.
 	@$(BIN)/python -m tests.training.fuzz

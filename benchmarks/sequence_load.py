@@ -104,7 +104,7 @@ def trial(
     with ExitStack() as stack:
         connections = [stack.enter_context(closing(Connection(address))) for _ in range(_NUM_CONNECTIONS)]
         callers = _Callers(connections, script, steps_per_s, duration_s)
-        starts_s = random.Random(seed)  # noqa: S311
+        starts_s = random.Random(seed)  # noqa: S311  # nosec B311  # a load, no secret
         try:
             return callers.run(first_number, starts_s)
         except LoadError as error:

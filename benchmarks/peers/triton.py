@@ -158,7 +158,7 @@ def run(program: Path, address: str) -> dict[str, list[list[float]]]:
     Raises:
         RuntimeError: it failed; what it said is in the message.
     """
-    ended = subprocess.run(  # noqa: S603
+    ended = subprocess.run(  # noqa: S603  # nosec B603  # a command of our own
         [str(ENVIRONMENT / "bin" / "python"), str(program), address],
         capture_output=True,
         text=True,

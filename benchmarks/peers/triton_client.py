@@ -61,7 +61,7 @@ class _Load:
             for _ in range(self._num_slots):
                 self._begin(start_s)
         else:
-            randomness = random.Random(seed)  # noqa: S311
+            randomness = random.Random(seed)  # noqa: S311  # nosec B311  # a load, no secret
             for _ in range(round(self._steps_per_s / NUM_STEPS * (to_s - start_s))):
                 self._begin(randomness.uniform(start_s, to_s))
         live: set[_Sequence] = set()

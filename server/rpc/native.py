@@ -27,7 +27,7 @@ from typing import Any, NoReturn, Protocol
 import grpc
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
-from server.errors import ServerOverloadedError
+from server.errors import ServerOverloadedError, ServingError
 from server.rpc import status
 from server.rpc.interceptors import CallInterceptor
 from server.rpc.tracing import CallSpan
@@ -155,6 +155,7 @@ class NativeServer:
         self._wait_limit = WaitLimit(max_wait_s)
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._direct: dict[str, DirectHandler] = {}
+        self._refusals: dict[str, Callable[[], ServingError | None]] = {}
         self._methods: list[str] = []
         self._front: NativeGrpcFront | None = None
         self._loop = asyncio.get_running_loop()
@@ -179,9 +180,18 @@ class NativeServer:
                 if handler.unary_unary is not None:
                     self._handlers[f"/{service}/{name}"] = handler
 
-    def add_direct_handler(self, method: str, handler: DirectHandler) -> None:
-        """Have a method, /SERVICE/NAME, answered without coroutines."""
+    def add_direct_handler(
+        self, method: str, handler: DirectHandler, refusal: Callable[[], ServingError | None]
+    ) -> None:
+        """Have a method, /SERVICE/NAME, answered without coroutines.
+
+        Args:
+            method: which.
+            handler: answers.
+            refusal: why calls that come now are not even to be read, or None.
+        """
         self._direct[method] = handler
+        self._refusals[method] = refusal
 
     # Life.
 
@@ -286,8 +296,12 @@ class NativeServer:
         """Begin the calls that came together, and end those whose caller has left."""
         self._wait_limit.note(arrival_s, perf_counter())
         if self._wait_limit.is_reached:
-            self._refuse_to_queue(events)
+            self._refuse_unread(events, ServerOverloadedError(self._wait_limit.limit_s))
             return
+        if self._interceptor.lets_in_directly:
+            for method, refusal in self._refusals.items():
+                if (error := refusal()) is not None:
+                    events = self._refuse_unread(events, error, method)
         direct: dict[str, list[DirectCall]] = {}
         for kind, call_id, method_id, payload, _, details in events:
             if kind == EVENT_CANCEL:
@@ -318,20 +332,26 @@ class NativeServer:
                 self._interceptor.num_calls -= 1
                 self._begin(call.call_id, method, call.payload, call.details)
 
-    def _refuse_to_queue(self, events: Sequence[tuple[Any, ...]]) -> None:
-        """Refuse calls unread, since more come than can be looked at."""
-        front, told = self._front, status.of(ServerOverloadedError(self._wait_limit.limit_s))
+    def _refuse_unread(
+        self, events: Sequence[tuple[Any, ...]], error: ServingError, method: str = ""
+    ) -> Sequence[tuple[Any, ...]]:
+        """Refuse calls of a method, or of any, for next to nothing; returns the other events."""
+        front, told = self._front, status.of(error)
         assert front is not None
         code, message, trailing = told.code.value[0], told.message, told.trailing
-        num_refused = Counter[int]()
-        for kind, call_id, method_id, *_ in events:
+        num_refused, others = Counter[str](), list[tuple[Any, ...]]()
+        for event in events:
+            kind, call_id, called = event[0], event[1], self._methods[event[2]]
             if kind == EVENT_CANCEL:
                 self._cancel(call_id)
-            else:
-                num_refused[method_id] += 1
+            elif method in ("", called):
+                num_refused[called] += 1
                 front.fail(call_id, code, message, trailing_metadata=trailing)
-        for method_id, num_calls in num_refused.items():
-            self._interceptor.note_refused(self._methods[method_id].rpartition("/")[2], told, num_calls)
+            else:
+                others.append(event)
+        for called, num_calls in num_refused.items():
+            self._interceptor.note_refused(called.rpartition("/")[2], told, num_calls)
+        return others
 
     def _begin(self, call_id: int, method: str, payload: bytes, details: _Details) -> None:
         task = self._loop.create_task(self._handle(call_id, method, payload, details))

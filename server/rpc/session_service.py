@@ -33,6 +33,7 @@ from server.security import split_key
 from server.sessions.following import Followed, followed
 from server.sessions.info import SessionInfo
 from server.sessions.manager import SessionManager
+from server.sessions.queues import queue_too_slow
 from server.sessions.request import BatchReply, ReplyTo, StepRequest, Waiter
 from server.sessions.session import Session
 
@@ -237,6 +238,13 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         self._access.audit("session imported", session.session_id)
         return session_service_pb2.ImportSessionResponse(session=self._message(session))
 
+    def refuses_steps(self) -> ServingError | None:
+        """Why steps of any session are refused now, whatever they are, or None."""
+        models = [*self._sessions.models]
+        if models and all(served.engine.wait_limit.is_reached for served in models):
+            return queue_too_slow(models[0])
+        return None
+
     def step_directly(self, calls: Sequence[DirectCall]) -> list[DirectCall]:
         """Step, for a transport that hands calls over as they come together; returns those that are no plain case."""
         if self._access.counts_steps:
@@ -250,6 +258,8 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
                 if session is None:
                     left.append(call)
                     continue
+                if session.model.engine.wait_limit.is_reached:
+                    raise queue_too_slow(session.model)
                 reply = _DirectStep(call)
                 reply_to = reply if call.span is None else Followed(reply, call.span)
                 steps, reply.state_names = self._step_request(request, session, reply_to)

@@ -45,7 +45,15 @@ def main() -> int:
                         print(trial.line(rows[-1]), flush=True)
             finally:
                 server.stop()
-    harmed = [row.name for row in rows if not row.has_passed]
+    failed = []
+    if options.only in "overload":
+        print(f"\n{trial.OVERLOAD_HEAD}", flush=True)
+        with tempfile.TemporaryDirectory() as directory:
+            flags = ["--transport", options.transport]
+            for line, is_good in trial.try_overload(Path(directory) / "server", flags, options.seconds):
+                print(line, flush=True)
+                failed += [] if is_good else ["overload"]
+    harmed = failed + [row.name for row in rows if not row.has_passed]
     print(f"\n{len(rows)} attacks, {len(harmed)} harmed the neighbours: {', '.join(harmed) or 'none'}")
     return 1 if harmed else 0
 

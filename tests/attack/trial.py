@@ -27,7 +27,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from server.model.spec import initial_value
 from tests import step_models
-from tests.attack import calls, files, frames
+from tests.attack import calls, files, frames, overload
 from tests.attack.neighbours import Lot, keep_calling
 from tests.conftest import ROOT
 
@@ -98,15 +98,18 @@ class Row:
 class Server:
     """A server under attack: its process, its log in a file."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, only_slow: bool = False) -> None:
         self.models = directory / "models"
         self.models.mkdir(parents=True)
-        (self.models / "copy").symlink_to(ROOT / "models" / "copy")
-        step_models.write(self.models, step_models.endless(), "endless")
+        if only_slow:
+            step_models.write(self.models, overload.slow_model(), "slow")
+        else:
+            (self.models / "copy").symlink_to(ROOT / "models" / "copy")
+            step_models.write(self.models, step_models.endless(), "endless")
         self.log = directory / "log"
         command = [sys.executable, "-m", "server", "--models", str(self.models), "--listen", "127.0.0.1:0"]
         command += ["--store", "none", "--device", "cpu", "--log-format", "json", "--step-timeout-s", "1"]
-        command += ["--model-poll-s", "0.5", "--model-load-timeout-s", "2", *flags]
+        command += ["--model-poll-s", "0.5", "--model-load-timeout-s", "10", *flags]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, stderr=log)
         self.address = self._wait_until_it_listens()
@@ -225,6 +228,42 @@ def line(row: Row) -> str:
         f"{row.mib_before:.0f} | {row.mib_most:.0f} | {row.mib_after:.0f} | {row.log_bytes / 1024:.1f} | "
         f"{'' if row.has_passed else 'HARMED'} |"
     )
+
+
+OVERLOADS = (1.5, 10.0)
+"""Of the peak."""
+OVERLOAD_HEAD = """| Asked for, by the peak | answered, by the peak | refused/s | p99 of the answered, ms | MiB | |
+|---|---|---|---|---|---|"""
+
+
+def try_overload(directory: Path, flags: list[str], seconds: float) -> Iterator[tuple[str, bool]]:
+    """Lines of the table of overload, and whether each is as it is to be."""
+    server = Server(directory, *overload.FLAGS, *flags, only_slow=True)
+    try:
+        payloads = overload.sessions_of(server.address)
+        peak = overload.peak_of(server.address, payloads, seconds)
+        half = overload.offer(server.address, payloads, peak / 2, seconds)
+
+        def told(load: overload.Offered, is_good: bool) -> tuple[str, bool]:
+            line = (
+                f"| {load.asked_per_s / peak:.1f} ({load.sent_per_s:.0f}/s) | {load.good_per_s / peak:.2f} | "
+                f"{load.refused_per_s:.0f} | {load.p99_ms:.0f} | {server.mib:.0f} | {'' if is_good else 'FAILED'} |"
+            )
+            return line, is_good
+
+        yield told(half, half.good_per_s > 0.45 * peak)
+        for times in OVERLOADS:
+            load = overload.offer(server.address, payloads, times * peak, seconds)
+            yield told(
+                load,
+                load.good_per_s >= overload.LEAST_GOODPUT * peak
+                and load.p99_ms <= overload.MOST_P99 * half.p99_ms,
+            )
+        after = overload.offer(server.address, payloads, peak / 2, seconds)
+        line, is_good = told(after, after.good_after_s <= overload.RECOVERS_WITHIN_S)
+        yield f"{line} all is answered again after {after.good_after_s:.1f} s", is_good
+    finally:
+        server.stop()
 
 
 HEAD = """| Attack | goodput kept | p99 before, ms | during, ms | MiB before | at most | after | log, KiB | |

@@ -59,6 +59,10 @@ fuzz: $(VENV)/.dev ## Try a million damaged inputs on everything that reads what
 attack: $(VENV)/.dev ## Attack a server in every way that has ever harmed one, beside neighbours, and overload it; 10 minutes.
 	@$(BIN)/python -m tests.attack
 
+.PHONY: soak
+soak: $(VENV)/.dev ## Serve two principals over TLS for half an hour, and see that nothing grows.
+	@$(BIN)/python -m tests.soak
+
 .PHONY: fuzz-training
 fuzz-training: $(VENV)/.dev ## Damage 2,000 checkpoints and records of a training run, and see each refused.
 	@$(BIN)/python -m tests.training.fuzz

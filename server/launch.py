@@ -73,7 +73,7 @@ _THREAD_DEATH_PAUSE_S = 2.0
 _STORE_PAUSE_S = 1.0
 _STORE_PAUSES_PER_WARNING = 30
 _HOUSE_PAUSE_S = 10.0
-_PURGE_PAUSE_S = 600.0
+_PURGE_PAUSE_S = 60.0
 # How long the event loop keeps the interpreter from the engine that asks for it after a run: 5 ms, Python's own, is
 # as long as the run; less than this only means that each takes it from the other in mid-work.
 _SWITCH_INTERVAL_S = 5e-4
@@ -185,6 +185,7 @@ async def build(settings: ServerSettings) -> Server:
         recovery=settings.recovery,
         handover_timeout_s=settings.handover_timeout_s,
         idle_limit_s=settings.idle_limit_s,
+        max_retired_ids=settings.max_retired_ids,
     )
     loader = ModelLoader(settings, chosen_device, metrics, sessions.executor)
     try:

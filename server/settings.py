@@ -120,6 +120,8 @@ class ServerSettings(BaseSettings):
     """Steps, at least, for which each session keeps its answers, for calls that are repeated."""
     idle_limit_s: Seconds | None = None
     """Seconds without a call, while some server is up, after which a session ends. Not set: they end when deleted."""
+    max_retired_ids: Count = 100_000
+    """Ids of ended sessions that are kept from being used again, for 24 hours at most; the oldest go first."""
     sequence_idle_s: Seconds = 60.0
     """Seconds without a request after which a sequence of the inference protocol ends that was left without END."""
     drain_timeout_s: Seconds = 30.0

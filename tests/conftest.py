@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,11 @@ class ServerProcess:
             if self.log[-1]["event"] == event:
                 return self.log[-1]
         raise AssertionError(f"the server ended before it said {event!r}: {self.log}")
+
+    def forget_the_log(self) -> None:
+        """Read the log without keeping it, from a thread, so that the server is never held up by it."""
+        assert self._process.stderr is not None
+        threading.Thread(target=deque, args=(self._process.stderr, 0), daemon=True).start()
 
     def _parsed(self, line: str) -> dict[str, object]:
         try:

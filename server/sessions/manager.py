@@ -68,6 +68,7 @@ class SessionManager:
         recovery: Literal["exact", "approximate"],
         handover_timeout_s: float,
         idle_limit_s: float | None,
+        max_retired_ids: int,
     ) -> None:
         """No model is in service.
 
@@ -77,6 +78,7 @@ class SessionManager:
             recovery: whether a session may be replayed on another machine or build than it ran on.
             handover_timeout_s: seconds to wait for a session that another replica owns.
             idle_limit_s: seconds without a call after which a session ends, or None.
+            max_retired_ids: ended sessions that the store keeps the ids of.
         """
         self.store = store
         self.models = ServedModels()
@@ -85,6 +87,7 @@ class SessionManager:
         self.in_memory = self._queues.in_memory
         self.watching = self._queues.watching
         self._idle_limit_s = idle_limit_s
+        self._max_retired_ids = max_retired_ids
         replay = Replay(store, self._queues, recovery)
         pager = Pager(store, self.executor, handover_timeout_s)
         self.ownership = Ownership(store, self._queues, pager, replay, self.models.get, handover_timeout_s)
@@ -362,7 +365,7 @@ class SessionManager:
         await self._end(session, "EXPIRED", SessionExpiredError(session.session_id))
 
     async def _end(self, session: Session, reason: Literal["DELETED", "EXPIRED"], loss: ServingError) -> None:
-        metadata = replace(session.metadata, end_reason=reason)
+        metadata = session.metadata.ended(reason)
         write = change_of(session, metadata, self.store.service_time_s, end_time_s=self.store.time_s)
         await commit_change(self.store, self._queues, session, metadata, write)
         self._queues.lose(session, loss)
@@ -410,12 +413,13 @@ class SessionManager:
         self._queues.spawn(self._queues.finish(turn, self._end_as_expired))
 
     async def purge(self) -> None:
-        """Forget the sessions that ended long enough ago, so that their ids can be used again.
+        """Forget the sessions that ended long enough ago, or are too many, so that their ids can be used again.
 
         Raises:
             StoreError.
         """
-        await self.store.purge(self.store.time_s - RETIREMENT_S)
+        too_many_s = await self.store.time_of_ended(self._max_retired_ids - 1)
+        await self.store.purge(max(self.store.time_s - RETIREMENT_S, too_many_s))
 
     # Looking.
 

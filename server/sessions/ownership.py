@@ -142,7 +142,7 @@ class Ownership:
             if claim.entry.last_use_s >= last_use_before_s:
                 return
             try:
-                metadata = replace(SessionMetadata.decode(claim.entry.content), end_reason=reason)
+                metadata = SessionMetadata.decode(claim.entry.content).ended(reason)
             except DamagedError:
                 metadata = SessionMetadata("", 0, "", 0.0, 0, end_reason=reason)
             entry = replace(claim.entry, content=metadata.encode(), end_time_s=self._store.time_s)

@@ -126,6 +126,10 @@ class AsyncStore:
         """As `Store.find_idle`."""
         return await self._read("find_idle", lambda: self.backend.find_idle(last_use_before_s, size))
 
+    async def time_of_ended(self, number: int) -> float:
+        """As `Store.time_of_ended`."""
+        return await self._read("time_of_ended", lambda: self.backend.time_of_ended(number))
+
     async def purge(self, ended_before_s: float) -> int:
         """As `Store.purge`."""
         return await self._read("purge", lambda: self.backend.purge(ended_before_s))

@@ -113,6 +113,18 @@ class SessionMetadata:
             num_recoveries=0,
         )
 
+    def ended(self, reason: Literal["DELETED", "EXPIRED"]) -> SessionMetadata:
+        """The same of a session that has ended, without what is of no use any more: many are kept."""
+        return replace(
+            self,
+            snapshot_checksum=0,
+            reset_steps=(),
+            fingerprint="",
+            failure=None,
+            end_reason=reason,
+            initial_state="",
+        )
+
     def encode(self) -> bytes:
         """As an entry's content."""
         text = json.dumps(asdict(self), separators=(",", ":")).encode()

@@ -213,6 +213,9 @@ class Store(Protocol):
         Without those that another live replica owns.
         """
 
+    def time_of_ended(self, number: int) -> float:
+        """When the session ended (seconds since the epoch) after which `number` others have; -inf if there is none."""
+
     def purge(self, ended_before_s: float) -> int:
         """Forget sessions that ended before a time (seconds since the epoch); returns how many."""
 

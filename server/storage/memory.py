@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 import threading
 import time
 from collections import deque
@@ -163,6 +164,13 @@ class MemoryStore:
                 if (session := self._sessions[session_id]).last_use_s < last_use_before_s
             ]
         return [session_id for _, session_id in heapq.nsmallest(size, idle)]
+
+    def time_of_ended(self, number: int) -> float:
+        """See Store.time_of_ended."""
+        with self._lock:
+            if number >= len(self._ended):
+                return -math.inf
+            return self._ended[-1 - number][1].entry.end_time_s or -math.inf
 
     def purge(self, ended_before_s: float) -> int:
         """See Store.purge."""

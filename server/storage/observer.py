@@ -8,7 +8,16 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 Operation = Literal[
-    "claim", "look", "find_request", "page", "count", "find_idle", "purge", "release", "ask_for"
+    "claim",
+    "look",
+    "find_request",
+    "page",
+    "count",
+    "find_idle",
+    "time_of_ended",
+    "purge",
+    "release",
+    "ask_for",
 ]
 """What a store is asked for beside commits, by the names of `Store`."""
 

@@ -8,6 +8,7 @@ caller claims its sessions anew. One server with whatever replicas it has for st
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -200,6 +201,12 @@ class RedisStore:
             offset += num_seen
             found += [session_id.decode() for session_id in ids]
         return found[:size]
+
+    def time_of_ended(self, number: int) -> float:
+        """See Store.time_of_ended."""
+        with _translated():
+            found: Any = self._redis.zrange("ntm:ended", number, number, desc=True, withscores=True)
+        return float(found[0][1]) if found else -math.inf
 
     def purge(self, ended_before_s: float) -> int:
         """See Store.purge."""

@@ -8,6 +8,7 @@ that has lost its end is noticed at the next start.
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import threading
 import time
@@ -400,6 +401,15 @@ class SqliteStore:
         )
         with self._reading() as reader:
             return [session_id for (session_id,) in reader.execute(query, (last_use_before_s, size))]
+
+    def time_of_ended(self, number: int) -> float:
+        """See Store.time_of_ended."""
+        with self._reading() as reader:
+            found = reader.execute(
+                "SELECT end_time_s FROM session WHERE end_time_s IS NOT NULL ORDER BY end_time_s DESC LIMIT 1 OFFSET ?",
+                (number,),
+            ).fetchone()
+        return float(found[0]) if found else -math.inf
 
     def purge(self, ended_before_s: float) -> int:
         """See Store.purge."""

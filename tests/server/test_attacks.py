@@ -360,3 +360,25 @@ async def test_a_step_that_does_not_return_fails_alone_and_its_neighbours_get_th
         assert (await call).tobytes() == accumulated(inputs).tobytes()
     assert (await caller.step(inputs, "endless", first_step=0)).tobytes() == accumulated(inputs).tobytes()
     await caller.channel.close()
+
+
+@pytest.mark.parametrize("store", ["none", "sqlite"])
+async def test_ended_ids_are_kept_up_to_a_number_and_the_oldest_go(
+    serve: Start, models: Path, tmp_path: Path, store: str
+) -> None:
+    url = "none" if store == "none" else f"sqlite:///{tmp_path}/data/sessions.sqlite3"
+    server, address = await serve(models, store=url, max_retired_ids=2)
+    caller = Caller(server, address)
+    for name in ("first", "second", "third", "fourth"):
+        await caller.create("accumulator", name)
+        await caller.stub.DeleteSession(pb.DeleteSessionRequest(session_id=name))
+
+    await server.sessions.purge()
+
+    for name in ("first", "second"):
+        await caller.create("accumulator", name)
+    for name in ("third", "fourth"):
+        await refused(
+            caller.create("accumulator", name), grpc.StatusCode.ALREADY_EXISTS, "SESSION_ID_RETIRED"
+        )
+    await caller.channel.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -278,6 +279,15 @@ def test_ended_sessions_are_purged_when_they_ended_before_the_time(store: Store)
     make(store, "a", request_id="r")
     if store.keeps_steps:
         assert claim(store, "a").records == []
+
+
+def test_the_time_of_an_ended_session_is_found_by_how_many_have_ended_since(store: Store):
+    make(store, "a", "b", "c", "lives")
+    for session_id in ("b", "a", "c"):
+        store.commit([ending(session_id, 1)])
+    times_s = sorted((store.look(session_id).end_time_s for session_id in ("a", "b", "c")), reverse=True)
+
+    assert [store.time_of_ended(number) for number in range(4)] == [*times_s, -math.inf]
 
 
 def test_pages_go_through_living_sessions_in_order_of_bytes(store: Store):

@@ -21,6 +21,8 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
+from benchmarks.http2 import Connection, LoadError, exchange
+
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _FRAMES_AT_ONCE = 500
 _MIB = 2**20
@@ -118,21 +120,16 @@ def rapid_reset(address: str, stop: Event) -> None:
 
 
 def stalled_uploads(address: str, stop: Event) -> None:
-    """200 calls that send 4 MB of their request each, as far as they are let, and then nothing."""
-    connections = []
-    for _ in range(20):
-        with contextlib.suppress(OSError):
-            connection = RawConnection(address)
-            connections.append(connection)
-            for _ in range(10):
-                headers = connection.call(STEP)
-                begin = DataFrame(headers.stream_id, data=b"\0" + (4 * _MIB).to_bytes(4, "big"))
-                connection.send(headers, begin)
-                for _ in range(4 * _MIB // 16384):
-                    connection.send(DataFrame(headers.stream_id, data=bytes(16000)))
-                    if stop.is_set():
-                        break
-    stop.wait()
+    """200 calls that send all but the end of a request of 4 MB, as the server takes it in, and then nothing."""
+    connections = [Connection(address) for _ in range(20)]
+    for connection in connections:
+        for _ in range(10):
+            stream = connection.open(STEP, None)
+            connection.send(stream, bytes(4 * _MIB), ends=False)
+            del stream.unsent[-1000:]
+    while not stop.is_set():
+        with contextlib.suppress(LoadError):
+            exchange(connections, 0.1)
     for connection in connections:
         connection.close()
 

@@ -33,6 +33,8 @@ from tests.conftest import ROOT
 
 LEAST_GOODPUT = 0.8
 _STEPS = 20_000
+_RAMP_S = 2.0
+"""Until an attack that has begun is at its height."""
 _MOST_NEW_THREADS = 8
 """Which gRPC keeps for when it needs them again."""
 TOKENS = {"neighbour": "n-token", "attacker": "a-token"}
@@ -178,9 +180,10 @@ def _answers(inputs: np.ndarray) -> np.ndarray:
     return np.array(outputs)
 
 
-def _attack_beside(name: str, address: str, stop: Event, models: str) -> None:
+def _attack_beside(name: str, address: str, begun: Event, stop: Event, models: str) -> None:
     os.nice(10)  # an attacker elsewhere takes none of this machine's time
     os.environ["ATTACKED_MODELS"] = models
+    begun.set()
     (ATTACKS | WITH_TOKENS)[name](address, stop)
 
 
@@ -196,7 +199,7 @@ def try_out(name: str, server: Server, neighbours: Connection, seconds: float) -
     lot_after(0.5)  # what was before does not count
     before, mib_before = lot_after(seconds / 2), server.mib
     num_threads, log_bytes = server.watched.num_threads(), server.log.stat().st_size
-    stop, most, is_over = _SPAWN.Event(), [mib_before], threading.Event()
+    begun, stop, most, is_over = _SPAWN.Event(), _SPAWN.Event(), [mib_before], threading.Event()
 
     def watch() -> None:
         while not is_over.wait(0.05):
@@ -204,9 +207,11 @@ def try_out(name: str, server: Server, neighbours: Connection, seconds: float) -
 
     watching = threading.Thread(target=watch)
     watching.start()
-    process = _SPAWN.Process(target=_attack_beside, args=(name, server.address, stop, str(server.models)))
+    arguments = (name, server.address, begun, stop, str(server.models))
+    process = _SPAWN.Process(target=_attack_beside, args=arguments)
     process.start()
-    lot_after(1.0)  # until it has begun
+    assert begun.wait(60)
+    lot_after(_RAMP_S)
     during = lot_after(seconds)
     stop.set()
     process.join(30)

@@ -30,7 +30,7 @@ _TOKENS = {"alice": "a-token", "bob": "b-token"}
 _LASTING = 24
 _COMING_AND_GOING = 4
 _STEPS = 64
-_PAUSE_S = 0.08
+_PAUSE_S = 0.2
 """Between two calls of a caller: the machine may have other work to do."""
 _NEW_CERTIFICATE_EVERY_S = 120.0
 

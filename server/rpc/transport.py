@@ -2,7 +2,7 @@
 
 Two carry the same services, by the interface of `grpc.aio.Server`. `native` (the package pygrpc-native) does its work
 outside the interpreter's lock and hands plain calls over in batches; it has no TLS, and gives bidirectional streams to
-a grpcio server behind it. `grpcio` has everything. `lifecycle.py` adds the services and starts it.
+a grpcio server behind it. `grpcio` has everything. `launch.py` adds the services and starts it.
 """
 
 from __future__ import annotations

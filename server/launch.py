@@ -299,6 +299,7 @@ class Server:
             self._grpc.add_direct_handler(
                 step, self._session_service.step_directly, self._session_service.refuses_steps
             )
+            self._grpc.never_refuse(kserve.PROBES)
         self._health_alone = transport.make_server("grpcio", None, settings.max_message_bytes)
         self._unstarted = [self._grpc, self._health_alone]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_alone)

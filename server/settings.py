@@ -63,7 +63,7 @@ class ServerSettings(BaseSettings):
     model_errors: Literal["fail", "skip"] = "fail"
     """What a file that cannot be served does at the start: keep the server from starting (fail), or let it serve the
     others (skip); the log and the metric ntm_model_file_problem say which, and it is tried again when it changes."""
-    step_timeout_s: Seconds = 30.0
+    step_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 30.0
     """Seconds that a run on the device may take: one step, or up to 32 where steps are short. One that takes longer is
     ended and its message fails; the others of its batch are run again without it."""
     unload_after_s: Seconds | None = None

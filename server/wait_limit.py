@@ -22,6 +22,7 @@ class WaitLimit:
         self.is_reached = False
         """Whether waits have been over half of the limit for half of it: one more would wait too long."""
         self._long_since_s = math.inf
+        self._last_s = -math.inf
 
     @property
     def is_near(self) -> bool:
@@ -30,8 +31,11 @@ class WaitLimit:
 
     def note(self, since_s: float, now_s: float) -> None:
         """Somebody who has waited since a time has his turn now; both in seconds of one clock."""
-        if now_s - since_s <= self.limit_s / 2:
+        is_first = since_s > self._last_s  # nobody waited in between
+        self._last_s = now_s
+        if is_first or now_s - since_s <= self.limit_s / 2:
             self.clear()
+        if now_s - since_s <= self.limit_s / 2:
             return
         self._long_since_s = min(self._long_since_s, now_s)
         self.is_reached = now_s - self._long_since_s > self.limit_s / 2

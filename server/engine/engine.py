@@ -183,8 +183,10 @@ class Engine:
     def _take_late(self, batch: list[EngineRequest]) -> list[EngineRequest]:
         """End the requests of a batch that have waited too long for their first turn; returns these."""
         now_s, limit_s = perf_counter(), self.wait_limit.limit_s
-        first_s = min([request.enqueue_time_s for request in batch if not request.steps_done], default=now_s)
-        self.wait_limit.note(first_s, now_s)
+        since_s = [request.enqueue_time_s for request in batch if not request.steps_done]
+        if not since_s:  # all of them go on
+            return []
+        self.wait_limit.note(min(since_s), now_s)
         if not self.wait_limit.is_reached:
             return []
         late = [
@@ -310,6 +312,12 @@ class Engine:
             self._hand_back()
             try:
                 outputs = self._run_limited(inputs[num_done : num_done + num], bank, initial_rows)
+            except StepTimedOutError as error:
+                if num_rows > 1 or num > 1:
+                    num_failed = num
+                else:
+                    batch[0].fail(0, error)
+                break
             except Exception:  # ONNX Runtime raises types of its own for what a model does
                 num_failed = num
                 break
@@ -376,6 +384,12 @@ class Engine:
             step = int(request.first_steps[row]) + request.steps_done + int(is_finite[row].argmin())
             request.fail(row, OutputNotFiniteError(self._runner.model.label, step))
 
+    def _fail_timed_out(self, request: EngineRequest, row: int, error: StepTimedOutError) -> None:
+        """Fail a session whose step does not return; its later steps are not tried beside those of the others."""
+        request.fail(row, error)
+        request.inputs = request.inputs.copy()
+        request.inputs[row] = self._runner.model.inputs.none(1, request.inputs.shape[1])[0]
+
     def _take_turn_alone(self, batch: list[EngineRequest]) -> None:
         """Run the next step of each session by itself: one session's inputs must not fail another's step."""
         self._cache.write_back()
@@ -383,6 +397,8 @@ class Engine:
             step, slots = request.steps_done, request.present_slots
             outputs = self._runner.model.outputs.none(request.num_rows, 1)
             for row in range(request.num_rows):
+                if row in request.errors:
+                    continue
                 self._runner.move(np.array([slots[row]]), np.array([self._runner.first_batch_row(0)]))
                 try:
                     inputs = np.ascontiguousarray(request.inputs[np.newaxis, row, step])
@@ -392,7 +408,7 @@ class Engine:
                         initial_rows=None if initial_row is None else np.array(initial_row),
                     )[0]
                 except StepTimedOutError as error:
-                    request.fail(row, error)
+                    self._fail_timed_out(request, row, error)
                     continue
                 except Exception as error:  # as above
                     log.error(

@@ -35,6 +35,7 @@ class EngineRequest:
         "has_ended",
         "initial_slots",
         "inputs",
+        "is_from_caller",
         "is_started",
         "load_state",
         "num_left",
@@ -52,8 +53,6 @@ class EngineRequest:
         "trace_names",
         "write_slots",
     )
-    is_from_caller = False
-    """A caller asked for it, and can be told to try again."""
 
     def __init__(
         self,
@@ -102,6 +101,8 @@ class EngineRequest:
         self.errors: dict[int, ServingError] = {}
         """By index, of the sessions whose steps failed."""
         self.steps_done = 0
+        self.is_from_caller = False
+        """A caller asked for it, and can be told to try again."""
         self.is_started = False
         """Its first turn was taken: it runs to its end."""
         self.has_ended = False

@@ -213,9 +213,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def around(request: Any, context: _Context) -> Any:
             call = _Call(rpc)
             try:
-                if self._is_stopping and is_stream:
-                    await _first_message(context)
-                self._let_in()
+                self.num_calls += 1
+                if self._is_stopping:
+                    if is_stream:
+                        await _first_message(context)
+                    raise ServerStoppingError
                 response = await self._handle(handle, request, context)
                 call.code = grpc.StatusCode.OK
             except Exception as error:
@@ -258,11 +260,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             span.fail(told)
         call.code = told.code
         await _abort(told, context)
-
-    def _let_in(self) -> None:
-        self.num_calls += 1
-        if self._is_stopping:
-            raise ServerStoppingError
 
     def _let_out(self, call: _Call) -> None:
         self.note(call.rpc, call.code, call.start_s)

@@ -50,6 +50,7 @@ from server.sessions.manager import SessionManager
 from server.sessions.request import StepResult
 from server.sessions.served_model import ServedModel
 
+PROBES = [f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")]
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _PREFIX = "sequence~"
 _RESET = "reset"

@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn, Protocol
@@ -155,6 +156,7 @@ class NativeServer:
         self._wait_limit = WaitLimit(max_wait_s)
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._direct: dict[str, DirectHandler] = {}
+        self._never_refused = frozenset[str]()
         self._refusals: dict[str, Callable[[], ServingError | None]] = {}
         self._methods: list[str] = []
         self._front: NativeGrpcFront | None = None
@@ -179,6 +181,10 @@ class NativeServer:
             for name, handler in handlers.items():
                 if handler.unary_unary is not None:
                     self._handlers[f"/{service}/{name}"] = handler
+
+    def never_refuse(self, methods: Iterable[str]) -> None:
+        """Take calls of methods, /SERVICE/NAME, however many calls there are: probes, say."""
+        self._never_refused = frozenset(methods)
 
     def add_direct_handler(
         self, method: str, handler: DirectHandler, refusal: Callable[[], ServingError | None]
@@ -296,9 +302,8 @@ class NativeServer:
         """Begin the calls that came together, and end those whose caller has left."""
         self._wait_limit.note(arrival_s, perf_counter())
         if self._wait_limit.is_reached:
-            self._refuse_unread(events, ServerOverloadedError(self._wait_limit.limit_s))
-            return
-        if self._interceptor.lets_in_directly:
+            events = self._refuse_unread(events, ServerOverloadedError(self._wait_limit.limit_s))
+        elif self._interceptor.lets_in_directly:
             for method, refusal in self._refusals.items():
                 if (error := refusal()) is not None:
                     events = self._refuse_unread(events, error, method)
@@ -319,7 +324,10 @@ class NativeServer:
                 direct.setdefault(method, []).append(call)
             else:
                 self._begin(call_id, method, payload, details)
-        for method, calls in direct.items():
+        for method, arrived in direct.items():
+            calls = [
+                call for call in arrived if call.call_id in self._in_progress
+            ]  # whose caller has not left yet
             try:
                 left = self._direct[method](calls)
             except Exception as error:
@@ -336,17 +344,15 @@ class NativeServer:
         self, events: Sequence[tuple[Any, ...]], error: ServingError, method: str = ""
     ) -> Sequence[tuple[Any, ...]]:
         """Refuse calls of a method, or of any, for next to nothing; returns the other events."""
-        front, told = self._front, status.of(error)
+        front, told = self._front, status.of(error, secrets.token_hex(8))
         assert front is not None
         code, message, trailing = told.code.value[0], told.message, told.trailing
         num_refused, others = Counter[str](), list[tuple[Any, ...]]()
         for event in events:
-            kind, call_id, called = event[0], event[1], self._methods[event[2]]
-            if kind == EVENT_CANCEL:
-                self._cancel(call_id)
-            elif method in ("", called):
+            called = "" if event[0] == EVENT_CANCEL else self._methods[event[2]]
+            if called and (method == called or (not method and called not in self._never_refused)):
                 num_refused[called] += 1
-                front.fail(call_id, code, message, trailing_metadata=trailing)
+                front.fail(event[1], code, message, trailing_metadata=trailing)
             else:
                 others.append(event)
         for called, num_calls in num_refused.items():

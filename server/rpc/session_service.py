@@ -144,6 +144,7 @@ class SessionService(session_service_pb2_grpc.SessionServiceServicer):
         finally:
             for left in ahead.close():
                 self._executor.cancel(left.request)
+                left.waiter.future.cancel()  # what is dropped unanswered counts no more
 
     async def BatchStep(
         self, request: session_service_pb2.BatchStepRequest, context: _Context

@@ -155,14 +155,14 @@ class QuotaEnforcer:
         if account is None:
             account = self._accounts[principal] = _Account(self._quotas.max_steps_per_s or 0.0, self._clock())
             if len(self._accounts) > _MAX_ACCOUNTS:
-                self._forget_idle()
+                self._forget_idle(keep=principal)
         self._accounts.move_to_end(principal)
         return account
 
-    def _forget_idle(self) -> None:
-        """Forget those who have nothing under way, the longest unseen first, down to a half."""
+    def _forget_idle(self, keep: str) -> None:
+        """Forget those who have nothing under way, but one, the longest unseen first, down to a half."""
         for name in [*self._accounts]:
             if len(self._accounts) <= _MAX_ACCOUNTS // 2:
                 break
-            if self._accounts[name].is_idle:
+            if self._accounts[name].is_idle and name != keep:
                 del self._accounts[name]

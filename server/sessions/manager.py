@@ -138,6 +138,7 @@ class SessionManager:
         slot = served.slots.take()
         served.num_pending += 1
         call = EngineCall([""], (0,), inputs[None], (INITIAL_SLOT,), (slot,), reads_state=True)
+        call.is_from_caller = True
         try:
             await served.run(call)
         finally:
@@ -187,34 +188,36 @@ class SessionManager:
                 positions=positions,
             )
 
-        async def step_when_there(position: int) -> None:
+        wanted = {session_ids[position]: position for position in missing}
+
+        async def step_when_there(session_id: str) -> None:
+            position = wanted[session_id]
             try:
-                try:
-                    session = await self.find(session_ids[position])
-                finally:
-                    self._queues.no_longer_wanted(session_ids[position])
+                session = await self.find(session_id)
                 check(session)
-            except ServingError as error:
+            except Exception as error:  # a bug must not keep anybody waiting
                 batch.fail(position, error)
             else:
                 alone = request([position], [session])
                 batch.add(alone)
                 self.executor.admit([alone])
+            finally:
+                self._queues.no_longer_wanted(session_id)
+                del wanted[session_id]
 
         async def step_missing() -> None:
-            positions = dict(zip([session_ids[position] for position in missing], missing, strict=True))
-            self._queues.wanted.update([*positions])
-            refused: dict[str, ServingError] = {}
+            self._queues.wanted.update([*wanted])
             try:
-                refused = await self.ownership.claim_each([*positions])
-            except BaseException:
-                for session_id in positions:
+                for session_id, error in (await self.ownership.claim_each([*wanted])).items():
                     self._queues.no_longer_wanted(session_id)
-                raise
-            for session_id, error in refused.items():
-                self._queues.no_longer_wanted(session_id)
-                batch.fail(positions.pop(session_id), error)
-            await asyncio.gather(*map(step_when_there, positions.values()))
+                    batch.fail(wanted.pop(session_id), error)
+                await asyncio.gather(*map(step_when_there, [*wanted]))
+            except Exception as error:
+                for position in wanted.values():
+                    batch.fail(position, error)
+            finally:
+                for session_id in wanted:
+                    self._queues.no_longer_wanted(session_id)
 
         for requests in self._grouped(batch, sessions):
             together = request(*requests)

@@ -59,7 +59,6 @@ class StepRequest(EngineRequest):
         "unready",
         "wants_state",
     )
-    is_from_caller = True
 
     def __init__(
         self,
@@ -83,6 +82,7 @@ class StepRequest(EngineRequest):
             positions: S, where the sessions stand in what the caller sent.
         """
         super().__init__([session.session_id for session in sessions], (), inputs, (), ())
+        self.is_from_caller = True
         self.sessions = sessions
         self._indices: Rows | None = None
         self.caller_inputs = inputs

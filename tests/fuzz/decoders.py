@@ -97,6 +97,17 @@ class Decoder:
     """What it says that it raises for what is wrong."""
 
 
+class _Context:
+    """What a service asks of its call."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        """The caller sent nothing beside its request."""
+        return ()
+
+
+_CONTEXT = _Context()
+
+
 @asynccontextmanager
 async def all_decoders(directory: Path) -> AsyncIterator[list[Decoder]]:
     """Every decoder, with a server to ask, in an empty directory."""
@@ -294,7 +305,7 @@ def _rpc(name: str, share: int, requests: list[Any], call: Callable[..., Any]) -
     message_type = type(requests[0])
 
     async def decode(data: bytes) -> None:
-        await call(message_type.FromString(data), None)
+        await call(message_type.FromString(data), _CONTEXT)
 
     return Decoder(name, share, _from_messages(*requests), decode, (DecodeError, ServingError))
 

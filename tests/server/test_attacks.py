@@ -15,8 +15,9 @@ import grpc
 import numpy as np
 import pytest
 import safetensors.numpy
+import structlog
 
-from ntm.tensor import to_message
+from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import tensor_pb2
 from server.launch import EXIT_NOT_STOPPED_IN_TIME, EXIT_THREAD_DIED
@@ -381,4 +382,47 @@ async def test_ended_ids_are_kept_up_to_a_number_and_the_oldest_go(
         await refused(
             caller.create("accumulator", name), grpc.StatusCode.ALREADY_EXISTS, "SESSION_ID_RETIRED"
         )
+    await caller.channel.close()
+
+
+async def test_a_batch_with_a_step_that_does_not_return_is_answered_after_one_limit_or_two(
+    serve: Start, tmp_path: Path
+) -> None:
+    step_models.write(tmp_path, step_models.endless(), "endless")
+    server, address = await serve(tmp_path, step_timeout_s=0.3, max_resident_sessions=4, max_batch_size=4)
+    caller = Caller(server, address)
+    for name in ("a", "b"):
+        await caller.create("endless", name)
+    inputs = np.stack([random_inputs(32), np.full((32, 3), 2000, np.float32)])
+
+    with structlog.testing.capture_logs() as logs:
+        request = pb.BatchStepRequest(session_ids=["a", "b"], inputs=to_message(inputs))
+        answer = await caller.stub.BatchStep(request)
+
+    assert [(error.index, error.reason) for error in answer.errors] == [(1, "STEP_TIMED_OUT")]
+    assert to_array(answer.outputs)[0].tobytes() == accumulated(inputs[0]).tobytes()
+    assert len([entry for entry in logs if "takes too long" in entry["event"]]) <= 2
+    await caller.channel.close()
+
+
+async def test_long_messages_that_keep_coming_are_refused_as_short_ones_are(
+    serve: Start, models: Path
+) -> None:
+    server, address = await serve(models, max_queue_wait_s=0.01, max_resident_sessions=256, max_batch_size=1)
+    caller = Caller(server, address)
+    for number in range(256):
+        await caller.create("accumulator", f"s{number}")
+    inputs = random_inputs(1024)
+    refusals: list[str] = []
+
+    async def keep_calling(session_id: str) -> None:
+        while not refusals:
+            try:
+                await caller.step(inputs, session_id)
+            except grpc.aio.AioRpcError as error:
+                refusals.append(error.code().name)
+
+    await asyncio.wait_for(asyncio.gather(*(keep_calling(f"s{number}") for number in range(256))), 60)
+
+    assert {*refusals} == {"RESOURCE_EXHAUSTED"}
     await caller.channel.close()

@@ -25,13 +25,13 @@ def test_a_pause_after_which_all_have_waited_is_no_overload():
 
 def test_a_limit_is_left_as_soon_as_waits_are_short_or_nobody_waits():
     limit = WaitLimit(1.0)
-    for now_s in (10.0, 11.0):
+    for now_s in (10.0, 10.6):
         limit.note(now_s - 0.9, now_s)
     assert limit.is_reached
 
     limit.note(11.0, 11.1)
     assert not limit.is_reached
-    for now_s in (12.0, 13.0):
+    for now_s in (12.0, 12.6):
         limit.note(now_s - 0.9, now_s)
     limit.clear()
 
@@ -44,3 +44,12 @@ def test_without_a_limit_any_wait_will_do():
     limit.note(0.0, 1e9)
 
     assert not limit.is_near
+
+
+def test_two_pauses_with_nobody_waiting_between_them_are_no_overload():
+    limit = WaitLimit(1.0)
+
+    limit.note(10.0, 11.0)
+    limit.note(600.0, 601.0)
+
+    assert not limit.is_reached

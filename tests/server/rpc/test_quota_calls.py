@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from ntm import AsyncClient, UnauthenticatedError
 from ntm.tensor import to_message
 from ntm.v1 import session_service_pb2 as pb
+from ntm.v1 import session_service_pb2_grpc
 from server.security.tokens import line_of
 from tests.server.helpers import EXHAUSTED, Start, accumulated, pending, random_inputs, refused
 from tests.server.rpc.test_ownership import Principal
@@ -149,3 +151,40 @@ def _counting(server: Any) -> Any:
 
 async def _turn() -> None:
     await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("ends", ["it fails", "its caller leaves"])
+async def test_what_a_stream_has_sent_ahead_counts_no_more_when_it_has_ended(
+    serve: Start, models: Path, settings: dict[str, Any], ends: str
+) -> None:
+    server, address = await serve(models, **settings, max_queued_steps_per_principal=4)
+    alice = Principal(address, "a")
+    await alice.create("s")
+    served = server.sessions.models.find("accumulator", None)
+    first_step = 7 if ends == "it fails" else None
+    stub: Any = session_service_pb2_grpc.SessionServiceStub(alice.channel)  # type: ignore[no-untyped-call]
+
+    for _ in range(3):  # what is left of one would keep the next out
+        stream = stub.StreamSteps(metadata=[("authorization", "Bearer a")])
+        with served.engine.device_held():
+            for _ in range(3):
+                step = pb.StepRequest(
+                    session_id="s", inputs=to_message(random_inputs(1)), first_step=first_step
+                )
+                await stream.write(pb.StreamStepsRequest(step=step))
+            if ends == "its caller leaves":
+                await pending_or_ended(served)
+                stream.cancel()
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+            await stream.read()
+        while served.num_pending:
+            await asyncio.sleep(0.01)
+
+    step = pb.StepRequest(session_id="s", inputs=to_message(random_inputs(4)))
+    await alice.call["Step"](step)
+
+
+async def pending_or_ended(served: Any) -> None:
+    """Wait until three messages wait."""
+    while served.num_pending < 3:
+        await asyncio.sleep(0.01)

@@ -47,8 +47,8 @@ class SessionServiceStub:
     may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
-    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
-    was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
+    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, a store without room, or
+    more calls than the server can take, QUEUE_FULL with a google.rpc.RetryInfo: nothing was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
     An rpc on a session may answer FAILED_PRECONDITION when its model's version is not in service (MODEL_NOT_LOADED) or
     is another file there (MODEL_MISMATCH), or its steps would have to be replayed on another machine than they ran on
     (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
@@ -154,8 +154,8 @@ class SessionServiceServicer:
     may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
-    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
-    was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
+    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, a store without room, or
+    more calls than the server can take, QUEUE_FULL with a google.rpc.RetryInfo: nothing was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
     An rpc on a session may answer FAILED_PRECONDITION when its model's version is not in service (MODEL_NOT_LOADED) or
     is another file there (MODEL_MISMATCH), or its steps would have to be replayed on another machine than they ran on
     (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
@@ -194,7 +194,7 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSession(self, request, context):
-        """Ends a session and retires its id for 24 hours. Calls already waiting on it are served first.
+        """Ends a session and retires its id, for 24 hours or until as many others have ended as the server keeps. Calls already waiting on it are served first.
         NOT_FOUND: no such session, unless `allow_missing`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -390,8 +390,8 @@ class SessionService:
     may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
-    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
-    was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
+    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, a store without room, or
+    more calls than the server can take, QUEUE_FULL with a google.rpc.RetryInfo: nothing was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
     An rpc on a session may answer FAILED_PRECONDITION when its model's version is not in service (MODEL_NOT_LOADED) or
     is another file there (MODEL_MISMATCH), or its steps would have to be replayed on another machine than they ran on
     (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it

@@ -48,8 +48,8 @@ class SessionServiceStub:
     may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
-    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
-    was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
+    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, a store without room, or
+    more calls than the server can take, QUEUE_FULL with a google.rpc.RetryInfo: nothing was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
     An rpc on a session may answer FAILED_PRECONDITION when its model's version is not in service (MODEL_NOT_LOADED) or
     is another file there (MODEL_MISMATCH), or its steps would have to be replayed on another machine than they ran on
     (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
@@ -79,7 +79,7 @@ class SessionServiceStub:
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListSessionsRequest, _session_service_pb2.ListSessionsResponse]
     """Lists sessions by id, a page at a time. INVALID_ARGUMENT: a bad page size or token."""
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.DeleteSessionRequest, _session_service_pb2.DeleteSessionResponse]
-    """Ends a session and retires its id for 24 hours. Calls already waiting on it are served first.
+    """Ends a session and retires its id, for 24 hours or until as many others have ended as the server keeps. Calls already waiting on it are served first.
     NOT_FOUND: no such session, unless `allow_missing`.
     """
     ResetSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ResetSessionRequest, _session_service_pb2.ResetSessionResponse]
@@ -160,8 +160,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
-    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
-    was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
+    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, a store without room, or
+    more calls than the server can take, QUEUE_FULL with a google.rpc.RetryInfo: nothing was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
     An rpc on a session may answer FAILED_PRECONDITION when its model's version is not in service (MODEL_NOT_LOADED) or
     is another file there (MODEL_MISMATCH), or its steps would have to be replayed on another machine than they ran on
     (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
@@ -188,7 +188,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListSessionsRequest, _session_service_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Lists sessions by id, a page at a time. INVALID_ARGUMENT: a bad page size or token."""
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.DeleteSessionRequest, _session_service_pb2.DeleteSessionResponse]  # type: ignore[assignment]
-    """Ends a session and retires its id for 24 hours. Calls already waiting on it are served first.
+    """Ends a session and retires its id, for 24 hours or until as many others have ended as the server keeps. Calls already waiting on it are served first.
     NOT_FOUND: no such session, unless `allow_missing`.
     """
     ResetSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ResetSessionRequest, _session_service_pb2.ResetSessionResponse]  # type: ignore[assignment]
@@ -268,8 +268,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     may not name) and, where principals have quotas, RESOURCE_EXHAUSTED (QUOTA_EXCEEDED), with a google.rpc.RetryInfo.
     Every rpc may also answer UNAVAILABLE (the server is starting or stopping, its store cannot be reached, or another
     replica has the session or takes it over: repeat the call, which is safe if it names what it does; one that does
-    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, or a store without room: nothing
-    was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
+    not may have taken effect), RESOURCE_EXHAUSTED (a message over the size limit, a store without room, or
+    more calls than the server can take, QUEUE_FULL with a google.rpc.RetryInfo: nothing was changed), DEADLINE_EXCEEDED and CANCELLED (the caller's own doing) and INTERNAL (a bug: the server's log has it).
     An rpc on a session may answer FAILED_PRECONDITION when its model's version is not in service (MODEL_NOT_LOADED) or
     is another file there (MODEL_MISMATCH), or its steps would have to be replayed on another machine than they ran on
     (RECOVERY_NOT_EXACT), and DATA_LOSS when what the store keeps of it is damaged (SESSION_CORRUPT) or bringing it
@@ -318,7 +318,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_service_pb2.DeleteSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.DeleteSessionResponse, _abc.Awaitable[_session_service_pb2.DeleteSessionResponse]]:
-        """Ends a session and retires its id for 24 hours. Calls already waiting on it are served first.
+        """Ends a session and retires its id, for 24 hours or until as many others have ended as the server keeps. Calls already waiting on it are served first.
         NOT_FOUND: no such session, unless `allow_missing`.
         """
 

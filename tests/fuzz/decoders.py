@@ -291,7 +291,9 @@ def _of_inference_service(server: Server) -> Iterator[Decoder]:
         async def write(answer: Any) -> None:
             answers.append(answer)
 
-        await service.ModelStreamInfer(None, SimpleNamespace(read=read, write=write))  # type: ignore[arg-type]
+        await service.ModelStreamInfer(
+            None, SimpleNamespace(read=read, write=write, invocation_metadata=tuple)
+        )  # type: ignore[arg-type]
         [answer] = answers
         if Reached.num_raised > num_reached:
             raise Reached

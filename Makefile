@@ -43,6 +43,10 @@ inspect: $(VENV)/.inspect ## See sessions at work, in a browser: a page on 127.0
 test: $(VENV)/.dev $(VENV)/.chromium $(VENV)/.promtool $(VENV)/triton/.tools $(VENV)/node/.tools ## Run the tests.
 	@$(BIN)/python -m pytest --numprocesses 2
 
+.PHONY: test-grpcio
+test-grpcio: $(VENV)/.dev ## Run the tests that start servers once more, on the transport that has TLS.
+	@NTM_SERVER_TRANSPORT=grpcio $(BIN)/python -m pytest --numprocesses 2 tests/server tests/client tests/reliability
+
 .PHONY: pictures
 pictures: $(VENV)/.dev $(VENV)/.chromium ## Take the pictures of docs/inspector.md anew.
 	@$(BIN)/python -m tests.inspector.pictures

@@ -20,7 +20,7 @@ from tests.conftest import ServerProcess
 from tests.server.helpers import Caller, Start, accumulated, crash, pending, random_inputs, refused
 from tests.valkey import ValkeyServer
 
-LEASE_S = 1.0
+LEASE_S = 2.0
 
 
 @pytest_asyncio.fixture

@@ -137,6 +137,7 @@ class NativeServer:
         max_receive_bytes: int,
         max_send_bytes: int,
         max_wait_s: float,
+        max_concurrent_streams: int,
     ) -> None:
         """Nothing is served and nothing listens.
 
@@ -146,6 +147,7 @@ class NativeServer:
             max_receive_bytes: of one request.
             max_send_bytes: of one answer.
             max_wait_s: seconds that calls may wait for the event loop where they keep coming faster than it takes them.
+            max_concurrent_streams: calls of one connection at a time.
         """
         self._interceptor = interceptor
         self.failures = interceptor.failures
@@ -154,6 +156,7 @@ class NativeServer:
         self._max_receive_bytes = max_receive_bytes
         self._max_send_bytes = max_send_bytes
         self._wait_limit = WaitLimit(max_wait_s)
+        self._max_concurrent_streams = max_concurrent_streams
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         self._direct: dict[str, DirectHandler] = {}
         self._never_refused = frozenset[str]()
@@ -216,6 +219,7 @@ class NativeServer:
                 call_details=True,
                 metrics=True,
                 keepalive_permit_without_calls=False,
+                max_concurrent_streams=self._max_concurrent_streams,
             )
         except OSError as error:
             raise RuntimeError(str(error)) from error

@@ -19,6 +19,8 @@ from server.rpc.interceptors import CallInterceptor
 from server.rpc.native import NativeServer
 
 _HANDSHAKE_TIMEOUT_MS = 10_000
+MAX_CONCURRENT_STREAMS = 1024
+"""Calls of one connection at a time; clients wait by themselves where they have more."""
 
 Kind = Literal["native", "grpcio"]
 
@@ -78,6 +80,9 @@ def make_server(
         ("grpc.so_reuseport", 0),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
     ]
+    if kind == "grpcio":
+        # Without a bound whoever begins calls and resets them at once takes the connections of all others with it.
+        options.append(("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS))
     server = grpc.aio.server(interceptors=[interceptor] if interceptor else [], options=options)
     if kind == "grpcio":
         return server
@@ -85,5 +90,7 @@ def make_server(
     # It has what a server is asked for here, under the same names.
     return cast(
         grpc.aio.Server,
-        NativeServer(interceptor, server, 2 * max_message_bytes, max_message_bytes, max_wait_s),
+        NativeServer(
+            interceptor, server, 2 * max_message_bytes, max_message_bytes, max_wait_s, MAX_CONCURRENT_STREAMS
+        ),
     )

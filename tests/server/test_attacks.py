@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import structlog
+from hyperframe.frame import Frame, SettingsFrame
 
 from ntm.tensor import to_array, to_message
 from ntm.v1 import session_service_pb2 as pb
 from ntm.v1 import tensor_pb2
 from server.launch import EXIT_NOT_STOPPED_IN_TIME, EXIT_THREAD_DIED
+from server.rpc.transport import MAX_CONCURRENT_STREAMS
 from server.storage.codec import MAX_IMPORTED_STEP
 from server.storage.factory import open_store, without_secrets
 from server.storage.interface import FIRST_FENCE, NEW, Entry, Record, Write
@@ -426,3 +428,20 @@ async def test_long_messages_that_keep_coming_are_refused_as_short_ones_are(
 
     assert {*refusals} == {"RESOURCE_EXHAUSTED"}
     await caller.channel.close()
+
+
+@pytest.mark.parametrize("transport", ["native", "grpcio"])
+async def test_a_connection_is_told_how_many_calls_it_may_have_at_a_time(
+    serve: Start, models: Path, transport: str
+) -> None:
+    _, address = await serve(models, transport=transport)
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SettingsFrame(0).serialize())
+
+    frame, length = Frame.parse_frame_header(memoryview(await reader.readexactly(9)))
+    frame.parse_body(memoryview(await reader.readexactly(length)))
+
+    assert isinstance(frame, SettingsFrame)
+    assert frame.settings[SettingsFrame.MAX_CONCURRENT_STREAMS] == MAX_CONCURRENT_STREAMS
+    writer.close()

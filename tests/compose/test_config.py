@@ -65,7 +65,7 @@ def test_envoy_and_prometheus_accept_their_files() -> None:
 
     assert "configuration '/etc/envoy/envoy.yaml' OK" in validated
     assert "SUCCESS" in checked
-    assert "7 rules found" in rules
+    assert "18 rules found" in rules
 
 
 def test_prometheus_finds_the_server(start_project: Callable[..., Compose]) -> None:

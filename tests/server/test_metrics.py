@@ -97,7 +97,7 @@ async def test_queue_and_run_and_each_operation_of_the_store_are_told_apart(
 async def test_every_supervised_thread_is_told_alive_and_a_dead_one_is_not(
     serve: Start, models: Path, tmp_path: Path
 ) -> None:
-    server, _ = await serve(models, store=f"sqlite:///{tmp_path}/s.sqlite3")
+    server, _ = await serve(models, store=f"sqlite:///{tmp_path}/s.sqlite3", transport="native")
     ended = threading.Thread(target=lambda: None, name="of a test")
     ended.start()
     ended.join()

@@ -23,6 +23,8 @@ from inspector.settings import InspectorSettings
 
 def main() -> int:
     """Serve the page until told to stop; returns the exit status: 2 for wrong settings, 1 for a start that failed."""
+    # So that the server which it has started ends with it; by default SIGTERM ends a process at once.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = CliApp.run(InspectorSettings, cli_args=sys.argv[1:])
         token = settings.token()

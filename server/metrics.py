@@ -151,8 +151,8 @@ class Metrics:
             self._principals.add(principal)
         return principal
 
-    def count_call(self, rpc: str, code: str, seconds: float, num_calls: int = 1) -> None:
-        """Count a call that was answered, or several that were refused at once, whose time is not worth telling."""
+    def count_call(self, rpc: str, code: str, seconds: float | None, num_calls: int = 1) -> None:
+        """Count calls that were answered; None for the time of those that were refused unread."""
         children = self._children.get((rpc, code))
         if children is None:
             children = self._children[rpc, code] = (
@@ -160,7 +160,7 @@ class Metrics:
                 self._call_seconds.labels(rpc),
             )
         children[0].inc(num_calls)
-        if num_calls == 1:
+        if seconds is not None:
             children[1].observe(seconds)
 
     def expect_refusals(self, reasons: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import structlog
 
+from ntm.tensor import Array
 from server.engine.request import EngineRequest
 from server.engine.run_limit import RunLimit
 from server.engine.scheduler import Scheduler
@@ -479,6 +480,16 @@ class Engine:
 
     def _read(self, requests: list[EngineRequest]) -> None:
         """Give requests that ended well the state they asked for."""
+        for request, state in self._states_of(requests):
+            request.state = state
+
+    def _read_traces(self, requests: list[EngineRequest]) -> None:
+        """Give requests the state they asked for, as it is after this step."""
+        for request, state in self._states_of(requests):
+            request.trace.append({name: state[name] for name in request.trace_names})
+
+    def _states_of(self, requests: list[EngineRequest]) -> Iterator[tuple[EngineRequest, dict[str, Array]]]:
+        """Requests with the present state of their sessions, by name, [S, ...state shape] each; read at once."""
         if not requests:
             return
         slots = _joined([request.present_slots for request in requests])
@@ -487,18 +498,7 @@ class Engine:
         first_row = 0
         for request in requests:
             rows = slice(first_row, first_row + request.num_rows)
-            request.state = {name: values[rows] for name, values in states.items()}
-            first_row = rows.stop
-
-    def _read_traces(self, requests: list[EngineRequest]) -> None:
-        """Give requests the state they asked for, as it is after this step."""
-        slots = _joined([request.present_slots for request in requests])
-        self._cache.write_back(slots)
-        states = self._runner.read(slots)
-        first_row = 0
-        for request in requests:
-            rows = slice(first_row, first_row + request.num_rows)
-            request.trace.append({name: states[name][rows] for name in request.trace_names})
+            yield request, {name: values[rows] for name, values in states.items()}
             first_row = rows.stop
 
     def _report(self, report: BatchReport) -> None:

@@ -79,7 +79,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def note_refused(self, rpc: str, told: status.Status, num_calls: int) -> None:
         """Calls were refused that were never let in."""
-        self._metrics.count_call(rpc, told.code.name, 0.0, num_calls)
+        self._metrics.count_call(rpc, told.code.name, None, num_calls)
         self._metrics.count_refusal(told.reason, num_calls)
 
     async def intercept_service(

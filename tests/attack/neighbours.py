@@ -62,7 +62,7 @@ class _Neighbours:
         self._address, self._tell = address, tell
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
         self._expected, self._inputs = expected, inputs
-        self._sent: list[float] = []
+        self._num_sent = 0
         self._good_s: list[float] = []
         self._num_wrong = 0
 
@@ -77,10 +77,10 @@ class _Neighbours:
             await asyncio.wait(lanes)
 
     def _lot(self) -> Lot:
-        times_s = sorted([*self._good_s, *[np.inf] * (len(self._sent) - len(self._good_s))])
+        times_s = sorted([*self._good_s, *[np.inf] * (self._num_sent - len(self._good_s))])
         p99_s = times_s[int(0.99 * (len(times_s) - 1))] if times_s else np.nan
-        lot = Lot(len(self._sent), len(self._good_s), self._num_wrong, 1e3 * p99_s)
-        self._sent, self._good_s, self._num_wrong = [], [], 0
+        lot = Lot(self._num_sent, len(self._good_s), self._num_wrong, 1e3 * p99_s)
+        self._num_sent, self._good_s, self._num_wrong = 0, [], 0
         return lot
 
     async def _lane(self, number: int) -> None:
@@ -93,9 +93,7 @@ class _Neighbours:
         while step < len(self._inputs):
             await asyncio.sleep(max(0.0, due_s - perf_counter()))
             began_s = perf_counter()
-            self._sent += [began_s] * max(
-                1, int((began_s - due_s) / interval_s)
-            )  # those that were not sent, too
+            self._num_sent += max(1, int((began_s - due_s) / interval_s))  # those that were not sent, too
             due_s = max(due_s + interval_s, began_s)
             request = pb.StepRequest(
                 session_id=session_id, inputs=to_message(self._inputs[step : step + 1]), first_step=step
